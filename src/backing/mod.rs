@@ -1,0 +1,146 @@
+//! The slow side: the disk a cache stands in front of.
+//!
+//! One trait, so the engine neither knows nor cares whether it is a file, a block device or a
+//! simulation. I/O is asynchronous through [`Channel`]s, one per thread that does I/O; buffers are
+//! owned by the operation until it completes, so the kernel never writes into memory that is
+//! somebody else's.
+
+mod buffer;
+
+pub use buffer::AlignedBuf;
+
+use crate::wake::Waker;
+
+/// What the disk is like. Constant while it is open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BackingGeometry {
+    /// Size in bytes, a multiple of `logical_block`.
+    pub size: u64,
+    /// Smallest unit of addressing in bytes, 512 or 4096: what a guest's requests must be a
+    /// multiple of.
+    pub logical_block: u32,
+    /// Smallest unit the disk writes without reading first, in bytes; a power of two.
+    pub physical_block: u32,
+    /// Preferred size of large I/O in bytes, 0 if unknown.
+    pub optimal_io: u32,
+    /// Whether only reads can work.
+    pub read_only: bool,
+    /// Whether zeroed ranges can be deallocated.
+    pub can_unmap: bool,
+}
+
+/// What tells one disk from another. Kept in the cache; compared at every attach.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct BackingIdentity {
+    /// Regular file or block device.
+    pub kind: BackingKind,
+    /// Size in bytes.
+    pub size: u64,
+    /// `st_dev` of the file system (file) or `st_rdev` of the device.
+    pub device: u64,
+    /// `st_ino` (file), 0 for a device.
+    pub inode: u64,
+    /// Where it was found: a hint for messages, never compared.
+    pub path: String,
+}
+
+/// What kind of thing the disk is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u32)]
+pub enum BackingKind {
+    /// A regular file holding a raw image.
+    #[default]
+    File = 1,
+    /// A block device.
+    BlockDevice = 2,
+}
+
+/// One operation. Offsets and lengths are bytes and multiples of the disk's logical block.
+#[derive(Debug)]
+pub enum Op {
+    /// Fills `buf` from `offset`.
+    Read {
+        /// First byte on the disk.
+        offset: u64,
+        /// Where to; its whole length is read.
+        buf: AlignedBuf,
+    },
+    /// Stores `buf` at `offset`. Durable only after a later [`Op::Flush`] succeeded.
+    Write {
+        /// First byte on the disk.
+        offset: u64,
+        /// What; its whole length is written.
+        buf: AlignedBuf,
+    },
+    /// Makes every write that completed before this was submitted durable.
+    Flush,
+    /// Makes a range read as zeros.
+    Zero {
+        /// First byte on the disk.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Whether the space may be given back.
+        unmap: bool,
+    },
+}
+
+/// An operation that has ended, with its buffer.
+#[derive(Debug)]
+pub struct Completion {
+    /// The submitter's own number for it.
+    pub token: u64,
+    /// What it was.
+    pub op: Op,
+    /// Whether all of it was done: a channel continues short transfers itself, and one that makes
+    /// no progress is an error (`UnexpectedEof` or `WriteZero`).
+    pub result: std::io::Result<()>,
+}
+
+/// A disk.
+pub trait Backing: Send + Sync + 'static {
+    /// How threads do I/O on it.
+    type Channel: Channel;
+
+    /// Size and block sizes.
+    fn geometry(&self) -> BackingGeometry;
+
+    /// What tells it from other disks.
+    fn identity(&self) -> BackingIdentity;
+
+    /// A 64-bit checksum over sampled content: first and last 64 KiB and 30 blocks of 4 KiB spread
+    /// evenly. A change that touches none of the samples is not seen. Blocking.
+    ///
+    /// # Errors
+    /// The disk could not be read.
+    fn fingerprint(&self) -> std::io::Result<u64>;
+
+    /// Opens a way to do I/O for one thread. Completions signal `waker`.
+    ///
+    /// # Errors
+    /// The kernel refused the resources.
+    fn channel(&self, waker: &Waker, depth: u32) -> std::io::Result<Self::Channel>;
+}
+
+/// One thread's queue of operations on a disk. Every accepted operation completes exactly once,
+/// through [`Channel::reap`], in any order. Dropping a channel waits for what is in flight.
+pub trait Channel: Send + 'static {
+    /// Accepts `op`, or gives it back when as many are in flight as the channel was opened for.
+    ///
+    /// # Errors
+    /// The operation itself, unchanged: reap, then try again.
+    fn submit(&mut self, token: u64, op: Op) -> Result<(), Op>;
+
+    /// Hands accepted operations to the kernel. Call after a batch of submissions.
+    fn kick(&mut self);
+
+    /// Appends what has completed to `done`; never blocks.
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
+    /// Blocks until at least one operation has completed or `timeout` has passed; returns at once
+    /// when nothing is in flight. Only workers call it.
+    fn wait(&mut self, timeout: std::time::Duration);
+
+    /// Operations accepted and not yet reaped.
+    fn in_flight(&self) -> usize;
+}

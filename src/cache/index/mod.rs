@@ -1,0 +1,1 @@
+//! Which extent of a volume is cached where: the sharded index. Pure.

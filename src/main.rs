@@ -1,0 +1,3 @@
+//! `pcache-vhost`: parse, configure, run, exit.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Bytes on the media ⇄ values. Pure; see `FORMAT.md` beside this file.

@@ -1,0 +1,108 @@
+//! The fast side: memory that the cache is made of.
+//!
+//! The engine sees only this trait, so it runs the same on DAX memory, on a mapped file, and in a
+//! simulation that loses whatever was not made durable.
+//!
+//! What `write`, `fence` and `sync` mean per media class:
+//!
+//! | class | `write` then `fence` | `sync` |
+//! |---|---|---|
+//! | `dax` | durable: survives the host | the same as `fence` |
+//! | `page-cache` | stable: survives the daemon | durable, when it returns `Ok` |
+//! | `volatile` | stable | nothing more |
+
+use std::fmt;
+
+/// What survives what; found at open, printed, shown in status.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MediaClass {
+    /// Persistent memory mapped with `MAP_SYNC`, in a persistence domain.
+    Dax,
+    /// RAM used as if it were [`MediaClass::Dax`]: the same stores, flushes and fences, for tests
+    /// and benchmarks only.
+    AssumeDax,
+    /// A file or block device behind the page cache.
+    PageCache,
+    /// tmpfs, hugetlbfs, memfd: survives the daemon, not the host.
+    Volatile,
+}
+
+impl MediaClass {
+    /// Whether a fence makes earlier writes durable.
+    pub fn fence_is_durable(self) -> bool {
+        matches!(self, MediaClass::Dax | MediaClass::AssumeDax)
+    }
+}
+
+impl fmt::Display for MediaClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MediaClass::Dax => "dax",
+            MediaClass::AssumeDax => "assume-dax",
+            MediaClass::PageCache => "page-cache",
+            MediaClass::Volatile => "volatile",
+        })
+    }
+}
+
+/// The media could not be read or written at a place: poison, a hole, a truncated file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the cache media failed at byte {at} (of {len} bytes accessed)")]
+pub struct MediaError {
+    /// First byte of the access that failed.
+    pub at: u64,
+    /// Length of that access.
+    pub len: usize,
+}
+
+/// `sync` failed: what was written since the last good one may be gone although it still reads
+/// back. Final for this process.
+#[derive(Debug, thiserror::Error)]
+#[error("making the cache durable failed: {0}")]
+pub struct SyncError(pub std::io::Error);
+
+/// Byte-addressable memory of a fixed size.
+///
+/// Offsets past `len()` are a bug of the caller and panic. All methods may be called from any
+/// thread; accesses to the same bytes are ordered by the caller.
+pub trait Pmem: Send + Sync + 'static {
+    /// Size in bytes, constant.
+    fn len(&self) -> u64;
+
+    /// Whether there is nothing.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What survives what.
+    fn class(&self) -> MediaClass;
+
+    /// Copies `dst.len()` bytes from `at`.
+    ///
+    /// # Errors
+    /// [`MediaError`] when any of them cannot be read; `dst` is then unspecified.
+    fn read(&self, at: u64, dst: &mut [u8]) -> Result<(), MediaError>;
+
+    /// Stores `src` at `at` such that the calling thread's next [`Pmem::fence`] covers it. Not
+    /// atomic: a crash before that keeps any subset of its aligned 8-byte words (`dax`) or 512-byte
+    /// sectors (`page-cache`).
+    ///
+    /// # Errors
+    /// [`MediaError`] when any byte cannot be stored; the range is then unspecified.
+    fn write(&self, at: u64, src: &[u8]) -> Result<(), MediaError>;
+
+    /// Orders and completes this thread's earlier writes; see the table above.
+    fn fence(&self);
+
+    /// Makes everything durable that was written before it began, by any thread. May take as long
+    /// as the disk likes: only workers call it.
+    ///
+    /// # Errors
+    /// [`SyncError`]: nothing written since the last good `sync` may be believed durable, ever.
+    fn sync(&self) -> Result<(), SyncError>;
+
+    /// Hints that `at` will be read soon.
+    fn prefetch(&self, at: u64) {
+        let _ = at;
+    }
+}

@@ -1,0 +1,1 @@
+//! Offline verbs on a cache image.

@@ -1,0 +1,1 @@
+//! Requests in, used descriptors out: the vhost-user-blk front end.
