@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::corruption::Judge;
 use super::layout::{codes, layout};
 use super::{Corruption, Expected, Field, RecordError};
-use crate::units::{SECTOR_SHIFT, SECTORS_PER_BLOCK};
+use crate::units::{SECTOR_SHIFT, SECTORS_PER_BLOCK, SectorRange};
 
 /// Most sectors a volume has, hence one past the highest sector a key can name.
 pub const VOLUME_SECTORS_MAX: u64 = 1 << FIRST_BITS;
@@ -122,6 +122,11 @@ impl Key {
         })
     }
 
+    /// The sectors of the volume it speaks of. Panics for a key that breaks the type's invariants.
+    pub fn range(&self) -> SectorRange {
+        SectorRange::new(self.first, self.sectors.into())
+    }
+
     /// Writes the key.
     #[inline]
     pub(super) fn encode(&self, out: &mut [u8; Key::SIZE]) {
@@ -190,6 +195,7 @@ mod tests {
         let last = Key { first: VOLUME_SECTORS_MAX - 9, kind: KeyKind::Fill, ..data() };
         for key in [data(), zero, discard, last] {
             assert_eq!(Key::decode(&encoded(&key), &BOUNDS), Ok(key));
+            assert_eq!(key.range().end(), key.first + u64::from(key.sectors));
         }
     }
 

@@ -144,7 +144,9 @@ impl Sequenced for SegmentHeader {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{assert_every_flip_is_noticed, assert_golden, assert_total};
+    use super::super::testing::{
+        assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
+    };
     use super::*;
 
     const CACHE: Uuid = [0x11; 16];
@@ -240,6 +242,13 @@ mod tests {
             put_crc(&mut bytes, CRC);
             assert_eq!(decode(&bytes).unwrap_err().field, field);
         }
+    }
+
+    #[test]
+    fn nothing_is_believed_for_the_crcs_sake() {
+        let check = |bytes: &mut [u8]| put_crc(bytes, CRC);
+        let encode = |header: &SegmentHeader| header.encode().to_vec();
+        assert_total_behind_check(0x5343, &example().encode(), check, encode, decode);
     }
 
     #[test]

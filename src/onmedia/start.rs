@@ -70,7 +70,9 @@ impl Sequenced for StartPage {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{assert_every_flip_is_noticed, assert_golden, assert_total};
+    use super::super::testing::{
+        assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
+    };
     use super::*;
 
     const CACHE: Uuid = [0x11; 16];
@@ -109,6 +111,14 @@ mod tests {
         page[88] = 2;
         put_crc(&mut page, CRC);
         assert_eq!(StartPage::decode(&page, &CACHE).unwrap_err().field, "clean");
+    }
+
+    #[test]
+    fn nothing_is_believed_for_the_crcs_sake() {
+        let check = |page: &mut [u8]| put_crc(page, CRC);
+        let encode = |start: &StartPage| start.encode().to_vec();
+        let decode = |bytes: &[u8]| StartPage::decode(bytes, &CACHE);
+        assert_total_behind_check(0x5343, &example().encode(), check, encode, decode);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::check::{judge_crc, put_crc};
 use super::corruption::Judge;
 use super::dual::{Dual, Sequenced, newest};
 use super::layout::{layout, offset_of};
-use super::{Corruption, Expected, Geometry, GeometryError, PAGE, Secret, Uuid};
+use super::{Corruption, Geometry, GeometryError, PAGE, Secret, Uuid};
 
 /// The first 8 bytes of a cache, as a little-endian number.
 pub const SUPERBLOCK_MAGIC: u64 = u64::from_le_bytes(*b"PCVHOST\x01");
@@ -199,21 +199,11 @@ impl Sequenced for Superblock {
     }
 }
 
-impl SuperblockError {
-    /// The media refused to give the superblock up.
-    pub fn unreadable() -> SuperblockError {
-        SuperblockError::Damaged(Corruption {
-            structure: "Superblock",
-            field: "page",
-            expected: Expected::Text("readable"),
-            found: 0,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{assert_every_flip_is_noticed, assert_golden, assert_total};
+    use super::super::testing::{
+        assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
+    };
     use super::super::{pad, text};
     use super::*;
 
@@ -286,7 +276,7 @@ mod tests {
         let new = || Ok(Superblock { sequence: 8, ..example() });
         let other = || Ok(Superblock { uuid: [9; 16], ..example() });
         let nothing = || Err(NotOurs { found: 0 });
-        let damaged = || Err(SuperblockError::unreadable());
+        let damaged = || Err(SuperblockError::from(Corruption::unreadable("Superblock")));
         let newer = || Err(UnknownVersion { found: 2 });
         for (front, back, answer) in [
             (old(), new(), Ok((8, 0))),
@@ -296,14 +286,21 @@ mod tests {
             (old(), newer(), Err(UnknownVersion { found: 2 })),
             (newer(), old(), Err(UnknownVersion { found: 2 })),
             (old(), other(), Err(TwoCaches)),
-            (nothing(), damaged(), Err(SuperblockError::unreadable())),
-            (damaged(), nothing(), Err(SuperblockError::unreadable())),
+            (nothing(), damaged(), Err(SuperblockError::from(Corruption::unreadable("Superblock")))),
+            (damaged(), nothing(), Err(SuperblockError::from(Corruption::unreadable("Superblock")))),
             (nothing(), nothing(), Err(NotOurs { found: 0 })),
         ] {
             let dual = Superblock::newest(front, back);
             let found = dual.map(|dual| (dual.newest.as_ref().map_or(0, |s| s.sequence), dual.next));
             assert_eq!(found, answer);
         }
+    }
+
+    #[test]
+    fn nothing_is_believed_for_the_crcs_sake() {
+        let check = |page: &mut [u8]| put_crc(page, CRC);
+        let encode = |superblock: &Superblock| superblock.encode().to_vec();
+        assert_total_behind_check(0x5343, &example().encode(), check, encode, Superblock::decode);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What the tests of this module share: a seeded generator, the flip test, the golden dump.
 
-use std::fmt::Write as _;
+use std::fmt::{Debug, Write as _};
 
 /// xorshift64*: enough randomness for tests, the same on every machine.
 pub struct Rng(u64);
@@ -61,6 +61,40 @@ pub fn assert_total<T, E>(seed: u64, good: &[u8], decode: impl Fn(&[u8]) -> Resu
         let changed = bytes != good;
         assert!(decode(&bytes).is_err() || !changed, "seed {seed:#x} round {round} was accepted");
     }
+}
+
+/// Asserts that whatever stands behind a right check gives an error or a value that `encode` and
+/// `decode` carry over unchanged: no field is believed for the check's sake, none gets lost.
+pub fn assert_total_behind_check<T: PartialEq + Debug, E: Debug>(
+    seed: u64,
+    good: &[u8],
+    check: impl Fn(&mut [u8]),
+    encode: impl Fn(&T) -> Vec<u8>,
+    decode: impl Fn(&[u8]) -> Result<T, E>,
+) {
+    let mut rng = Rng::new(seed);
+    let (mut accepted, mut refused) = (0, 0);
+    // Where the values are; what lies beyond is reserved.
+    let used = good.iter().rposition(|&byte| byte != 0).unwrap_or(0) as u64 + 1;
+    for round in 0..4000 {
+        let mut bytes = good.to_vec();
+        for _ in 0..1 + rng.below(3) {
+            let at = rng.below(used) as usize;
+            let extreme = [0x00, 0x01, 0x7f, 0x80, 0xff, rng.next() as u8];
+            let width = 1 + rng.below(8).min(used - 1 - at as u64) as usize;
+            bytes[at..at + width].fill(extreme[rng.below(6) as usize]);
+        }
+        check(&mut bytes);
+        match decode(&bytes) {
+            Ok(value) => {
+                let again = decode(&encode(&value));
+                assert_eq!(again.as_ref().ok(), Some(&value), "seed {seed:#x} round {round}");
+                accepted += 1;
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(accepted > 40 && refused > 40, "reached nothing: {accepted} accepted, {refused} refused");
 }
 
 /// A hex dump, 16 bytes a line, lines of zeros left out.

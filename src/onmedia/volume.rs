@@ -3,11 +3,13 @@
 //! They are apart so that write-back, which moves the tail all the time, never rewrites what an
 //! operator configured, and needs no space but its own slot.
 
+use std::borrow::Cow;
+
 use super::check::{judge_crc, put_crc};
 use super::corruption::Judge;
 use super::dual::Sequenced;
 use super::layout::{codes, layout, offset_of};
-use super::{Corruption, Expected, PAGE, Uuid, VOLUME_SECTORS_MAX, text};
+use super::{Corruption, Expected, PAGE, Uuid, VOLUME_SECTORS_MAX, text, unpad};
 
 /// The first 8 bytes of a volume descriptor, as a little-endian number.
 pub const DESCRIPTOR_MAGIC: u64 = u64::from_le_bytes(*b"PCVVOLUM");
@@ -133,6 +135,16 @@ impl VolumeDescriptor {
     /// The descriptor of an empty slot.
     pub fn empty(cache_uuid: Uuid, slot: u32) -> VolumeDescriptor {
         VolumeDescriptor { slot, sequence: 1, cache_uuid, ..Default::default() }
+    }
+
+    /// Its name, empty for an empty slot.
+    pub fn name_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.name))
+    }
+
+    /// Where its disk was found.
+    pub fn path_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.path))
     }
 
     /// Its page.
@@ -276,7 +288,9 @@ impl Sequenced for Tail {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{assert_every_flip_is_noticed, assert_golden, assert_total};
+    use super::super::testing::{
+        assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
+    };
     use super::super::{pad, pad_cut};
     use super::*;
 
@@ -328,6 +342,7 @@ mod tests {
     fn what_was_written_is_read() {
         assert_eq!(VolumeDescriptor::decode(&volume().encode(), &CACHE, 3), Ok(volume()));
         assert_eq!(Tail::decode(&tail().encode(), &CACHE, 5), Ok(tail()));
+        assert_eq!((volume().name_text(), volume().path_text()), ("vm-1".into(), "/srv/vm-1.raw".into()));
         let empty = VolumeDescriptor::empty(CACHE, 9);
         assert_eq!(VolumeDescriptor::decode(&empty.encode(), &CACHE, 9), Ok(empty));
     }
@@ -396,6 +411,18 @@ mod tests {
             let mode = Mode::from_code(code).unwrap();
             assert_eq!((mode as u8, mode.name(), Mode::from_name(name)), (code, name, Some(mode)));
         }
+    }
+
+    #[test]
+    fn nothing_is_believed_for_the_crcs_sake() {
+        let check = |page: &mut [u8]| put_crc(page, DESCRIPTOR_CRC);
+        let encode = |volume: &VolumeDescriptor| volume.encode().to_vec();
+        let decode = |bytes: &[u8]| VolumeDescriptor::decode(bytes, &CACHE, 3);
+        assert_total_behind_check(0x5343, &volume().encode(), check, encode, decode);
+        let check = |page: &mut [u8]| put_crc(page, TAIL_CRC);
+        let encode = |tail: &Tail| tail.encode().to_vec();
+        let decode = |bytes: &[u8]| Tail::decode(bytes, &CACHE, 5);
+        assert_total_behind_check(0x5343, &tail().encode(), check, encode, decode);
     }
 
     #[test]

@@ -72,7 +72,9 @@ fn check(secret: &Secret, line: &[u8; Witness::SIZE]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{assert_every_flip_is_noticed, assert_golden, assert_total};
+    use super::super::testing::{
+        assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
+    };
     use super::*;
 
     fn secret() -> Secret {
@@ -116,6 +118,17 @@ mod tests {
     #[test]
     fn consecutive_records_use_the_two_lines_in_turn() {
         assert_eq!([1, 2, 3, u64::MAX].map(Witness::line), [1, 0, 1, 1]);
+    }
+
+    #[test]
+    fn nothing_is_believed_for_the_checks_sake() {
+        let rehash = |line: &mut [u8]| {
+            let right = sip(&secret(), &[DOMAIN, &line[8..]]);
+            line[..8].copy_from_slice(&right.to_le_bytes());
+        };
+        let encode = |witness: &Witness| witness.encode(&secret()).to_vec();
+        let decode = |bytes: &[u8]| Witness::decode(bytes, &secret(), 2);
+        assert_total_behind_check(0x5343, &example().encode(&secret()), rehash, encode, decode);
     }
 
     #[test]
