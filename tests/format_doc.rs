@@ -160,8 +160,8 @@ fn the_example_lies_where_it_says() {
         ("in a segment: witness 0", geometry.witness_offset(0).into()),
         ("in a segment: witness 1", geometry.witness_offset(1).into()),
         ("in a segment: liveness words", geometry.liveness_offset().into()),
-        ("in a segment: log_offset", geometry.log_offset().into()),
-        ("in a segment: payload_top", geometry.payload_top().into()),
+        ("in a segment: data_start", geometry.data_start().into()),
+        ("in a segment: data_end", geometry.data_end().into()),
     ];
     assert_eq!(pairs("example"), expected(&values.map(|(name, value)| (name, value.to_string()))));
 }

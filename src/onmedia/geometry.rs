@@ -220,13 +220,13 @@ impl Geometry {
         self.segment_size.div_ceil(512 * 32)
     }
 
-    /// Where a segment's first record may start, from the segment's first byte.
-    pub fn log_offset(&self) -> u32 {
+    /// Where a segment's payload may start, from the segment's first byte.
+    pub fn data_start(&self) -> u32 {
         self.liveness_offset() + (self.liveness_words() * 8).next_multiple_of(PAGE_U32)
     }
 
-    /// One past a segment's last byte of payload, from the segment's first byte.
-    pub fn payload_top(&self) -> u32 {
+    /// Where a segment's first record must end, from the segment's first byte: records grow down.
+    pub fn data_end(&self) -> u32 {
         self.segment_size - 2 * PAGE_U32
     }
 
@@ -350,8 +350,8 @@ mod tests {
             }
             let liveness = u64::from(geometry.liveness_offset());
             all.push((base + liveness, u64::from(geometry.liveness_words()) * 8));
-            let log = u64::from(geometry.log_offset());
-            all.push((base + log, u64::from(geometry.payload_top()) - log));
+            let log = u64::from(geometry.data_start());
+            all.push((base + log, u64::from(geometry.data_end()) - log));
         }
         all.sort_unstable();
         all
@@ -373,7 +373,7 @@ mod tests {
             for (at, len) in all {
                 assert!(at.is_multiple_of(4096) && at + len <= geometry.device_size, "seed {seed:#x}");
             }
-            assert!(geometry.payload_top() - geometry.log_offset() >= 12 << 10, "seed {seed:#x}");
+            assert!(geometry.data_end() - geometry.data_start() >= 12 << 10, "seed {seed:#x}");
             assert!(u64::from(geometry.liveness_words()) * 32 * 512 >= u64::from(size), "seed {seed:#x}");
         }
     }

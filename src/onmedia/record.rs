@@ -7,7 +7,7 @@
 //! 3. *It belongs here and now.* Segment, offset, generation and incarnation are under the check
 //!    and compared with where the bytes were found; left-overs and copies fail that.
 //! 4. *It is harmless.* Every key lies within the volume's address space and the segment's payload,
-//!    above `payload_low`; the record itself ends at or below that.
+//!    below `payload_end`; the record itself begins at or above that.
 //!
 //! `encode_record` asserts 4 before anything reaches the media and allocates nothing but the room
 //! `out` lacks: it is on the write path.
@@ -58,8 +58,8 @@ layout! {
         56 key_count: u32,
         /// Number of checksums. Made by the encoder.
         60 checksum_count: u32,
-        /// The lowest byte of payload in the segment once this record is in.
-        64 payload_low: u32,
+        /// One past the last byte of payload in the segment once this record is in.
+        64 payload_end: u32,
         /// When it was written, milliseconds since 1970 UTC.
         72 time_ms: u64,
         /// The epoch it was announced in.
@@ -155,7 +155,7 @@ pub fn encode_record(
     };
     header.put(head);
     head[..4].copy_from_slice(&RECORD_MAGIC.to_le_bytes());
-    encode_body(keys, checksums, &(header.payload_low..u32::MAX), body);
+    encode_body(keys, checksums, &(0..header.payload_end), body);
     let check = sip_bytes(secret, &out[start..start + len]);
     out[start..][CHECK].copy_from_slice(&check.to_le_bytes());
 }
@@ -202,13 +202,14 @@ pub fn decode_record_into(
     let whole = body.checked(secret, header.check, bytes).map_err(RecordError::Damaged)?;
     judge_belonging(&header, expect).map_err(RecordError::Stale)?;
     judge_place(&header).map_err(RecordError::Damaged)?;
-    let (low, top) = (header.payload_low, geometry.payload_top());
+    let (start, end) = (geometry.data_start(), header.payload_end);
+    let record_end = u64::from(header.offset) + header.padded_len() as u64;
     JUDGE
-        .at_least("offset", geometry.log_offset().into(), header.offset.into())
+        .at_most("offset + len", geometry.data_end().into(), record_end)
         .map_err(RecordError::Damaged)?;
-    JUDGE.at_most("payload_low", top.into(), low.into()).map_err(RecordError::Damaged)?;
+    JUDGE.at_least("payload_end", start.into(), end.into()).map_err(RecordError::Damaged)?;
     record.header = header;
-    body.decode(whole, &(low..top), &mut record.keys, &mut record.checksums)
+    body.decode(whole, &(start..end), &mut record.keys, &mut record.checksums)
 }
 
 /// Whether a whole record was written for the place and life it was found in.
@@ -224,9 +225,8 @@ fn judge_belonging(header: &RecordHeader, expect: &RecordExpect) -> Result<(), C
 fn judge_place(header: &RecordHeader) -> Result<(), Corruption> {
     JUDGE.at_least("sequence", 1, header.sequence)?;
     JUDGE.multiple_of("offset", LOG_ALIGN.into(), header.offset.into())?;
-    JUDGE.multiple_of("payload_low", SECTOR, header.payload_low.into())?;
-    let end = u64::from(header.offset) + header.padded_len() as u64;
-    JUDGE.at_most("offset + len", header.payload_low.into(), end)
+    JUDGE.multiple_of("payload_end", SECTOR, header.payload_end.into())?;
+    JUDGE.at_least("offset", header.payload_end.into(), header.offset.into())
 }
 
 /// Rounds up to where the next record may start.
@@ -316,7 +316,7 @@ mod tests {
     use super::super::{KEY_SECTORS_MAX, KeyKind, VOLUME_SECTORS_MAX};
     use super::*;
 
-    const EXPECT: RecordExpect = RecordExpect { segment: 2, generation: 9, incarnation: 5, offset: 12 << 10 };
+    const EXPECT: RecordExpect = RecordExpect { segment: 2, generation: 9, incarnation: 5, offset: 52 << 10 };
 
     fn secret() -> Secret {
         Secret::new([0xa5; 16])
@@ -334,7 +334,7 @@ mod tests {
             start_counter: 2,
             segment: EXPECT.segment,
             offset: EXPECT.offset,
-            payload_low: 40 << 10,
+            payload_end: 50 << 10,
             time_ms: 1_700_000_000_123,
             epoch: 6,
             ..RecordHeader::default()
@@ -454,10 +454,10 @@ mod tests {
             ("key_count", changed(put(56, 3, 4))),
             ("key_count wild", changed(put(56, u32::MAX.into(), 4))),
             ("checksum_count", changed(put(60, 1, 4))),
-            ("payload_low in the record", changed(put(64, 12 << 10, 4))),
-            ("payload_low unaligned", changed(put(64, (40 << 10) + 1, 4))),
-            ("payload_low above the payload", changed(put(64, 57 << 10, 4))),
-            ("payload below payload_low", changed(put(64, 45 << 10, 4))),
+            ("payload_end in the record", changed(put(64, 54 << 10, 4))),
+            ("payload_end unaligned", changed(put(64, (50 << 10) + 1, 4))),
+            ("payload_end below the data", changed(put(64, 11 << 10, 4))),
+            ("payload beyond payload_end", changed(put(64, 45 << 10, 4))),
             ("first + sectors", changed(put(key, (VOLUME_SECTORS_MAX - 1) | 1 << 48, 8))),
             ("no sectors", changed(put(key + 8, 0, 4))),
             ("other pieces", changed(put(key + 8, 8, 4))),
@@ -502,7 +502,7 @@ mod tests {
             for _ in 0..rng.below(30) {
                 let kind = KeyKind::from_code(1 + rng.below(4) as u8).unwrap();
                 let sectors = 1 + rng.below(20) as u32;
-                let payload = if kind.has_payload() { 80 + rng.below(12) as u32 } else { 0 };
+                let payload = if kind.has_payload() { 60 + rng.below(20) as u32 } else { 0 };
                 let first = rng.below(VOLUME_SECTORS_MAX - 20);
                 keys.push(Key { first, kind, sectors, payload, version: rng.next(), epoch: rng.next() });
             }
@@ -528,8 +528,8 @@ mod tests {
         };
         refused(RecordHeader { sequence: 0, ..header() }, &keys(), &CHECKSUMS);
         refused(RecordHeader { offset: 255, ..header() }, &keys(), &CHECKSUMS);
-        refused(RecordHeader { payload_low: 12 << 10, ..header() }, &keys(), &CHECKSUMS);
-        refused(RecordHeader { payload_low: 45 << 10, ..header() }, &keys(), &CHECKSUMS);
+        refused(RecordHeader { payload_end: 54 << 10, ..header() }, &keys(), &CHECKSUMS);
+        refused(RecordHeader { payload_end: 45 << 10, ..header() }, &keys(), &CHECKSUMS);
         refused(header(), &keys(), &CHECKSUMS[1..]);
         refused(header(), &[Key { sectors: 0, ..keys()[1] }], &[]);
         refused(header(), &[keys()[1]; RECORD_LEN_MAX / Key::SIZE], &[]);
@@ -540,11 +540,11 @@ mod tests {
         assert_golden(
             &encoded(),
             "
-             0000: 50 43 52 43 a8 00 00 00 95 f5 1b 0d c4 d8 4c 1d
+             0000: 50 43 52 43 a8 00 00 00 bd a1 10 bc 89 7a 1f 62
              0010: 05 00 00 00 00 00 00 00 09 00 00 00 00 00 00 00
              0020: 04 00 00 00 00 00 00 00 02 00 00 00 00 00 00 00
-             0030: 02 00 00 00 00 30 00 00 02 00 00 00 02 00 00 00
-             0040: 00 a0 00 00 00 00 00 00 7b 68 e5 cf 8b 01 00 00
+             0030: 02 00 00 00 00 d0 00 00 02 00 00 00 02 00 00 00
+             0040: 00 c8 00 00 00 00 00 00 7b 68 e5 cf 8b 01 00 00
              0050: 06 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00
              0060: 64 00 00 00 00 00 01 00 09 00 00 00 58 00 00 00
              0070: 07 00 00 00 00 00 00 00 06 00 00 00 00 00 00 00

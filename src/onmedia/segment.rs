@@ -61,10 +61,10 @@ layout! {
         56 start_counter: u64,
         /// Sealed: the sequence number of its last record, 0 if it has none.
         64 last_sequence: u64,
-        /// Sealed: one past its last record, padding included.
-        72 log_end: u32,
-        /// Sealed: its lowest byte of payload; the top of the payload if there is none.
-        76 payload_low: u32,
+        /// Sealed: where its last record begins; the end of the data if there is none.
+        72 log_low: u32,
+        /// Sealed: one past its last byte of payload; the start of the data if there is none.
+        76 payload_end: u32,
         /// Sealed: where the summary starts.
         80 summary_offset: u32,
         /// Sealed: bytes of the summary; 0 if there is none.
@@ -117,11 +117,11 @@ impl SegmentHeader {
     /// Judges what only a sealed segment says: log, summary and payload follow each other.
     fn judge_sealed(&self, geometry: &Geometry) -> Result<(), Corruption> {
         let align = u64::from(LOG_ALIGN);
-        let (log_end, low) = (u64::from(self.log_end), u64::from(self.payload_low));
-        JUDGE.at_most("payload_low", geometry.payload_top().into(), low)?;
-        JUDGE.at_least("log_end", geometry.log_offset().into(), log_end)?;
-        JUDGE.at_most("log_end", low, log_end)?;
-        JUDGE.multiple_of("log_end", align, log_end)?;
+        let (log_low, payload_end) = (u64::from(self.log_low), u64::from(self.payload_end));
+        JUDGE.at_least("payload_end", geometry.data_start().into(), payload_end)?;
+        JUDGE.at_most("log_low", geometry.data_end().into(), log_low)?;
+        JUDGE.at_least("log_low", payload_end, log_low)?;
+        JUDGE.multiple_of("log_low", align, log_low)?;
         if self.key_count > 0 {
             JUDGE.at_most("min_epoch", self.max_epoch, self.min_epoch)?;
         }
@@ -129,10 +129,10 @@ impl SegmentHeader {
             return Ok(());
         }
         let (start, len) = (u64::from(self.summary_offset), u64::from(self.summary_len));
-        JUDGE.at_least("summary_offset", log_end, start)?;
+        JUDGE.at_least("summary_offset", payload_end, start)?;
         JUDGE.multiple_of("summary_offset", align, start)?;
         JUDGE.at_least("summary_len", SummaryHeader::SIZE as u64, len)?;
-        JUDGE.at_most("summary_offset + summary_len", low, start + len)
+        JUDGE.at_most("summary_offset + summary_len", log_low, start + len)
     }
 }
 
@@ -167,8 +167,8 @@ mod tests {
             generation: 9,
             start_counter: 2,
             last_sequence: 4,
-            log_end: 16 << 10,
-            payload_low: 40 << 10,
+            log_low: 40 << 10,
+            payload_end: 16 << 10,
             summary_offset: 17 << 10,
             summary_len: 1000,
             key_count: 20,
@@ -207,11 +207,12 @@ mod tests {
     #[test]
     fn a_sealed_header_that_contradicts_itself_is_refused_though_the_crc_holds() {
         for (field, bad) in [
-            ("payload_low", SegmentHeader { payload_low: (56 << 10) + 1, ..example() }),
-            ("payload_low", SegmentHeader { payload_low: u32::MAX, ..example() }),
-            ("log_end", SegmentHeader { log_end: (12 << 10) - 256, ..example() }),
-            ("log_end", SegmentHeader { log_end: (40 << 10) + 256, ..example() }),
-            ("log_end", SegmentHeader { log_end: (16 << 10) + 1, ..example() }),
+            ("payload_end", SegmentHeader { payload_end: (12 << 10) - 1, ..example() }),
+            ("payload_end", SegmentHeader { payload_end: 0, ..example() }),
+            ("log_low", SegmentHeader { payload_end: u32::MAX, ..example() }),
+            ("log_low", SegmentHeader { log_low: (56 << 10) + 256, ..example() }),
+            ("log_low", SegmentHeader { log_low: (16 << 10) - 256, ..example() }),
+            ("log_low", SegmentHeader { log_low: (40 << 10) + 1, ..example() }),
             ("min_epoch", SegmentHeader { min_epoch: 9, ..example() }),
             ("summary_offset", SegmentHeader { summary_offset: 15 << 10, ..example() }),
             ("summary_offset", SegmentHeader { summary_offset: (17 << 10) + 8, ..example() }),
@@ -229,8 +230,8 @@ mod tests {
     fn a_sealed_segment_may_be_empty_or_without_a_summary() {
         let none = SegmentHeader { summary_offset: 0, summary_len: 0, ..example() };
         assert_eq!(decode(&none.encode()), Ok(none));
-        let (log_end, payload_low) = (12 << 10, 56 << 10);
-        let empty = SegmentHeader { log_end, payload_low, key_count: 0, min_epoch: u64::MAX, ..none };
+        let (log_low, payload_end) = (56 << 10, 12 << 10);
+        let empty = SegmentHeader { log_low, payload_end, key_count: 0, min_epoch: u64::MAX, ..none };
         assert_eq!(decode(&empty.encode()), Ok(empty));
     }
 
@@ -256,11 +257,11 @@ mod tests {
         assert_golden(
             &example().encode(),
             "
-             0000: 50 43 53 47 b0 f1 6d 45 03 00 00 00 00 00 00 00
+             0000: 50 43 53 47 86 bc bd 0f 03 00 00 00 00 00 00 00
              0010: 11 11 11 11 11 11 11 11 11 11 11 11 11 11 11 11
              0020: 02 00 00 00 02 00 01 00 05 00 00 00 00 00 00 00
              0030: 09 00 00 00 00 00 00 00 02 00 00 00 00 00 00 00
-             0040: 04 00 00 00 00 00 00 00 00 40 00 00 00 a0 00 00
+             0040: 04 00 00 00 00 00 00 00 00 a0 00 00 00 40 00 00
              0050: 00 44 00 00 e8 03 00 00 14 00 00 00 00 00 00 00
              0060: 00 00 00 00 02 00 00 00 06 00 00 00 00 00 00 00
              0070: 08 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00

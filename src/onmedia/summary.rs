@@ -141,7 +141,7 @@ pub fn decode_summary_into(
     let whole = body.checked(secret, header.check, bytes).map_err(RecordError::Damaged)?;
     judge_belonging(&header, expect).map_err(RecordError::Stale)?;
     summary.header = header;
-    let payload = geometry.log_offset()..geometry.payload_top();
+    let payload = geometry.data_start()..geometry.data_end();
     body.decode(whole, &payload, &mut summary.keys, &mut summary.checksums)
 }
 

@@ -25,8 +25,8 @@ layout! {
         8 generation: u64,
         /// The record's sequence number; 0 for none.
         16 sequence: u64,
-        /// Where that record ended, padding included, from the segment's first byte.
-        24 log_end: u32,
+        /// Where that record begins, from the segment's first byte.
+        24 log_low: u32,
         /// The segment.
         28 segment: u32,
     }
@@ -82,7 +82,7 @@ mod tests {
     }
 
     fn example() -> Witness {
-        Witness { generation: 9, sequence: 4, log_end: 12544, segment: 2 }
+        Witness { generation: 9, sequence: 4, log_low: 12544, segment: 2 }
     }
 
     #[test]
