@@ -204,9 +204,7 @@ pub fn decode_record_into(
     judge_place(&header).map_err(RecordError::Damaged)?;
     let (start, end) = (geometry.data_start(), header.payload_end);
     let record_end = u64::from(header.offset) + header.padded_len() as u64;
-    JUDGE
-        .at_most("offset + len", geometry.data_end().into(), record_end)
-        .map_err(RecordError::Damaged)?;
+    JUDGE.at_most("offset + len", geometry.data_end().into(), record_end).map_err(RecordError::Damaged)?;
     JUDGE.at_least("payload_end", start.into(), end.into()).map_err(RecordError::Damaged)?;
     record.header = header;
     body.decode(whole, &(start..end), &mut record.keys, &mut record.checksums)
