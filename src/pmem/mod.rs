@@ -11,7 +11,14 @@
 //! | `page-cache` | stable: survives the daemon | durable, when it returns `Ok` |
 //! | `volatile` | stable | nothing more |
 
+pub mod guard;
+#[expect(unsafe_code, reason = "assembly")]
+mod routines;
+mod store;
+
 use std::fmt;
+
+pub use store::{LineFlush, NtWidth, StoreMethod, StorePlan};
 
 /// What survives what; found at open, printed, shown in status.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
