@@ -40,6 +40,12 @@ pub(super) enum State {
     Run(Place),
 }
 
+impl State {
+    pub fn is_run(self) -> bool {
+        matches!(self, State::Run(_))
+    }
+}
+
 /// Where something is mapped next.
 pub(super) enum Next {
     /// In this region, by its table.
@@ -87,7 +93,7 @@ impl Directory {
             State::Table { is_dirty } => (true, is_dirty),
             State::Vacant | State::Run(_) => (false, false),
         };
-        let has_run = matches!(from, State::Run(_)) || matches!(to, State::Run(_));
+        let has_run = from.is_run() || to.is_run();
         if !has_run && self.read().mark(region, is_mapped, is_dirty) {
             return;
         }
@@ -128,10 +134,9 @@ impl Directory {
         }
     }
 
-    /// How many runs there are, how many regions they cover, and how many of those are dirty.
-    pub fn runs(&self) -> (u64, u64, u64) {
-        let inner = self.read();
-        (inner.runs.len() as u64, inner.runs.regions(), inner.runs.regions_dirty())
+    /// How many runs there are.
+    pub fn runs(&self) -> u64 {
+        self.read().runs.len() as u64
     }
 
     /// Bytes on the heap, near enough: a B-tree's nodes are two thirds full.

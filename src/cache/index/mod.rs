@@ -32,6 +32,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub use entry::{Extent, POSITION_END, Place};
@@ -40,7 +41,7 @@ pub use map::ExtentMap;
 use self::directory::{Directory, Next, State};
 use self::edit::{Edit, Insert, InsertGaps, MarkCleanIf, MoveIf, Remove, RemoveIf, Verdict};
 use self::entry::push_joined;
-use self::region::{Region, Window};
+use self::region::{Change, Region, Window};
 use self::runs::extent_of;
 use self::table::{Seed, Sums, Table};
 use crate::units::SectorRange;
@@ -207,26 +208,25 @@ impl Index {
 
     /// How many entries and runs are stored.
     pub fn extents(&self) -> u64 {
-        let (runs, ..) = self.directory.runs();
-        runs + self.shards.iter().map(|shard| shard.sums.extents()).sum::<u64>()
+        let entries = Sums::total(self.shards.iter().map(|shard| shard.sums.extents()));
+        self.directory.runs() + entries
     }
 
-    /// How many sectors are mapped.
+    /// How many sectors are mapped. Exact when nobody changes the index meanwhile.
     pub fn mapped_sectors(&self) -> u64 {
-        let (_, regions, _) = self.directory.runs();
-        regions * REGION_SECTORS + self.shards.iter().map(|shard| shard.sums.mapped()).sum::<u64>()
+        Sums::total(self.shards.iter().map(|shard| shard.sums.mapped()))
     }
 
-    /// How many sectors are mapped and not yet on the backing disk.
+    /// How many sectors are mapped and not yet on the backing disk. Exact when nobody changes the
+    /// index meanwhile, and never too low for a region that only changes its representation.
     pub fn dirty_sectors(&self) -> u64 {
-        let (.., regions) = self.directory.runs();
-        regions * REGION_SECTORS + self.shards.iter().map(|shard| shard.sums.dirty()).sum::<u64>()
+        Sums::total(self.shards.iter().map(|shard| shard.sums.dirty()))
     }
 
     /// Bytes of RAM in use, allocator headers included, fragmentation not.
     pub fn memory_bytes(&self) -> u64 {
         let tables: u64 = self.shards.iter().map(|shard| shard.read().memory_bytes()).sum();
-        let entries: u64 = self.shards.iter().map(|shard| shard.sums.heap()).sum();
+        let entries = Sums::total(self.shards.iter().map(|shard| shard.sums.heap()));
         let own = size_of::<Index>() + size_of_val::<[Shard]>(&self.shards);
         own as u64 + tables + entries + self.directory.memory_bytes()
     }
@@ -315,18 +315,21 @@ impl Index {
             if cursor < first
                 && let Some(place) = edit.gap(regions_range(cursor, first))
             {
-                self.directory.set_run(cursor..first, Some(place));
+                self.change_run(cursor..first, None, Some(place));
             }
             match next {
                 Some(Next::Region(region)) if region < end => {
                     let table = &mut tables[region as usize & (self.shards.len() - 1)];
                     self.edit_region(table, region, Window::ALL, edit);
                 }
-                Some(Next::Run(run)) if first < past => match edit.piece(extent_of(first..past, run.place)) {
-                    Verdict::Keep => {}
-                    Verdict::Unmap => self.directory.set_run(first..past, None),
-                    Verdict::Map(place) => self.directory.set_run(first..past, Some(place)),
-                },
+                Some(Next::Run(run)) if first < past => {
+                    let to = match edit.piece(extent_of(first..past, run.place)) {
+                        Verdict::Keep => Some(run.place),
+                        Verdict::Unmap => None,
+                        Verdict::Map(place) => Some(place),
+                    };
+                    self.change_run(first..past, Some(run.place), to);
+                }
                 _ => return end,
             }
             cursor = past;
@@ -338,31 +341,41 @@ impl Index {
     /// in the table, in a run, or nowhere.
     fn edit_region<E: Edit>(&self, table: &mut Table, region: u64, window: Window, edit: &mut E) {
         let base = region * REGION_SECTORS;
-        let sums = &self.shard(region).sums;
         let (scratch, slot) = table.slot(region);
-        if let Some(entries) = slot {
-            let from = entries.state();
-            let Some(change) = entries.edit(base, window, edit, scratch) else { return };
-            sums.add(change);
-            let to = entries.state();
-            if !matches!(to, State::Table { .. }) {
-                sums.add(entries.totals().negated());
-                table.remove(region);
-            }
-            self.directory.settle(region, from, to);
+        let is_in_table = slot.is_some();
+        let mut absent = Region::EMPTY;
+        let entries = slot.unwrap_or_else(|| {
+            absent = self.directory.run_at(region).map_or(Region::EMPTY, Region::whole);
+            &mut absent
+        });
+        let from = entries.state();
+        let Some(mut change) = entries.edit(base, window, edit, scratch) else { return };
+        let to = entries.state();
+        // The entry of a region in a run counts as none of the table's.
+        change.extents += i64::from(from.is_run()) - i64::from(to.is_run());
+        self.shard(region).sums.add(change);
+        match (is_in_table, to) {
+            (false, State::Table { .. }) => table.insert(region, absent),
+            (true, State::Vacant | State::Run(_)) => table.remove(region),
+            _ => {}
+        }
+        self.directory.settle(region, from, to);
+    }
+
+    /// Changes regions without a table from one place to another, with every shard locked.
+    fn change_run(&self, regions: Range<u64>, from: Option<Place>, to: Option<Place>) {
+        if from == to {
             return;
         }
-        let run = self.directory.run_at(region);
-        let from = run.map_or(State::Vacant, State::Run);
-        let mut entries = run.map_or(Region::EMPTY, Region::whole);
-        if entries.edit(base, window, edit, scratch).is_some() {
-            let to = entries.state();
-            if let State::Table { .. } = to {
-                sums.add(entries.totals());
-                table.insert(region, entries);
-            }
-            self.directory.settle(region, from, to);
-        }
+        let sectors = ((regions.end - regions.start) * REGION_SECTORS) as i64;
+        let mapped = |place: Option<Place>| if place.is_some() { sectors } else { 0 };
+        let dirty = |place: Option<Place>| if place.is_some_and(|place| place.dirty) { sectors } else { 0 };
+        self.shard(regions.start).sums.add(Change {
+            mapped: mapped(to) - mapped(from),
+            dirty: dirty(to) - dirty(from),
+            ..Change::default()
+        });
+        self.directory.set_run(regions, to);
     }
 }
 

@@ -41,14 +41,6 @@ pub(super) struct Change {
     pub heap: i64,
 }
 
-impl Change {
-    /// What undoes the change.
-    pub fn negated(self) -> Change {
-        let Change { extents, mapped, dirty, heap } = self;
-        Change { extents: -extents, mapped: -mapped, dirty: -dirty, heap: -heap }
-    }
-}
-
 /// A part of a region, in sectors from its start, not empty.
 #[derive(Clone, Copy)]
 pub(super) struct Window {
@@ -84,16 +76,6 @@ impl Region {
                 State::Run(entry.place())
             }
             _ => State::Table { is_dirty: self.dirty > 0 },
-        }
-    }
-
-    /// What the region adds to the sums of its index.
-    pub fn totals(&self) -> Change {
-        Change {
-            extents: i64::from(self.count),
-            mapped: sectors(self.entries()),
-            dirty: i64::from(self.dirty),
-            heap: self.heap_bytes(),
         }
     }
 
@@ -173,7 +155,7 @@ impl Region {
     }
 
     /// Bytes on the heap, with the allocator's word of header.
-    fn heap_bytes(&self) -> i64 {
+    pub fn heap_bytes(&self) -> i64 {
         match &self.store {
             Store::Inline(_) => 0,
             Store::Heap(slots) => (size_of_val::<[Entry]>(slots) + size_of::<usize>()) as i64,
@@ -191,7 +173,10 @@ impl Region {
         if let Store::Heap(slots) = &mut self.store
             && is_fitting(slots.len(), count_new)
         {
-            slots.copy_within(to..count_old, from + new.len());
+            // An overwrite of one extent by another moves nothing, and must not touch the rest.
+            if to != from + new.len() {
+                slots.copy_within(to..count_old, from + new.len());
+            }
             slots[from..from + new.len()].copy_from_slice(new);
         } else {
             self.store = store_of([&self.entries()[..from], new, &self.entries()[to..]]);

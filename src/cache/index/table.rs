@@ -96,13 +96,21 @@ impl Hasher for RegionHasher {
     }
 }
 
-/// Sums over a shard's table. Written under the shard's write lock only, read by anyone: each is
-/// exact, together they are of no particular moment.
+/// What a shard contributes to an index's sums. Written under the shard's write lock only, read by
+/// anyone.
+///
+/// A change of a region's representation is one addition of the difference, so it cannot be seen
+/// half done. A change of a run over many shards is added to one of them: single sums may wrap below
+/// zero, and only their total means anything.
 #[derive(Default)]
 pub(super) struct Sums {
+    /// Entries in the table.
     extents: AtomicU64,
+    /// Sectors mapped, by the table or by runs.
     mapped: AtomicU64,
+    /// Those of them that are dirty.
     dirty: AtomicU64,
+    /// Bytes the table's regions own.
     heap: AtomicU64,
 }
 
@@ -114,10 +122,16 @@ impl Sums {
             [(&self.extents, extents), (&self.mapped, mapped), (&self.dirty, dirty), (&self.heap, heap)]
         {
             if change != 0 {
-                let value = sum.load(Relaxed).checked_add_signed(change);
-                sum.store(value.expect("sums never go below zero"), Relaxed);
+                sum.store(sum.load(Relaxed).wrapping_add_signed(change), Relaxed);
             }
         }
+    }
+
+    /// The total over all shards. Below zero only for a reader that caught the end of a change and
+    /// not its beginning.
+    pub fn total(sums: impl Iterator<Item = u64>) -> u64 {
+        let total = sums.fold(0, u64::wrapping_add);
+        (total as i64).max(0) as u64
     }
 
     pub fn extents(&self) -> u64 {

@@ -129,6 +129,7 @@ fn a_dirty_sector_is_never_overlooked_while_its_region_changes_its_form() {
             assert_is_sane(&found);
             let sectors: u64 = found.iter().map(|extent| extent.range.len).sum();
             assert_eq!(sectors, whole.range.len, "all of it is dirty: {found:?}");
+            assert_eq!(index.dirty_sectors(), whole.range.len, "the sum never dips");
         }
         writer.join().unwrap();
     });

@@ -213,7 +213,7 @@ impl Pair {
         for region in 0..REGIONS {
             let table = self.index.shard(region).read();
             let state = table.get(region).map(Region::state);
-            heap += table.get(region).map_or(0, |entries| entries.totals().heap) as u64;
+            heap += table.get(region).map_or(0, Region::heap_bytes) as u64;
             let mut is_dirty = false;
             match state {
                 Some(State::Table { is_dirty: dirty }) => {
