@@ -289,7 +289,7 @@ mod x86_64 {
     const PROBE_ROUNDS: usize = 7;
 
     /// Bytes from which a store goes around the cache where nothing demands it. At 1 KiB it takes 0.7
-    /// of the time of a cached one, at 4 KiB half, at 256 bytes the same (benches/copy.rs), and it
+    /// of the time of a cached one, at 4 KiB less than half, at 256 bytes 0.9 (benches/copy.rs), and it
     /// leaves the cache to the index.
     const PLAIN_LARGE_LEN_MIN: usize = 1024;
 
