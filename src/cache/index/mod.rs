@@ -18,7 +18,7 @@
 //! (`tests/footprint.rs`).
 //!
 //! Invariants:
-//! - a stored entry never crosses a region, and what it maps to is linear (see [`entry`](self::entry));
+//! - a stored entry never crosses a region, and what it maps to is linear (see `entry.rs`);
 //! - each operation is atomic per region; across regions it is not, and the engine's stripes order
 //!   what overlaps;
 //! - `replaced`, `removed`, `inserted` and `moved` name exactly the sectors concerned, once each, in
