@@ -4,5 +4,9 @@
 pub mod cli;
 pub mod config;
 pub mod file;
+pub mod log;
+pub mod signals;
+pub mod socket;
 mod suggest;
+mod sys;
 pub mod value;
