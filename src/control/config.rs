@@ -36,9 +36,9 @@ pub enum Mode {
     Writethrough,
     /// A write is done when the disk has it; the cache keeps only what is read
     Writearound,
-    /// Reads are cached, writes are refused
+    /// A write is done when the disk has it; what is cached serves, and nothing is added
     Readonly,
-    /// The cache is not used
+    /// The cache is neither read nor filled
     Passthrough,
 }
 

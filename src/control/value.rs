@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::suggest;
+use crate::units::Bytes;
 
 /// Longest path of a Unix socket in bytes: `sun_path` holds 108 and the last is the NUL.
 pub const SOCKET_PATH_LEN_MAX: usize = 107;
@@ -115,28 +116,6 @@ pub enum ValueError {
 
 fn suggestion(nearest: &Option<String>) -> String {
     nearest.as_ref().map_or(String::new(), |near| format!(": did you mean {near}?"))
-}
-
-/// A number of bytes. Shown in the largest unit that keeps it exact, else with one decimal.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Bytes(pub u64);
-
-const UNITS: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (unit, shift) in UNITS {
-            let one = 1u64 << shift;
-            if self.0 >= one && self.0.is_multiple_of(one) {
-                return f.pad(&format!("{} {unit}", self.0 >> shift));
-            }
-            // A value of many units is readable with a decimal; of few, it goes down a unit first.
-            if self.0 >= 10 * one {
-                return f.pad(&format!("{:.1} {unit}", self.0 as f64 / one as f64));
-            }
-        }
-        f.pad(&format!("{} bytes", self.0))
-    }
 }
 
 impl FromStr for Bytes {
@@ -443,22 +422,6 @@ mod tests {
     fn a_decimal_unit_is_refused_with_the_binary_one() {
         let error = "4GB".parse::<Bytes>().unwrap_err();
         assert_eq!(error.to_string(), "`4GB` has a decimal unit: sizes are in powers of two, write 4GiB");
-    }
-
-    #[test]
-    fn a_size_is_shown_in_the_largest_unit_that_says_enough() {
-        let rows = [
-            (1, "1 bytes"),
-            (512, "512 bytes"),
-            (4096, "4 KiB"),
-            (1 << 30, "1 GiB"),
-            (3 << 29, "1536 MiB"),
-            ((10 << 30) + 1, "10.0 GiB"),
-            ((123 << 20) + 5, "123.0 MiB"),
-        ];
-        for (bytes, text) in rows {
-            assert_eq!(Bytes(bytes).to_string(), text);
-        }
     }
 
     #[test]
