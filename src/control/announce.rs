@@ -69,7 +69,7 @@ pub fn text(caches: &[CacheLine<'_>], volumes: &[VolumeLine<'_>]) -> String {
         );
     }
     for VolumeLine { config, .. } in volumes {
-        if let Some(Endpoint::Socket { path, .. }) = &config.endpoint {
+        if let Endpoint::Socket { path, .. } = &config.endpoint {
             // VMMs are started elsewhere: a relative path would mean something else there.
             let path = std::path::absolute(path.as_path()).unwrap_or_else(|_| path.as_path().into());
             line(&mut out, format_args!("\nattach {} with QEMU:\n{}", config.name, qemu(config, &path)));
@@ -136,12 +136,13 @@ fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::config::{BackingConfig, Sizing};
+    use crate::control::config::BackingConfig;
+    use crate::tools::image::Sizing;
 
     fn volume(name: &str, socket: &str) -> VolumeConfig {
         let endpoint = Endpoint::socket(socket.parse().unwrap(), None, None);
         let backing = BackingConfig { path: "/state/disk.img".into(), raw: false, size: Sizing::AsFound };
-        VolumeConfig::new(name.parse().unwrap(), 0, Some(endpoint), backing)
+        VolumeConfig::new(name.parse().unwrap(), 0, endpoint, backing)
     }
 
     #[test]

@@ -47,9 +47,9 @@ pub enum Verb {
     /// Make an empty cache. The file is created if there is none
     Format(FormatArgs),
     /// Verify a whole cache. Never writes; the exit status says clean, damaged, or not ours
-    Check(InspectArgs),
+    Check(CheckArgs),
     /// Print what the cache's metadata says. Never writes
-    Dump(InspectArgs),
+    Dump(DumpArgs),
     /// Bring all dirty data to the backing disks and leave the cache clean
     Drain(DrainArgs),
 }
@@ -163,7 +163,7 @@ pub struct VolumeArgs {
     /// Whether a discard also frees space on the backing disk [default: pass]
     #[arg(long, value_name = "POLICY", value_enum)]
     pub discard: Option<Discard>,
-    /// How long an idle queue looks for work before it sleeps, in microseconds [default: 20]
+    /// How long an idle queue looks for work before it sleeps, in microseconds [default: 32]
     #[arg(long, value_name = "MICROSECONDS", value_parser = value::poll_us)]
     pub poll_us: Option<u32>,
 }
@@ -194,9 +194,9 @@ pub struct FormatArgs {
     pub log_level: LogLevel,
 }
 
-/// Options of `check` and `dump`.
+/// Options of `check`.
 #[derive(Args, Debug)]
-pub struct InspectArgs {
+pub struct CheckArgs {
     /// Cache to read [default: cache.img in the state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     pub cache: Option<PathBuf>,
@@ -208,34 +208,51 @@ pub struct InspectArgs {
     pub log_level: LogLevel,
 }
 
+/// Options of `dump`.
+#[derive(Args, Debug)]
+pub struct DumpArgs {
+    /// Cache to read [default: cache.img in the state directory]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub cache: Option<PathBuf>,
+    /// Also print every key of every segment
+    #[arg(long)]
+    pub keys: bool,
+    /// Where the default cache is
+    #[arg(long, value_name = "DIR", value_parser = path_parser())]
+    pub state_dir: Option<PathBuf>,
+    /// Least important events to log
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
 /// Options of `drain`.
 #[derive(Args, Debug)]
 pub struct DrainArgs {
-    /// Drain every volume of this configuration file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["cache", "backing", "name", "state_dir"])]
+    /// Drain the caches of this configuration file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["cache", "backing", "state_dir"])]
     pub config: Option<PathBuf>,
     /// Cache to drain [default: cache.img in the state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
     pub cache: Option<PathBuf>,
-    /// Backing disk of the volume [default: disk.img in the state directory]
+    /// Drain this volume only
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<Name>,
+    /// Backing disk of the volume [default: where it was when last served]
     #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser())]
     pub backing: Option<PathBuf>,
     /// Take the backing disk as raw, even if it looks like another image format
     #[arg(long, value_name = "FORMAT", value_enum)]
     pub backing_format: Option<BackingFormat>,
-    /// The volume [default: disk0; with --config all of them]
-    #[arg(long, value_name = "NAME")]
-    pub name: Option<Name>,
     /// Treat a cache in RAM as if it were persistent: for tests and benchmarks only
     #[arg(long)]
     pub assume_dax: bool,
     /// Drain although the backing disk is not the one the cache belongs to
-    #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
-    pub force_identity: Vec<String>,
+    #[arg(long)]
+    pub force_identity: bool,
     /// Drain a damaged volume: what the cache lost stays lost
-    #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
-    pub accept_loss: Vec<String>,
-    /// Where the default cache and disk are
+    #[arg(long)]
+    pub accept_loss: bool,
+    /// Where the default cache is
     #[arg(long, value_name = "DIR", value_parser = path_parser())]
     pub state_dir: Option<PathBuf>,
     /// Least important events to log
@@ -264,7 +281,8 @@ impl Cli {
         match &self.verb {
             None => self.serve.log_level,
             Some(Verb::Format(args)) => args.log_level,
-            Some(Verb::Check(args) | Verb::Dump(args)) => args.log_level,
+            Some(Verb::Check(args)) => args.log_level,
+            Some(Verb::Dump(args)) => args.log_level,
             Some(Verb::Drain(args)) => args.log_level,
         }
     }

@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
-use super::cli::{DrainArgs, ServeArgs};
+use super::cli::ServeArgs;
 use super::suggest;
 use super::value::{Name, Serial, SocketPath};
+use crate::tools::image::Sizing;
 
 /// Size of the embedded default's cache.
 pub const DEFAULT_CACHE_SIZE: u64 = 1 << 30;
@@ -22,7 +23,7 @@ pub const DEFAULT_QUEUES: u16 = 256;
 /// Largest ring unless told: what Firecracker and crosvm use; QEMU and Cloud Hypervisor use 128.
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Busy-wait unless told: about one round trip of a guest's vCPU, so that depth 1 seldom sleeps.
-pub const DEFAULT_POLL_US: u32 = 20;
+pub const DEFAULT_POLL_US: u32 = 32;
 /// Name of the volume, and of the cache, when there is only one and it was given none.
 pub const DEFAULT_VOLUME: &str = "disk0";
 
@@ -67,35 +68,6 @@ pub enum Discard {
 pub enum BackingFormat {
     /// Byte for byte, whatever it looks like
     Raw,
-}
-
-/// How large something is, or is to be made.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Sizing {
-    /// It must exist.
-    AsFound,
-    /// It is made this large if it does not exist.
-    AsFoundOr(u64),
-    /// It is made this large if it does not exist, and must be this large if it does.
-    Exactly(u64),
-}
-
-impl Sizing {
-    fn of(asked: Option<u64>, default: Option<u64>) -> Self {
-        match (asked, default) {
-            (Some(size), _) => Sizing::Exactly(size),
-            (None, Some(size)) => Sizing::AsFoundOr(size),
-            (None, None) => Sizing::AsFound,
-        }
-    }
-
-    /// The size to create with, if creating is allowed.
-    pub fn to_create(self) -> Option<u64> {
-        match self {
-            Sizing::AsFound => None,
-            Sizing::AsFoundOr(size) | Sizing::Exactly(size) => Some(size),
-        }
-    }
 }
 
 /// One cache.
@@ -157,8 +129,8 @@ pub struct VolumeConfig {
     pub name: Name,
     /// Index of its cache in [`Config::caches`].
     pub cache: usize,
-    /// Where a front end finds it; `None` when it is only drained.
-    pub endpoint: Option<Endpoint>,
+    /// Where a front end finds it.
+    pub endpoint: Endpoint,
     /// The disk behind it.
     pub backing: BackingConfig,
     /// Queues offered.
@@ -189,7 +161,7 @@ pub struct VolumeConfig {
 
 impl VolumeConfig {
     /// A volume with every choice at its default.
-    pub fn new(name: Name, cache: usize, endpoint: Option<Endpoint>, backing: BackingConfig) -> Self {
+    pub fn new(name: Name, cache: usize, endpoint: Endpoint, backing: BackingConfig) -> Self {
         let serial = Serial::of(&name);
         Self {
             name,
@@ -371,7 +343,7 @@ impl Config {
             size: Sizing::of(volume.backing_size, disk_default),
         };
         let name = volume.name.clone().unwrap_or_else(default_name);
-        let mut config = VolumeConfig::new(name, 0, Some(endpoint), backing);
+        let mut config = VolumeConfig::new(name, 0, endpoint, backing);
         config.queues = volume.queues.unwrap_or(config.queues);
         config.queue_size = volume.queue_size.unwrap_or(config.queue_size);
         config.mode = volume.cache_mode.unwrap_or(config.mode);
@@ -385,34 +357,6 @@ impl Config {
         let consents =
             Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
         Self::new(vec![cache], vec![config], &consents)
-    }
-
-    /// What `drain` without `--config` works on.
-    ///
-    /// # Errors
-    /// What is missing or does not fit together.
-    pub fn for_drain(args: &DrainArgs, default_state_dir: Option<PathBuf>) -> Result<Self, ConfigError> {
-        if args.cache.is_some() && args.backing.is_none() {
-            return Err(ConfigError::CacheWithoutBacking);
-        }
-        let state = StateDir::new(args.state_dir.clone(), default_state_dir);
-        let cache = CacheConfig {
-            name: default_name(),
-            path: state.or_in(args.cache.as_ref(), CACHE_FILE)?,
-            size: Sizing::AsFound,
-            segment_size: None,
-            assume_dax: args.assume_dax,
-            allow_volatile: true,
-        };
-        let backing = BackingConfig {
-            path: state.or_in(args.backing.as_ref(), DISK_FILE)?,
-            raw: args.backing_format == Some(BackingFormat::Raw),
-            size: Sizing::AsFound,
-        };
-        let name = args.name.clone().unwrap_or_else(default_name);
-        let consents =
-            Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
-        Self::new(vec![cache], vec![VolumeConfig::new(name, 0, None, backing)], &consents)
     }
 
     /// The caches.
@@ -498,7 +442,7 @@ fn refuse_shared_volumes(volumes: &[VolumeConfig]) -> Result<(), ConfigError> {
             ("name", PathBuf::from(volume.name.as_str())),
             ("backing disk", canonical(&volume.backing.path)),
         ];
-        if let Some(Endpoint::Socket { path, .. }) = &volume.endpoint {
+        if let Endpoint::Socket { path, .. } = &volume.endpoint {
             traits.push(("socket", canonical(path.as_path())));
         }
         for (what, value) in traits {
@@ -545,7 +489,7 @@ fn consents_for(
 
 #[cfg(test)]
 mod tests {
-    use super::super::cli::{Cli, Verb};
+    use super::super::cli::Cli;
     use super::*;
     use clap::Parser;
 
@@ -569,10 +513,10 @@ mod tests {
             (volume.mode, volume.order, volume.discard),
             (Mode::Writeback, Order::Strict, Discard::Pass)
         );
-        assert_eq!((volume.queues, volume.queue_size, volume.poll_us), (256, 256, 20));
+        assert_eq!((volume.queues, volume.queue_size, volume.poll_us), (256, 256, 32));
         assert_eq!(&volume.serial.bytes()[..6], b"disk0\0");
         let path = "/run/s".parse().unwrap();
-        assert_eq!(volume.endpoint, Some(Endpoint::Socket { path, mode: 0o600, group: None }));
+        assert_eq!(volume.endpoint, Endpoint::Socket { path, mode: 0o600, group: None });
         assert!(!volume.read_only && !volume.data_crc && !volume.force_identity && !volume.accept_loss);
     }
 
@@ -598,7 +542,7 @@ mod tests {
         let volume = VolumeConfig {
             name: "web".parse().unwrap(),
             cache: 0,
-            endpoint: Some(Endpoint::Socket { path, mode: 0o660, group: Some("kvm".into()) }),
+            endpoint: Endpoint::Socket { path, mode: 0o660, group: Some("kvm".into()) },
             backing: BackingConfig { path: "/b".into(), raw: true, size: Sizing::Exactly(8 << 30) },
             queues: 4,
             queue_size: 64,
@@ -648,7 +592,7 @@ mod tests {
         let config = serve("pcache-vhost --fd 3 --blk-file /disk --read-only").unwrap();
         assert_eq!(config.caches()[0].path, Path::new("/state/cache.img"));
         assert_eq!(config.volumes()[0].backing.size, Sizing::AsFound);
-        assert_eq!(config.volumes()[0].endpoint, Some(Endpoint::Inherited(3)));
+        assert_eq!(config.volumes()[0].endpoint, Endpoint::Inherited(3));
     }
 
     #[test]
@@ -669,29 +613,12 @@ mod tests {
     }
 
     #[test]
-    fn drain_takes_what_exists_and_creates_nothing() {
-        let drain = |line: &str| match Cli::try_parse_from(line.split_whitespace()).unwrap().verb {
-            Some(Verb::Drain(args)) => Config::for_drain(&args, Some("/state".into())),
-            verb => panic!("{verb:?}"),
-        };
-        let config = drain("pcache-vhost drain --cache /c --backing /b --name web --accept-loss").unwrap();
-        assert_eq!(
-            (config.caches()[0].size, config.volumes()[0].backing.size),
-            (Sizing::AsFound, Sizing::AsFound)
-        );
-        assert_eq!(config.volumes()[0].name.as_str(), "web");
-        assert!(config.volumes()[0].accept_loss && config.volumes()[0].endpoint.is_none());
-        assert_eq!(drain("pcache-vhost drain").unwrap().caches()[0].path, Path::new("/state/cache.img"));
-        assert_eq!(drain("pcache-vhost drain --cache /c"), Err(ConfigError::CacheWithoutBacking));
-    }
-
-    #[test]
     fn volumes_may_not_share_a_name_a_socket_or_a_disk() {
         let cache = serve("pcache-vhost --socket /s").unwrap().caches()[0].clone();
         let volume = |name: &str, socket: &str, disk: &str| {
             let endpoint = Endpoint::socket(socket.parse().unwrap(), None, None);
             let backing = BackingConfig { path: disk.into(), raw: false, size: Sizing::AsFound };
-            VolumeConfig::new(name.parse().unwrap(), 0, Some(endpoint), backing)
+            VolumeConfig::new(name.parse().unwrap(), 0, endpoint, backing)
         };
         let new = |volumes| Config::new(vec![cache.clone()], volumes, &Consents::default());
         assert!(new(vec![volume("a", "/1", "/x"), volume("b", "/2", "/y")]).is_ok());
@@ -716,7 +643,7 @@ mod tests {
             .map(|name| {
                 let backing =
                     BackingConfig { path: format!("/{name}").into(), raw: false, size: Sizing::AsFound };
-                VolumeConfig::new(name.parse().unwrap(), 0, None, backing)
+                VolumeConfig::new(name.parse().unwrap(), 0, Endpoint::Inherited(3), backing)
             })
             .into();
         let new = |force: &str| {

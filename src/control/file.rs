@@ -11,10 +11,11 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::config::{
-    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, Endpoint, Sizing, VolumeConfig,
+    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, Endpoint, VolumeConfig,
 };
 use super::suggest;
 use super::value::{self, Name, ValueError};
+use crate::tools::image::Sizing;
 
 /// Why a file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -187,8 +188,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let endpoint = Endpoint::socket(path, socket_mode, socket_group);
     let raw = format == Some(BackingFormat::Raw);
     let size = backing_size.map_or(Sizing::AsFound, Sizing::Exactly);
-    let mut volume =
-        VolumeConfig::new(name, cache, Some(endpoint), BackingConfig { path: backing, raw, size });
+    let mut volume = VolumeConfig::new(name, cache, endpoint, BackingConfig { path: backing, raw, size });
     volume.queues = queues.unwrap_or(volume.queues);
     volume.queue_size = queue_size.unwrap_or(volume.queue_size);
     volume.mode = mode.unwrap_or(volume.mode);
@@ -397,7 +397,7 @@ backing = "/dev/vg/db"
         let web = &config.volumes()[0];
         let endpoint =
             Endpoint::socket("/run/pcache/web.sock".parse().unwrap(), Some(0o640), Some("kvm".into()));
-        assert_eq!(web.endpoint, Some(endpoint));
+        assert_eq!(web.endpoint, endpoint);
         let backing = BackingConfig { path: "/dev/vg/web".into(), raw: true, size: Sizing::Exactly(8 << 30) };
         assert_eq!(web.backing, backing);
         assert_eq!((web.queues, web.queue_size, web.poll_us), (4, 64, 16));
@@ -407,7 +407,7 @@ backing = "/dev/vg/db"
         let db = &config.volumes()[1];
         let endpoint = Endpoint::socket("/run/pcache/db.sock".parse().unwrap(), None, None);
         let backing = BackingConfig { path: "/dev/vg/db".into(), raw: false, size: Sizing::AsFound };
-        assert_eq!(*db, VolumeConfig::new("db".parse().unwrap(), 0, Some(endpoint), backing));
+        assert_eq!(*db, VolumeConfig::new("db".parse().unwrap(), 0, endpoint, backing));
     }
 
     #[test]

@@ -347,6 +347,12 @@ impl Serial {
         Self::padded(&text[..text.len().min(SERIAL_LEN_MAX)])
     }
 
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        let len = self.0.iter().position(|&byte| byte == 0).unwrap_or(SERIAL_LEN_MAX);
+        std::str::from_utf8(&self.0[..len]).expect("a serial is ASCII")
+    }
+
     /// The answer, NUL-padded.
     pub fn bytes(&self) -> [u8; SERIAL_LEN_MAX] {
         self.0
@@ -504,11 +510,11 @@ mod tests {
     #[test]
     fn a_serial_is_padded_and_defaults_to_the_name() {
         let serial: Serial = "S1".parse().unwrap();
-        assert_eq!(&serial.bytes()[..3], b"S1\0");
+        assert_eq!((&serial.bytes()[..3], serial.as_str()), (&b"S1\0"[..], "S1"));
         for text in ["", "123456789012345678901", "tab\t", "ü"] {
             assert!(text.parse::<Serial>().is_err(), "{text}");
         }
         let name: Name = "a-name-longer-than-a-serial".parse().unwrap();
-        assert_eq!(&Serial::of(&name).bytes(), b"a-name-longer-than-a");
+        assert_eq!(Serial::of(&name).as_str(), "a-name-longer-than-a");
     }
 }
