@@ -159,3 +159,134 @@ fn a_quiet_model_keeps_one_number_per_sector() {
     model.check(0, &bytes).unwrap();
     assert!(model.is_settled());
 }
+
+/// What the dumb disk is doing.
+enum Running {
+    Write { writing: client::model::Writing, bytes: Vec<u8>, applied: Vec<bool> },
+    Read { reading: client::model::Reading, got: Vec<Option<Vec<u8>>> },
+}
+
+/// Eight sectors of memory that run overlapping requests sector by sector in any order, and run what
+/// has not been completed again after a "kill".
+struct DumbDisk {
+    model: Model,
+    sectors: Vec<Vec<u8>>,
+    running: Vec<Running>,
+    history: Vec<Vec<Vec<u8>>>,
+    rng: client::Rng,
+}
+
+impl DumbDisk {
+    fn new(seed: u64) -> Self {
+        let zeros = || vec![vec![0; SECTOR]; 8];
+        let history = (0..8).map(|_| vec![vec![0; SECTOR]]).collect();
+        Self {
+            model: Model::new(8, seed),
+            sectors: zeros(),
+            running: vec![],
+            history,
+            rng: client::Rng::new(seed),
+        }
+    }
+
+    fn begin(&mut self) {
+        let sector = self.rng.below(8);
+        let count = self.rng.between(1, 8 - sector);
+        let running = match self.rng.below(5) {
+            0..2 => Running::Read {
+                reading: self.model.begin_read(sector, count),
+                got: vec![None; count as usize],
+            },
+            2 => Running::Write {
+                writing: self.model.begin_zeroes(sector, count),
+                bytes: vec![0; count as usize * SECTOR],
+                applied: vec![false; count as usize],
+            },
+            _ => {
+                let (writing, bytes) = self.model.begin_write(sector, count);
+                for (i, content) in bytes.chunks(SECTOR).enumerate() {
+                    self.history[sector as usize + i].push(content.to_vec());
+                }
+                Running::Write { writing, bytes, applied: vec![false; count as usize] }
+            }
+        };
+        self.running.push(running);
+    }
+
+    /// Runs one sector of one request.
+    fn step(&mut self, which: usize) {
+        match &mut self.running[which] {
+            Running::Write { writing, bytes, applied } => {
+                let i = self.rng.below(writing.sectors) as usize;
+                if !std::mem::replace(&mut applied[i], true) {
+                    self.sectors[writing.sector as usize + i] = bytes[i * SECTOR..][..SECTOR].to_vec();
+                }
+            }
+            Running::Read { reading, got } => {
+                let i = self.rng.below(reading.sectors) as usize;
+                got[i].get_or_insert_with(|| self.sectors[reading.sector as usize + i].clone());
+            }
+        }
+    }
+
+    /// Completes a request that has run whole.
+    fn complete(&mut self, which: usize) {
+        let whole = match &self.running[which] {
+            Running::Write { applied, .. } => applied.iter().all(|done| *done),
+            Running::Read { got, .. } => got.iter().all(Option::is_some),
+        };
+        if !whole {
+            return;
+        }
+        match self.running.swap_remove(which) {
+            Running::Write { writing, .. } => self.model.end_write(writing, true),
+            Running::Read { reading, got } => {
+                let bytes: Vec<u8> = got.into_iter().flatten().flatten().collect();
+                self.model.end_read(reading, &bytes).unwrap();
+            }
+        }
+    }
+
+    /// Everything in flight starts over.
+    fn kill(&mut self) {
+        for running in &mut self.running {
+            match running {
+                Running::Write { applied, .. } => applied.fill(false),
+                Running::Read { got, .. } => got.fill(None),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_does_nothing_wrong_is_never_accused_and_any_older_content_is() {
+    let seed = client::Rng::seed_from_env("PCACHE_SEED");
+    eprintln!("PCACHE_SEED={seed}");
+    for round in 0..200 {
+        let mut disk = DumbDisk::new(seed.wrapping_add(round));
+        for _ in 0..400 {
+            match disk.rng.below(40) {
+                0 => disk.kill(),
+                1..6 if disk.running.len() < 6 => disk.begin(),
+                roll if !disk.running.is_empty() => {
+                    let which = disk.rng.below(disk.running.len() as u64) as usize;
+                    if roll < 32 { disk.step(which) } else { disk.complete(which) }
+                }
+                _ => {}
+            }
+        }
+        while !disk.running.is_empty() {
+            disk.step(0);
+            disk.complete(0);
+        }
+        for sector in 0..8 {
+            let now = disk.sectors[sector].clone();
+            disk.model.check(sector as u64, &now).unwrap();
+            for older in disk.history[sector].iter().filter(|content| **content != now) {
+                assert!(disk.model.check(sector as u64, older).is_err(), "round {round} sector {sector}");
+            }
+            disk.model.check(sector as u64, &now).unwrap();
+        }
+        assert!(disk.model.is_settled());
+    }
+}

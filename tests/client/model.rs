@@ -214,10 +214,12 @@ impl Model {
         let busy = self.busy.get_mut(&sector).expect("only busy sectors settle");
         let first = busy.reads.iter().min().copied().unwrap_or(NEVER);
         busy.candidates.retain(|c| c.dropped == NEVER || c.dropped > first);
-        if let ([only], true) = (busy.candidates.as_slice(), busy.reads.is_empty())
-            && only.ended != NEVER
-        {
-            self.settled[sector as usize] = only.content;
+        let Some(content) = busy.candidates.first().map(|c| c.content) else {
+            unreachable!("the last candidate is never dropped");
+        };
+        let alike = busy.candidates.iter().all(|c| c.content == content && c.ended != NEVER);
+        if alike && busy.reads.is_empty() {
+            self.settled[sector as usize] = content;
             self.busy.remove(&sector);
         }
     }
@@ -242,19 +244,15 @@ impl Busy {
     /// Accounts for a read that began at `began` and returned `content`.
     fn observe(&mut self, content: Version, began: Moment, now: Moment) -> Result<(), String> {
         let legal = |c: &&Candidate| c.content == content && c.dropped > began;
-        let mut seen = self.candidates.iter().filter(legal);
-        let Some(one) = seen.next().copied() else {
+        // Zeros do not say who wrote them: then the earliest that may have is all that is certain.
+        let Some(first) = self.candidates.iter().filter(legal).map(|c| c.began).min() else {
             let allowed: Vec<_> =
                 self.candidates.iter().filter(|c| c.dropped > began).map(Candidate::describe).collect();
             return Err(format!("holds {}, allowed: {}", name(content), allowed.join(", ")));
         };
-        // Zeros do not say who wrote them, and one already overwritten says nothing about the rest.
-        if seen.next().is_some() || one.dropped != NEVER {
-            return Ok(());
-        }
-        self.drop_ended_before(one.began, now);
-        for other in self.candidates.iter_mut() {
-            if other.began != one.began && other.ended < began && other.dropped == NEVER {
+        self.drop_ended_before(first, now);
+        for other in &mut self.candidates {
+            if other.content != content && other.ended < began && other.dropped == NEVER {
                 other.dropped = now;
             }
         }
