@@ -176,9 +176,9 @@ fn bad_rest(memory: &Memory) -> Vec<Bad> {
         bad("protocol features never offered", Req::SetProtocolFeatures, longs(&[u64::MAX]), &[]),
         bad("an in-flight region without file", Req::SetInflightFd, inflight(4096, 0, 1, 16), &[]),
         bad(
-            "an in-flight region longer than its file",
+            "an in-flight region that runs out of its file",
             Req::SetInflightFd,
-            inflight(len + 1, 0, 1, 16),
+            inflight(4096, len - 64, 1, 16),
             &[fd],
         ),
         bad(
