@@ -363,3 +363,135 @@ fn an_in_flight_region_full_of_noise_is_survived() {
         daemon.assert_alive();
     }
 }
+
+/// A message that may be right, nearly right, or wrong; numbers are such that they often fit together.
+fn random_message(rng: &mut client::Rng, memory: &Memory, queues: &[Queue]) -> (u32, Vec<u8>, Vec<RawFd>) {
+    const KNOWN: [Req; 25] = [
+        Req::GetFeatures,
+        Req::SetFeatures,
+        Req::SetOwner,
+        Req::ResetOwner,
+        Req::SetMemTable,
+        Req::SetLogBase,
+        Req::SetVringNum,
+        Req::SetVringAddr,
+        Req::SetVringBase,
+        Req::GetVringBase,
+        Req::SetVringKick,
+        Req::SetVringCall,
+        Req::SetVringErr,
+        Req::GetProtocolFeatures,
+        Req::SetProtocolFeatures,
+        Req::GetQueueNum,
+        Req::SetVringEnable,
+        Req::GetConfig,
+        Req::SetConfig,
+        Req::GetInflightFd,
+        Req::SetInflightFd,
+        Req::ResetDevice,
+        Req::GetMaxMemSlots,
+        Req::AddMemReg,
+        Req::RemMemReg,
+    ];
+    const RING: [Req; 8] = [
+        Req::SetVringNum,
+        Req::SetVringAddr,
+        Req::SetVringBase,
+        Req::GetVringBase,
+        Req::SetVringKick,
+        Req::SetVringCall,
+        Req::SetVringEnable,
+        Req::SetVringEnable,
+    ];
+    let choice: &[Req] = if rng.chance(80) { &RING } else { &KNOWN };
+    let request = choice[rng.below(choice.len() as u64) as usize];
+    let queue = &queues[rng.below(2) as usize];
+    let index = if rng.chance(99) { queue.index } else { rng.below(300) as u16 };
+    let region = memory.regions()[rng.below(2) as usize];
+    let number = [0, 1, 1, 1, 16, 16, 16, 16, 17, 1 << 20][rng.below(10) as usize];
+    let memfd = memory.file().as_raw_fd();
+    let event = queue.kick.as_raw_fd();
+    let features = feature::VERSION_1 | feature::PROTOCOL_FEATURES | (u64::from(number & 1) << 29);
+    let (mut body, mut fds) = match request {
+        Req::SetFeatures => (longs(&[features]), vec![]),
+        Req::SetProtocolFeatures => (longs(&[0x9209 | rng.below(2) << 3]), vec![]),
+        Req::SetMemTable => (table(memory.regions()), vec![memfd; 2]),
+        Req::AddMemReg => (single(region), vec![memfd]),
+        Req::RemMemReg => (single(region), vec![]),
+        Req::SetVringAddr => (ring_addresses(memory, queue, 0), vec![]),
+        Req::SetVringNum | Req::SetVringBase | Req::GetVringBase | Req::SetVringEnable => {
+            (vring_state(index, number), vec![])
+        }
+        Req::SetVringKick | Req::SetVringCall | Req::SetVringErr => (longs(&[u64::from(index)]), vec![event]),
+        Req::GetConfig => ([words(&[0, 60, 0]), vec![0; 60]].concat(), vec![]),
+        Req::SetConfig => ([words(&[32, 1, 0]), vec![1]].concat(), vec![]),
+        Req::GetInflightFd => (inflight(0, 0, 2, 16), vec![]),
+        Req::SetInflightFd => (inflight(4096, 0, 2, 16), vec![memfd]),
+        _ => (vec![], vec![]),
+    };
+    if rng.chance(2) && !body.is_empty() {
+        let at = rng.below(body.len() as u64) as usize;
+        body[at] = rng.next_u64() as u8;
+    }
+    if rng.chance(1) {
+        body.truncate(rng.below(body.len() as u64 + 1) as usize);
+    }
+    if rng.chance(1) {
+        fds = vec![event; rng.below(4) as usize];
+    }
+    (request as u32, body, fds)
+}
+
+#[test]
+fn messages_in_any_order_leave_a_whole_server() {
+    let seed = client::Rng::seed_from_env("PCACHE_SEED");
+    eprintln!("PCACHE_SEED={seed}");
+    let mut rng = client::Rng::new(seed);
+    let (_workspace, mut daemon) = server(2);
+    let memory = Arc::new(Memory::new(4 * MIB, 2));
+    memory.seal();
+    let (mut open, mut served) = (None, 0);
+    for round in 0..300 {
+        // A third begins as strangers, a third after the greeting, a third with rings that run.
+        let wire = if round % 3 == 0 { Wire::connect(daemon.socket(), PATIENCE) } else { greeted(&daemon) };
+        let mut queues = queues_in(&memory, 2, 16);
+        if round % 3 == 2 {
+            memory.set_table(&wire);
+            for queue in &queues {
+                set_up_ring(&wire, &memory, queue, 0);
+                wire.set_vring(Req::SetVringEnable, queue.index, 1);
+            }
+        }
+        let flush = client::Request::flush();
+        for queue in &mut queues {
+            for tag in 0..3 {
+                assert!(queue.submit(tag, &flush, &client::Layout::plain(&flush)));
+            }
+            queue.publish();
+        }
+        for _ in 0..rng.between(1, 60) {
+            let (request, body, fds) = random_message(&mut rng, &memory, &queues);
+            let flags = if rng.chance(50) { client::wire::NEED_REPLY } else { 0 };
+            if wire.send_raw(request, 1 | flags, &body, &fds).is_err() {
+                break;
+            }
+            if rng.chance(30) {
+                queues.iter_mut().for_each(Queue::kick);
+            }
+            wire.drain();
+        }
+        wire.finish();
+        wire.wait_closed();
+        served += queues.iter().filter(|queue| queue.used_index() != 0).count();
+        if round % 10 == 0 {
+            let mut client = Client::connect(daemon.socket(), options(2));
+            client.assert_works(0, 1);
+            client.assert_works(1, 2);
+            let count = daemon.open_files();
+            assert_eq!(*open.get_or_insert(count), count, "round {round} left descriptors open");
+        }
+        daemon.assert_alive();
+    }
+    eprintln!("{served} rings served requests");
+    assert!(served > 0, "no ring ever ran: the test has lost its teeth");
+}

@@ -323,6 +323,11 @@ impl Queue {
         at
     }
 
+    /// Takes back what [`Queue::alloc`] gave.
+    pub fn free_raw(&mut self, at: u64, len: u64) {
+        self.arena.free(at, len);
+    }
+
     /// Publishes what was submitted, and kicks if the device asks for it.
     pub fn publish(&mut self) {
         let old = self.published;
