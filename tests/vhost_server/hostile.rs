@@ -323,3 +323,63 @@ fn an_area_full_of_noise_is_survived() {
     }
     still_serves(&server);
 }
+
+#[test]
+fn memory_truncated_under_a_request_fails_that_request() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let mut ring = frontend.start_ring(0, 64);
+    // A file of a file system: it cannot be sealed.
+    let other = memory_file(0x1_0000);
+    frontend.must(ADD_MEM_REG, &single_region_body(MEMORY, 0x1_0000, USER + MEMORY, 0), &[other.as_raw_fd()]);
+    let mut request = |kind, writable| {
+        let head = ring.build(0, kind, 0, &[0; 512], if writable { 512 } else { 0 });
+        let flags = if writable { NEXT | WRITE } else { NEXT };
+        ring.describe(head + 1, MEMORY + 0x8000, 512, flags, head + 2);
+        ring.offer(head);
+        ring.kick();
+        ring.wait();
+        ring.get(ring.slot_at(0) + 32, 1)[0]
+    };
+    assert_eq!((request(OUT, false), request(IN, true)), (0, 0));
+    other.set_len(0x1000).unwrap();
+    assert_eq!((request(OUT, false), request(IN, true)), (1, 1));
+    assert_eq!(ring.run(OUT, 0, &[1; 512], 0).status, 0);
+    assert!(ring.err.read().is_err());
+    assert_eq!(frontend.vring_base(0), 5);
+}
+
+#[test]
+fn a_ring_truncated_away_breaks_and_everything_else_goes_on() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let mut good = frontend.start_ring(0, 64);
+    // The second ring lies in the last quarter, which goes.
+    let mut bad = Ring::new(&frontend, 7, 64);
+    bad.index = 1;
+    let part = memory_file(0x8_0000);
+    let region = single_region_body(MEMORY, 0x8_0000, USER + MEMORY, 0);
+    frontend.must(ADD_MEM_REG, &region, &[part.as_raw_fd()]);
+    bad.set_up(&frontend, 0);
+    let mut body = state_body(1, 0);
+    for at in [0, 0x6000, 0x5000, 0] {
+        body.extend((USER + MEMORY + at).to_ne_bytes());
+    }
+    frontend.must(SET_VRING_ADDR, &body, &[]);
+    frontend.must(SET_VRING_ENABLE, &state_body(1, 1), &[]);
+    assert!(bad.err.read().is_err());
+    part.set_len(0).unwrap();
+    bad.kick();
+    assert_eq!(wait_event(&bad.err), 1);
+    for _ in 0..10 {
+        bad.kick();
+        assert_eq!(good.run(OUT, 0, &[1; 512], 0).status, 0);
+    }
+    assert!(bad.err.read().is_err());
+    // And a ring that is set up where nothing is any more.
+    assert_eq!(frontend.vring_base(1), 0);
+    bad.set_up(&frontend, 0);
+    assert_eq!(frontend.tell(SET_VRING_ADDR, &body, &[]), Some(1));
+    drop(frontend);
+    still_serves(&server);
+}
