@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::message::{Connection, ConnectionError};
 use super::session::{Session, SessionEnd};
+use crate::pmem::guard;
 use crate::volume::Disk;
 
 /// Pause before accepting again when the process has run out of something.
@@ -85,8 +86,10 @@ impl<D: Disk> Server<D> {
     /// A server that does nothing until [`Server::run`].
     ///
     /// # Errors
-    /// The kernel refused a descriptor.
+    /// The kernel refused a descriptor, or vanishing guest memory cannot be survived here.
     pub fn new(endpoint: impl Into<Endpoint>, disk: Arc<D>, options: Options) -> io::Result<Self> {
+        // Front ends can truncate the memory they share.
+        guard::install()?;
         let stop = Stopper(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?));
         let writeback = disk.write_cache();
         Ok(Self { endpoint: endpoint.into(), disk, options, stop, writeback })
