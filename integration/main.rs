@@ -3,17 +3,21 @@
 //! Each scenario is a test whose name is a claim. `README.md` beside this file has the table, what is
 //! needed, and how to run one of them.
 
+mod bare;
 mod cpio;
 mod guest;
 mod prepare;
 mod server;
 
+#[path = "../cloud-hypervisor/launch.rs"]
+mod cloud_hypervisor;
 #[path = "../qemu/launch.rs"]
 mod qemu;
 
 mod scenarios {
     //! What happens to the disk, told from inside the guest.
 
+    mod bare;
     mod demo;
     mod harness;
     mod survival;

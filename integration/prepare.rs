@@ -97,7 +97,7 @@ fn prepare() -> Result<Host, String> {
 }
 
 /// Where kernel and archives are kept between runs.
-fn directory() -> PathBuf {
+pub fn directory() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("guest")
 }
 
