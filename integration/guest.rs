@@ -213,10 +213,14 @@ impl Guest {
         self.heard.lock().marks.iter().any(|mark| mark == name)
     }
 
+    /// What the script printed so far.
+    pub fn lines(&self) -> Vec<String> {
+        self.heard.lock().lines.clone()
+    }
+
     /// The checksum lines that `make_file` printed so far.
     pub fn sums(&self) -> String {
-        let lines = self.heard.lock().lines.clone();
-        Report { lines, status: 0 }.sums()
+        Report { lines: self.lines(), status: 0 }.sums()
     }
 
     /// Lets a script go on that waits in `await NAME`.

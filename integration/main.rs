@@ -9,6 +9,8 @@ mod guest;
 mod prepare;
 mod server;
 
+#[path = "../tests/client/mod.rs"]
+mod client;
 #[path = "../cloud-hypervisor/launch.rs"]
 mod cloud_hypervisor;
 #[path = "../qemu/launch.rs"]
@@ -20,6 +22,7 @@ mod scenarios {
     mod bare;
     mod demo;
     mod harness;
+    mod inside;
     mod survival;
     mod traffic;
 }

@@ -226,16 +226,16 @@ exec 9>"$dir/lock"
 flock 9
 prepare_kernel
 
-base=$dir/initramfs-$(key_of busybox: "${base_tools[@]}").cpio
-fio=$dir/initramfs-fio-$(key_of "${fio_tools[@]}").cpio
+base=$dir/base-$(key_of busybox: "${base_tools[@]}").cpio
+fio=$dir/fio-$(key_of "${fio_tools[@]}").cpio
 if [[ ! -s $base ]]; then
     say "building ${base##*/}"
-    find "$dir" -maxdepth 1 -name 'initramfs-[0-9a-f]*.cpio' -delete
+    find "$dir" -maxdepth 1 -name 'base-*.cpio' -delete
     build_base "$base"
 fi
 if [[ ! -s $fio ]]; then
     say "building ${fio##*/}"
-    find "$dir" -maxdepth 1 -name 'initramfs-fio-*.cpio' -delete
+    find "$dir" -maxdepth 1 -name 'fio-*.cpio' -delete
     build_fio "$fio"
 fi
 
