@@ -69,9 +69,19 @@ impl BareGuest {
         Self { vmm, files, deadline: Instant::now() + DEADLINE }
     }
 
-    /// Whether the guest has printed a line that begins with `word`.
-    pub fn has_said(&self, word: &str) -> bool {
-        self.console().lines().any(|line| line.starts_with(word))
+    /// How many rounds `churn` has completed.
+    pub fn rounds(&self) -> u32 {
+        let count = self.console().lines().filter(|line| line.starts_with("ROUND ")).count();
+        u32::try_from(count).expect("few rounds")
+    }
+
+    /// Waits until that many rounds are complete.
+    ///
+    /// # Panics
+    ///
+    /// Like `wait_for`.
+    pub fn wait_for_round(&mut self, count: u32) {
+        self.wait_for(&format!("ROUND round={}\n", count - 1));
     }
 
     /// Waits for a line that begins with `word`.
@@ -86,7 +96,7 @@ impl BareGuest {
             let console = self.console();
             // The last line may still be being written.
             let whole = console.rfind('\n').map_or("", |end| &console[..end]);
-            if let Some(line) = whole.lines().find(|line| line.starts_with(word)) {
+            if let Some(line) = whole.split_inclusive('\n').find(|line| line.starts_with(word)) {
                 return line.to_owned();
             }
             let failed = whole.lines().any(|line| line.starts_with("FAIL"));
@@ -104,7 +114,7 @@ impl BareGuest {
     ///
     /// When anything else comes.
     pub fn finish(mut self) -> String {
-        self.wait_for("PASS")
+        self.wait_for("PASS ")
     }
 
     fn console(&self) -> String {
