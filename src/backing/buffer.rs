@@ -27,6 +27,17 @@ impl AlignedBuf {
         self.len == 0
     }
 
+    /// Bytes allocated: the longest visible length it can be given.
+    pub fn capacity(&self) -> usize {
+        self.pages.len() * 4096
+    }
+
+    /// Changes the visible length; the content stays what it was. Panics past the capacity.
+    pub fn set_len(&mut self, len: usize) {
+        assert!(len <= self.capacity(), "{len} bytes do not fit a buffer of {}", self.capacity());
+        self.len = len;
+    }
+
     /// Start of the memory, for the kernel.
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.pages.as_mut_ptr().cast()

@@ -4,10 +4,35 @@
 //! simulation. I/O is asynchronous through [`Channel`]s, one per thread that does I/O; buffers are
 //! owned by the operation until it completes, so the kernel never writes into memory that is
 //! somebody else's.
+//!
+//! [`Disk`] is the real one:
+//!
+//! ```text
+//!  disk     opening: usage, lock, geometry, probe        channel   one thread's queue
+//!  file     the descriptor, blocking and fine I/O        uring, threads   what moves the bytes
+//! ```
+//!
+//! Callers never have two overlapping writes or zeroings in flight on one disk, on whichever
+//! channels.
 
 mod buffer;
+mod channel;
+mod disk;
+mod error;
+mod file;
+mod geometry;
+mod lock;
+mod probe;
+#[cfg(test)]
+mod tests;
+mod threads;
+mod uring;
+mod usage;
 
 pub use buffer::AlignedBuf;
+pub use channel::DiskChannel;
+pub use disk::{Direct, Disk, Engine, OpenOptions, create_sparse};
+pub use error::{DiskChanged, OpenError};
 
 use crate::wake::Waker;
 
@@ -137,8 +162,8 @@ pub trait Channel: Send + 'static {
     /// Appends what has completed to `done`; never blocks.
     fn reap(&mut self, done: &mut Vec<Completion>);
 
-    /// Blocks until at least one operation has completed or `timeout` has passed; returns at once
-    /// when nothing is in flight. Only workers call it.
+    /// Kicks, then blocks until an operation has completed or `timeout` has passed; returns at once
+    /// when nothing is in flight, and sometimes early. Only workers call it.
     fn wait(&mut self, timeout: std::time::Duration);
 
     /// Operations accepted and not yet reaped.

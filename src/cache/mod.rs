@@ -1,3 +1,40 @@
 //! The engine: a log-structured, crash-persistent cache over [`Pmem`](crate::pmem::Pmem) and
-//! [`Backing`](crate::backing::Backing).
+//! [`Backing`](crate::backing::Backing). `DESIGN.md` beside this file says what it keeps true.
+//!
+//! ```text
+//!  Queue (one per virtqueue) ── write ─► Stream ─► record ─► publish ─► Index
+//!        │        └─ read ─► Index ─► Segments (checksums) ─► Pmem
+//!        └─ miss, bypass ─► Backing
+//!  Volume: index, stripes, epochs, streams         Cache: media, segments, free list, liveness
+//!  worker::writeback (one per volume)              worker::housekeeper: seal, sync, reclaim
+//! ```
+
+pub mod check;
+pub mod counters;
+pub mod env;
+pub mod format;
 pub mod index;
+pub mod queue;
+pub mod volume;
+pub mod worker;
+
+mod attach;
+mod core;
+mod liveness;
+mod media;
+mod record;
+mod recovery;
+mod scan;
+mod segments;
+mod stream;
+mod stripes;
+mod syncer;
+
+pub use attach::{AttachError, AttachOptions};
+pub use check::{CheckReport, Verdict, check, dump};
+pub use core::{Cache, OpenError, OpenOptions};
+pub use counters::Counters;
+pub use env::{Clock, Env, SystemClock};
+pub use format::{FormatError, FormatOptions, format};
+pub use recovery::RecoveryReport;
+pub use volume::{Mode, Order, Volume};

@@ -11,7 +11,23 @@
 //! | `page-cache` | stable: survives the daemon | durable, when it returns `Ok` |
 //! | `volatile` | stable | nothing more |
 
+mod classify;
+mod create;
+pub mod guard;
+mod lock;
+mod mapped;
+mod open;
+#[expect(unsafe_code, reason = "assembly")]
+mod routines;
+mod store;
+
 use std::fmt;
+
+pub use create::{CreateError, create};
+pub use lock::Holder;
+pub use mapped::MappedPmem;
+pub use open::{OpenError, OpenOptions};
+pub use store::{LineFlush, NtWidth, StoreMethod, StorePlan};
 
 /// What survives what; found at open, printed, shown in status.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -138,7 +138,8 @@ pub trait Disk: Send + Sync + 'static {
     ///
     /// # Errors
     /// The kernel refused a resource; the front end leaves the ring stopped.
-    fn open_queue<B: Buffer>(&self, index: u16, waker: crate::wake::Waker) -> std::io::Result<Self::Queue<B>>;
+    fn open_queue<B: Buffer>(&self, index: u16, waker: crate::wake::Waker)
+    -> std::io::Result<Self::Queue<B>>;
 }
 
 /// One thread's way into a disk. See the module's head for the order of calls.

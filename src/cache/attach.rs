@@ -1,0 +1,470 @@
+//! Attach: a volume meets its backing disk, and neither is taken for another.
+//!
+//! Laws:
+//! - A disk whose size differs, or whose content no longer is what a clean detach saw, is refused
+//!   unless forced; forcing drops nothing and says what it risks.
+//! - The fingerprint is valid only between a clean detach and the next attach: it is struck out
+//!   durably before a guest can write.
+//! - Entering a mode that writes around the cache, and leaving `relaxed` for `strict`, drain first.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use super::core::{Cache, OpenError, write};
+use super::env::{Clock, Env};
+use super::stream::Stream;
+use super::stripes::lock;
+use super::syncer::Outcome;
+use super::volume::{Mode, Order, QueueShared, Volume, VolumeCore};
+use super::worker::DrainError;
+use crate::backing::{Backing, BackingIdentity};
+use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
+use crate::pmem::{MediaClass, MediaError, Pmem};
+use crate::volume::DiskConfig;
+
+/// How a volume is attached.
+pub struct AttachOptions<E: Env> {
+    /// Names the volume on the cache; made if it is not there.
+    pub name: String,
+    /// The disk.
+    pub backing: Arc<E::Backing>,
+    /// How writes go.
+    pub mode: Mode,
+    /// How write-back goes.
+    pub order: Order,
+    /// Whether hits are verified.
+    pub data_crc: bool,
+    /// Whether discards give space back on the disk.
+    pub pass_discard: bool,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What GET_ID answers.
+    pub serial: String,
+    /// Logical block size offered, at least the disk's; `None` for the disk's.
+    pub block_size: Option<u32>,
+    /// Virtqueues offered.
+    pub queues: u16,
+    /// Largest ring accepted.
+    pub queue_size: u16,
+    /// Attach although the disk is not the one it was.
+    pub force_identity: bool,
+    /// Open for writing although dirty data was lost.
+    pub accept_loss: bool,
+    /// Serve write-back from media that does not survive the host.
+    pub allow_volatile: bool,
+}
+
+/// Why a volume cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// Names fit 64 bytes of `[A-Za-z0-9._-]`.
+    #[error("`{0}` cannot name a volume: use 1 to 64 letters, digits, `.`, `_` or `-`")]
+    BadName(String),
+    /// Serials fit 20 bytes.
+    #[error("the serial `{0}` is longer than 20 bytes or not plain text")]
+    BadSerial(String),
+    /// Every slot is taken.
+    #[error("the cache has no free slot for another volume ({0} in use)")]
+    NoSlot(u32),
+    /// It is attached already.
+    #[error("volume `{0}` is attached already")]
+    InUse(String),
+    /// The disk has another size.
+    #[error(
+        "the disk `{path}` has {found} bytes, but volume `{name}` was made for one of {expected}: \
+         attach the right disk, or restore its size"
+    )]
+    SizeDiffers {
+        /// The volume.
+        name: String,
+        /// The disk.
+        path: String,
+        /// Bytes of the volume.
+        expected: u64,
+        /// Bytes now.
+        found: u64,
+    },
+    /// The disk is another one.
+    #[error(
+        "the disk `{path}` is not the one that volume `{name}` belongs to (that was `{was}`): attach \
+         that one, or use --force-identity if this is a copy of it with the same content"
+    )]
+    OtherDisk {
+        /// The volume.
+        name: String,
+        /// The disk.
+        path: String,
+        /// Where the right one was.
+        was: String,
+    },
+    /// The disk was written to.
+    #[error(
+        "the content of `{path}` has changed since volume `{name}` was detached: cached data may be \
+         older or newer than the disk's; use --force-identity to attach anyway, the cache then wins"
+    )]
+    ContentChanged {
+        /// The volume.
+        name: String,
+        /// The disk.
+        path: String,
+    },
+    /// Dirty data is lost.
+    #[error(
+        "volume `{0}` has lost dirty data to damage of the cache (`check` lists it): it is not opened \
+         for writing; --accept-loss opens it without that data"
+    )]
+    Damaged(String),
+    /// Volatile media.
+    #[error(
+        "the cache is on {0} media, which does not survive the host: writes could be lost; use \
+         --cache-mode writethrough, or --allow-volatile if that is acceptable"
+    )]
+    Volatile(MediaClass),
+    /// The block size does not fit the disk.
+    #[error("a block size of {asked} does not fit: it must be 512 or 4096 and at least the disk's {disk}")]
+    BlockSize {
+        /// As asked for.
+        asked: u32,
+        /// The disk's.
+        disk: u32,
+    },
+    /// The disk cannot be written, and the volume is not read-only.
+    #[error("the disk `{0}` is read-only: use --read-only")]
+    ReadOnlyDisk(String),
+    /// The cache is too small.
+    #[error("the cache has {segments} segments, too few for {volumes} volumes: at least {needed}")]
+    TooSmall {
+        /// Segments there are.
+        segments: usize,
+        /// Volumes attached, this one included.
+        volumes: usize,
+        /// Segments needed.
+        needed: usize,
+    },
+    /// The cache no longer accepts writes.
+    #[error(
+        "making the cache durable has failed before: it accepts no writes; drain it offline and format it anew"
+    )]
+    SyncFailed,
+    /// The disk failed.
+    #[error("the disk `{path}` cannot be read: {error}")]
+    Disk {
+        /// The disk.
+        path: String,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The media failed.
+    #[error(transparent)]
+    Media(#[from] MediaError),
+    /// The start page could not be updated.
+    #[error(transparent)]
+    Cache(#[from] OpenError),
+    /// The drain before a change of mode or order failed.
+    #[error("the volume must be drained for this change of mode or order: {0}")]
+    Drain(#[from] DrainError),
+}
+
+impl<E: Env> Cache<E> {
+    /// Attaches a volume, making it first if the cache does not know its name.
+    ///
+    /// On return the descriptor is durable and its fingerprint struck out; a drain that the mode or
+    /// order asks for has been done.
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing has been changed but, at most, an empty volume made.
+    pub fn attach(self: &Arc<Self>, options: AttachOptions<E>) -> Result<Arc<Volume<E>>, AttachError> {
+        let name = options.name.clone();
+        let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if name.is_empty() || name.len() > 64 || !name.chars().all(good) {
+            return Err(AttachError::BadName(name));
+        }
+        let geometry = options.backing.geometry();
+        let identity = options.backing.identity();
+        if geometry.read_only && !options.read_only {
+            return Err(AttachError::ReadOnlyDisk(identity.path));
+        }
+        if self.media_class() == MediaClass::Volatile
+            && options.mode == Mode::Writeback
+            && !options.read_only
+            && !options.allow_volatile
+        {
+            return Err(AttachError::Volatile(self.media_class()));
+        }
+        let block = options.block_size.unwrap_or(geometry.logical_block);
+        if ![512, 4096].contains(&block) || block < geometry.logical_block {
+            return Err(AttachError::BlockSize { asked: block, disk: geometry.logical_block });
+        }
+        self.check_room()?;
+        let serial =
+            pad::<20>(&options.serial).ok_or_else(|| AttachError::BadSerial(options.serial.clone()))?;
+        let core = match self.find_volume(&name) {
+            Some(core) => core,
+            None => self.make_volume(&name, &identity, block)?,
+        };
+        if core.attached.swap(true, Ordering::SeqCst) {
+            return Err(AttachError::InUse(name));
+        }
+        let attached = self.attach_core(&core, &options, &identity, block, serial);
+        if attached.is_err() {
+            core.attached.store(false, Ordering::SeqCst);
+        }
+        attached
+    }
+
+    fn attach_core(
+        self: &Arc<Self>,
+        core: &Arc<VolumeCore>,
+        options: &AttachOptions<E>,
+        identity: &BackingIdentity,
+        block: u32,
+        serial: [u8; 20],
+    ) -> Result<Arc<Volume<E>>, AttachError> {
+        let descriptor = lock(&core.descriptor).0.clone();
+        judge_identity(&descriptor, &*options.backing, identity, options)?;
+        if core.damaged.load(Ordering::Relaxed) {
+            if !options.accept_loss && !options.read_only {
+                return Err(AttachError::Damaged(options.name.clone()));
+            }
+            if options.accept_loss {
+                core.damaged.store(false, Ordering::Relaxed);
+            }
+        }
+        if self.syncer.has_failed() && !options.read_only {
+            return Err(AttachError::SyncFailed);
+        }
+        _ = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect());
+        let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
+        _ = core.streams.set((0..streams).map(|_| Mutex::new(Stream::default())).collect());
+        let geometry = options.backing.geometry();
+        let config = DiskConfig {
+            sectors: descriptor.sectors,
+            block_size: block,
+            physical_block_size: geometry.physical_block.max(block),
+            optimal_io_size: geometry.optimal_io,
+            read_only: options.read_only,
+            serial,
+            queues: options.queues,
+            queue_size: options.queue_size,
+        };
+        let (was_mode, was_order) = (descriptor.mode, descriptor.order);
+        let volume = Arc::new(Volume::new(
+            self.clone(),
+            core.clone(),
+            options.backing.clone(),
+            config,
+            options.name.clone(),
+            was_mode,
+            was_order,
+            options.data_crc,
+            options.pass_discard,
+        ));
+        self.update_descriptor(core, |d| {
+            d.fingerprint_valid = false;
+            d.damaged = core.damaged.load(Ordering::Relaxed);
+            set_identity(d, identity);
+        })?;
+        let bypass_begins = options.mode.bypasses() && !core.is_clean();
+        let strict_begins = options.order == Order::Strict && was_order == Order::Relaxed && !core.is_clean();
+        if bypass_begins || strict_begins {
+            volume.drain_here(&mut |_| {})?;
+        }
+        volume.set_mode(options.mode);
+        volume.set_order(options.order);
+        self.update_descriptor(core, |d| {
+            d.mode = options.mode;
+            d.order = options.order;
+            d.data_crc = options.data_crc;
+            d.discard = if options.pass_discard { DiscardPolicy::Pass } else { DiscardPolicy::Keep };
+            d.serial = serial;
+            d.block_size = block;
+        })?;
+        Ok(volume)
+    }
+
+    /// Every attached volume needs a stream, a segment behind it, and reclaim its reserve.
+    fn check_room(&self) -> Result<(), AttachError> {
+        let attached = self.all_volumes().iter().filter(|v| v.attached.load(Ordering::Relaxed)).count();
+        let (segments, volumes) = (self.segments.len(), attached + 1);
+        let needed = volumes * 3 + 3;
+        if segments < needed {
+            return Err(AttachError::TooSmall { segments, volumes, needed });
+        }
+        Ok(())
+    }
+
+    fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
+        self.all_volumes().into_iter().find(|v| unpad(&lock(&v.descriptor).0.name) == name.as_bytes())
+    }
+
+    /// The volumes on the cache: name, size in sectors, whether anything of it is dirty.
+    pub fn volumes(&self) -> Vec<(String, u64, bool)> {
+        let mut rows: Vec<_> = self
+            .all_volumes()
+            .iter()
+            .map(|v| {
+                let descriptor = lock(&v.descriptor);
+                let name = String::from_utf8_lossy(unpad(&descriptor.0.name)).into_owned();
+                (name, descriptor.0.sectors, !v.is_clean())
+            })
+            .collect();
+        rows.sort();
+        rows
+    }
+
+    /// The descriptor of a volume, as it was last made durable.
+    pub fn descriptor(&self, name: &str) -> Option<VolumeDescriptor> {
+        self.find_volume(name).map(|v| lock(&v.descriptor).0.clone())
+    }
+
+    fn make_volume(
+        &self,
+        name: &str,
+        identity: &BackingIdentity,
+        block: u32,
+    ) -> Result<Arc<VolumeCore>, AttachError> {
+        let taken: Vec<u32> = self.all_volumes().iter().map(|v| v.slot).collect();
+        let slots = self.media.geometry.volume_slots;
+        let slot = (0..slots).find(|s| !taken.contains(s)).ok_or(AttachError::NoSlot(slots))?;
+        let mut incarnation = 0;
+        self.update_start(|page| {
+            incarnation = page.next_incarnation.max(1);
+            page.next_incarnation = incarnation + 1;
+        })?;
+        let mut uuid = [0; 16];
+        getrandom::fill(&mut uuid)
+            .map_err(|e| AttachError::Disk { path: "getrandom".into(), error: e.into() })?;
+        let old = self.media.load(
+            |copy| self.media.geometry.descriptor(slot, copy),
+            |bytes| VolumeDescriptor::decode(bytes, &self.media.uuid, slot),
+        );
+        let (sequence, next) = (old.next_sequence(), old.next);
+        let mut descriptor = VolumeDescriptor {
+            slot,
+            sequence: sequence - 1,
+            cache_uuid: self.media.uuid,
+            incarnation,
+            uuid,
+            state: VolumeState::InUse,
+            data_crc: true,
+            block_size: block,
+            sectors: identity.size / 512,
+            name: pad(name).expect("the length was checked"),
+            ..VolumeDescriptor::default()
+        };
+        set_identity(&mut descriptor, identity);
+        let core = Arc::new(VolumeCore::new(descriptor, next));
+        // The tail first: a descriptor without one would be a damaged volume.
+        for copy in 0..2 {
+            self.write_tail(&core, copy, 0)?;
+        }
+        self.update_descriptor(&core, |_| {})?;
+        self.update_descriptor(&core, |_| {})?;
+        write(&self.volumes).insert(incarnation, core.clone());
+        Ok(core)
+    }
+
+    /// Writes the descriptor's older copy and waits until it is durable.
+    pub(crate) fn update_descriptor(
+        &self,
+        core: &VolumeCore,
+        change: impl FnOnce(&mut VolumeDescriptor),
+    ) -> Result<(), AttachError> {
+        let mut guard = lock(&core.descriptor);
+        let mut descriptor = guard.0.clone();
+        change(&mut descriptor);
+        descriptor.sequence += 1;
+        let at = self.media.geometry.descriptor(core.slot, guard.1);
+        self.media.pmem.write(at, &descriptor.encode()[..])?;
+        let ticket = self.syncer.request(&*self.media.pmem, None);
+        if self.syncer.wait(&*self.media.pmem, ticket, self.threaded) == Outcome::Failed {
+            return Err(AttachError::SyncFailed);
+        }
+        *guard = (descriptor, 1 - guard.1);
+        Ok(())
+    }
+
+    /// Writes one copy of a volume's tail. It counts once it is durable.
+    pub(crate) fn write_tail(&self, core: &VolumeCore, copy: usize, epoch: u64) -> Result<(), MediaError> {
+        let mut page = lock(&core.tail_page);
+        page.0 += 1;
+        let tail = Tail {
+            sequence: page.0,
+            cache_uuid: self.media.uuid,
+            incarnation: core.incarnation,
+            epoch,
+            version_floor: core.version.load(Ordering::SeqCst),
+            time_ms: self.clock.unix_ms(),
+        };
+        page.1 = 1 - copy;
+        self.media.pmem.write(self.media.geometry.tail(core.slot, copy), &tail.encode()[..])
+    }
+
+    /// Ends a volume's attachment in order: the disk's fingerprint is taken, so that the next
+    /// attach can tell whether anybody else wrote to it. No queue may be open.
+    ///
+    /// # Errors
+    /// The disk or the media failed; the volume is then as after a crash.
+    pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
+        let path = volume.backing.identity().path;
+        let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
+        self.update_descriptor(&volume.core, |d| {
+            d.fingerprint = fingerprint;
+            d.fingerprint_valid = true;
+        })?;
+        volume.core.attached.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Ends the run in order: seals nothing, drops nothing, and notes that it was no crash.
+    ///
+    /// # Errors
+    /// The media failed; the next start then recovers as after a crash, which is the same path.
+    pub fn close(&self) -> Result<(), OpenError> {
+        self.update_start(|page| page.clean = true)
+    }
+}
+
+fn set_identity(descriptor: &mut VolumeDescriptor, identity: &BackingIdentity) {
+    descriptor.backing_kind = identity.kind as u32;
+    descriptor.backing_size = identity.size;
+    descriptor.backing_device = identity.device;
+    descriptor.backing_inode = identity.inode;
+    descriptor.path = pad_cut(&identity.path);
+}
+
+/// Whether the disk is the volume's own, unchanged since the last clean detach.
+fn judge_identity<B: Backing>(
+    descriptor: &VolumeDescriptor,
+    backing: &B,
+    identity: &BackingIdentity,
+    options: &AttachOptions<impl Env>,
+) -> Result<(), AttachError> {
+    let (name, path) = (options.name.clone(), identity.path.clone());
+    if identity.size / 512 != descriptor.sectors {
+        let expected = descriptor.sectors * 512;
+        return Err(AttachError::SizeDiffers { name, path, expected, found: identity.size });
+    }
+    if options.force_identity {
+        return Ok(());
+    }
+    if descriptor.fingerprint_valid {
+        // Content speaks louder than names: a moved or copied disk is welcome if it is unchanged.
+        let fingerprint =
+            backing.fingerprint().map_err(|error| AttachError::Disk { path: path.clone(), error })?;
+        if fingerprint == descriptor.fingerprint {
+            return Ok(());
+        }
+    }
+    let same = descriptor.backing_kind == identity.kind as u32
+        && descriptor.backing_device == identity.device
+        && descriptor.backing_inode == identity.inode;
+    if !same {
+        let was = String::from_utf8_lossy(unpad(&descriptor.path)).into_owned();
+        return Err(AttachError::OtherDisk { name, path, was });
+    }
+    if descriptor.fingerprint_valid {
+        return Err(AttachError::ContentChanged { name, path });
+    }
+    Ok(())
+}

@@ -1,0 +1,339 @@
+//! The cache: media, segments, free list, and the volumes that live on it.
+//!
+//! Locks, in the order they may be taken: stream → stripes → index shard → the small lists here.
+//! The liveness writer's mutex is taken with none of these held.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::time::Duration;
+
+use super::env::Env;
+use super::liveness::Liveness;
+use super::media::Media;
+use super::record::EXTENT_SECTORS_MAX;
+use super::recovery::{self, RecoveryReport};
+use super::segments::{Segment, State};
+use super::stripes::lock;
+use super::syncer::{Outcome, Syncer};
+use super::volume::VolumeCore;
+use crate::onmedia::{
+    Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
+};
+use crate::pmem::{MediaClass, MediaError, Pmem};
+
+/// How to open a cache.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenOptions {
+    /// Whether worker threads will run: control then waits for them instead of working itself.
+    pub threaded: bool,
+}
+
+/// Why a cache cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no cache here.
+    #[error("this is not a pcache-vhost cache: {0}; use `format` if its content may be lost")]
+    NotOurs(SuperblockError),
+    /// Both superblocks are damaged, or it is of another version.
+    #[error("the cache's superblock cannot be used: {0}")]
+    Superblock(SuperblockError),
+    /// A newer program has used it.
+    #[error("the cache uses features that this program may read but not write: use a newer one")]
+    Newer,
+    /// Both start pages are damaged.
+    #[error("the cache's start page cannot be used: {0}; `check` says more")]
+    StartPage(Corruption),
+    /// The media is smaller than when it was formatted.
+    #[error("the cache was formatted with {formatted} bytes and now has {found}: it was cut off")]
+    Truncated {
+        /// Bytes then.
+        formatted: u64,
+        /// Bytes now.
+        found: u64,
+    },
+    /// The media failed.
+    #[error(transparent)]
+    Media(#[from] MediaError),
+    /// What was read cannot be made durable.
+    #[error("the cache cannot be made durable")]
+    NotDurable,
+}
+
+/// The start page, as it stands, and where its next update goes.
+pub(crate) struct StartState {
+    pub page: StartPage,
+    pub next: usize,
+    /// Whether the run before this one ended in order.
+    pub was_clean: bool,
+}
+
+/// An open cache.
+pub struct Cache<E: Env> {
+    pub(crate) media: Media<E::Pmem>,
+    pub(crate) clock: E::Clock,
+    pub(crate) segments: Box<[Segment]>,
+    pub(crate) liveness: Liveness,
+    pub(crate) syncer: Syncer,
+    pub(crate) housekeeper: Signal,
+    /// Volumes by incarnation, attached or not.
+    pub(crate) volumes: RwLock<HashMap<u64, Arc<VolumeCore>>>,
+    pub(crate) start_counter: u64,
+    pub(crate) start: Mutex<StartState>,
+    pub(crate) threaded: bool,
+    pub(crate) stopping: AtomicBool,
+    free: Mutex<VecDeque<u32>>,
+    free_count: AtomicUsize,
+    /// Full, not yet sealed.
+    pub(crate) full: Mutex<VecDeque<u32>>,
+    /// Sealed, oldest first.
+    pub(crate) sealed: Mutex<VecDeque<u32>>,
+}
+
+impl<E: Env> Cache<E> {
+    /// Opens a formatted cache and recovers it; every volume on it is known, none is attached.
+    ///
+    /// What was recovered is durable when this returns.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
+    pub fn open(
+        pmem: Arc<E::Pmem>,
+        clock: E::Clock,
+        options: OpenOptions,
+    ) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
+        let media = load_media(pmem)?;
+        let start = begin_start(&media)?;
+        let class = media.pmem.class();
+        let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
+        let mut cache = Cache {
+            syncer: Syncer::new(class, start.page.sync_failed),
+            start_counter: start.page.start_counter,
+            media,
+            clock,
+            segments,
+            liveness: Liveness::default(),
+            housekeeper: Signal::default(),
+            volumes: RwLock::default(),
+            start: Mutex::new(start),
+            threaded: options.threaded,
+            stopping: AtomicBool::new(false),
+            free: Mutex::default(),
+            free_count: AtomicUsize::new(0),
+            full: Mutex::default(),
+            sealed: Mutex::default(),
+        };
+        let report = recovery::recover(&mut cache)?;
+        // What recovery relied on may never have been made durable (law 8).
+        let ticket = cache.syncer.request(&*cache.media.pmem, None);
+        if cache.syncer.wait(&*cache.media.pmem, ticket, false) == Outcome::Failed {
+            return Err(OpenError::NotDurable);
+        }
+        Ok((Arc::new(cache), report))
+    }
+
+    /// Where everything is.
+    pub fn geometry(&self) -> Geometry {
+        self.media.geometry
+    }
+
+    /// What survives what.
+    pub fn media_class(&self) -> MediaClass {
+        self.media.pmem.class()
+    }
+
+    /// The cache's identity.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.media.uuid
+    }
+
+    /// Free segments now.
+    pub fn free_segments(&self) -> usize {
+        self.free_count.load(Ordering::Relaxed)
+    }
+
+    /// Free segments that reclaim keeps in hand.
+    pub(crate) fn free_target(&self) -> usize {
+        // Enough that opening never waits for reclaim at a steady rate, without idling the cache:
+        // one in 16, at least 3 and at most 64 (1 GiB).
+        (self.segments.len() / 16).clamp(3, 64)
+    }
+
+    pub(crate) fn add_free(&self, id: u32) {
+        self.segments[id as usize].set_state(State::Free);
+        let mut free = lock(&self.free);
+        free.push_back(id);
+        self.free_count.store(free.len(), Ordering::Relaxed);
+    }
+
+    /// Takes a free segment; a fill leaves the last ones to the guest's writes.
+    pub(crate) fn take_free(&self, for_fill: bool) -> Option<u32> {
+        let mut free = lock(&self.free);
+        let low = free.len() <= self.free_target();
+        let taken = if for_fill && free.len() <= 1 { None } else { free.pop_front() };
+        self.free_count.store(free.len(), Ordering::Relaxed);
+        drop(free);
+        if low {
+            self.housekeeper.raise();
+        }
+        taken
+    }
+
+    /// Longest piece of a write: a record takes at least two of them.
+    pub(crate) fn piece_sectors_max(&self) -> u64 {
+        u64::from(self.media.geometry.segment_size / 16 / 512 / 8 * 8).clamp(8, EXTENT_SECTORS_MAX)
+    }
+
+    /// Most payload of a record in bytes: well below a segment, and short enough under a fence.
+    pub(crate) fn record_payload_max(&self) -> u32 {
+        (self.media.geometry.segment_size / 8).clamp(8192, 1 << 20)
+    }
+
+    pub(crate) fn queue_for_sealing(&self, id: u32) {
+        lock(&self.full).push_back(id);
+        self.housekeeper.raise();
+    }
+
+    /// Whether the free list is so short that write-back should hurry.
+    pub(crate) fn is_pressed(&self) -> bool {
+        self.free_segments() < self.free_target() * 2
+    }
+
+    pub(crate) fn volume_of(&self, incarnation: u64) -> Option<Arc<VolumeCore>> {
+        read(&self.volumes).get(&incarnation).cloned()
+    }
+
+    /// Every volume on the cache, attached or not.
+    pub(crate) fn all_volumes(&self) -> Vec<Arc<VolumeCore>> {
+        read(&self.volumes).values().cloned().collect()
+    }
+
+    /// Writes the start page's older copy and waits until it is durable.
+    pub(crate) fn update_start(&self, change: impl FnOnce(&mut StartPage)) -> Result<(), OpenError> {
+        let mut start = lock(&self.start);
+        let mut page = start.page.clone();
+        change(&mut page);
+        page.sequence += 1;
+        let at = self.media.geometry.start_page(start.next);
+        self.media.pmem.write(at, &page.encode()[..])?;
+        let ticket = self.syncer.request(&*self.media.pmem, None);
+        if self.syncer.wait(&*self.media.pmem, ticket, self.threaded) == Outcome::Failed {
+            return Err(OpenError::NotDurable);
+        }
+        *start = StartState { page, next: 1 - start.next, was_clean: start.was_clean };
+        Ok(())
+    }
+}
+
+/// The newest superblock, from either end of the media, and whether a copy is damaged.
+pub(crate) fn load_superblock<P: Pmem>(pmem: &P) -> Result<(Superblock, bool), SuperblockError> {
+    let read = |at| match super::media::read_page(pmem, at) {
+        Ok(page) => Superblock::decode(&page[..]),
+        Err(_) => Err(SuperblockError::Damaged(Corruption::unreadable("Superblock"))),
+    };
+    if pmem.len() < 2 * PAGE as u64 {
+        return Err(SuperblockError::NotOurs { found: 0 });
+    }
+    let front = read(0);
+    // Without a front copy the back one is where the product's geometry puts it.
+    let back = match &front {
+        Ok(s) => Some(s.geometry().superblock(1)).filter(|at| at + PAGE as u64 <= pmem.len()),
+        Err(_) => backup_superblock(pmem.len(), META_SIZE),
+    };
+    let back = back.map_or(Err(SuperblockError::NotOurs { found: 0 }), read);
+    let dual = Superblock::newest(front, back)?;
+    let damaged = dual.is_damaged();
+    Ok((dual.into_newest()?, damaged))
+}
+
+pub(crate) fn load_media<P: Pmem>(pmem: Arc<P>) -> Result<Media<P>, OpenError> {
+    let (superblock, damaged) = load_superblock(&*pmem).map_err(|e| match e {
+        SuperblockError::NotOurs { .. } => OpenError::NotOurs(e),
+        e => OpenError::Superblock(e),
+    })?;
+    if damaged {
+        tracing::warn!("a copy of the superblock is damaged");
+    }
+    if superblock.unknown_ro_compat() != 0 {
+        return Err(OpenError::Newer);
+    }
+    let geometry = superblock.geometry();
+    if pmem.len() < geometry.device_size {
+        return Err(OpenError::Truncated { formatted: geometry.device_size, found: pmem.len() });
+    }
+    Ok(Media { pmem, geometry, secret: superblock.secret, uuid: superblock.uuid })
+}
+
+pub(crate) fn load_start<P: Pmem>(media: &Media<P>) -> Dual<StartPage> {
+    media.load(|copy| media.geometry.start_page(copy), |bytes| StartPage::decode(bytes, &media.uuid))
+}
+
+/// Counts this start, durably: records of different starts are told apart by it.
+fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
+    let copies = load_start(media);
+    let next = copies.next;
+    let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
+    let was_clean = page.clean;
+    page.sequence += 1;
+    page.start_counter += 1;
+    page.owner_generation += 1;
+    page.clean = false;
+    page.boot_id = boot_id();
+    media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
+    media.pmem.fence();
+    // On page-cache media the `sync` at the end of recovery makes it durable before anything that
+    // carries the new counter can be.
+    Ok(StartState { page, next: 1 - next, was_clean })
+}
+
+/// The kernel's identity of this boot; zeros where it has none.
+fn boot_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+        let digits: Vec<u8> =
+            text.bytes().filter_map(|c| (c as char).to_digit(16)).map(|d| d as u8).collect();
+        for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = pair[0] << 4 | pair[1];
+        }
+    }
+    id
+}
+
+/// Reads a lock whose writers cannot leave it half-changed.
+pub(crate) fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Writes such a lock.
+pub(crate) fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Wakes a worker. A raise that comes before the wait is not lost.
+#[derive(Default)]
+pub(crate) struct Signal {
+    raised: Mutex<bool>,
+    condvar: Condvar,
+}
+
+impl Signal {
+    pub fn raise(&self) {
+        let mut raised = lock(&self.raised);
+        if !*raised {
+            *raised = true;
+            self.condvar.notify_all();
+        }
+    }
+
+    /// Waits until raised or `timeout`, and lowers it.
+    pub fn wait(&self, timeout: Duration) {
+        let mut raised = lock(&self.raised);
+        if !*raised {
+            raised = match self.condvar.wait_timeout(raised, timeout) {
+                Ok((guard, _)) => guard,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+        *raised = false;
+    }
+}

@@ -1,0 +1,94 @@
+//! What has happened, counted where it happens and summed when somebody asks.
+//!
+//! Each queue has a line of its own, so counting costs an uncontended add.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// A snapshot; all since the volume was attached.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Counters { $($(#[$doc])* pub $name: u64,)* }
+
+        impl Counters {
+            /// Names and values, in a fixed order.
+            pub fn fields(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name)),*]
+            }
+        }
+
+        /// The live counters of one writer.
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub(crate) struct Tally { $(pub $name: AtomicU64,)* }
+
+        impl Tally {
+            /// Adds these to `sum`.
+            pub fn add_to(&self, sum: &mut Counters) {
+                $(sum.$name += self.$name.load(Ordering::Relaxed);)*
+            }
+        }
+    };
+}
+
+counters! {
+    /// Read requests.
+    reads,
+    /// Sectors read from the cache.
+    read_hit_sectors,
+    /// Sectors read from the backing disk for the guest.
+    read_miss_sectors,
+    /// Read requests answered by the cache alone.
+    read_hits,
+    /// Read requests that needed the backing disk.
+    read_misses,
+    /// Write requests.
+    writes,
+    /// Sectors written by the guest.
+    write_sectors,
+    /// Sectors written around the cache.
+    bypass_sectors,
+    /// FLUSH requests.
+    flushes,
+    /// DISCARD and WRITE_ZEROES requests.
+    discards,
+    /// Requests that ended in an error.
+    errors,
+    /// Records committed.
+    records,
+    /// Sectors filled after a miss.
+    fill_sectors,
+    /// Fills dropped because something overlapped, or there was no space.
+    fills_dropped,
+    /// Times a write had to wait for space.
+    space_waits,
+    /// Checksum mismatches and poison met.
+    checksum_errors,
+    /// Sectors written back to the backing disk.
+    written_back_sectors,
+    /// Writes sent to the backing disk by write-back.
+    writeback_ops,
+    /// Flushes sent to the backing disk by write-back.
+    writeback_flushes,
+    /// Write-back rounds that failed.
+    writeback_errors,
+    /// Segments reclaimed.
+    reclaimed,
+    /// Clean sectors evicted by reclaim.
+    evicted_sectors,
+    /// Dirty bytes now.
+    dirty_bytes,
+    /// Bytes mapped by the index now.
+    cached_bytes,
+    /// Free segments of the cache now.
+    free_segments,
+    /// The epoch now being written.
+    epoch,
+    /// The highest epoch wholly on the backing disk.
+    tail_epoch,
+}
+
+/// Adds `n`, relaxed: counters order nothing.
+pub(crate) fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}

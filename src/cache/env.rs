@@ -1,0 +1,47 @@
+//! The world the engine runs in: memory, disk and time are injected, with static dispatch, so the
+//! same engine runs on a host and in a simulation without threads, time or randomness.
+
+use std::time::Instant;
+
+use crate::backing::Backing;
+use crate::pmem::Pmem;
+
+/// One choice of memory, disk and clock.
+pub trait Env: Send + Sync + Sized + 'static {
+    /// The fast side.
+    type Pmem: Pmem;
+    /// The slow side.
+    type Backing: Backing;
+    /// Time.
+    type Clock: Clock;
+}
+
+/// Time, as the engine needs it.
+pub trait Clock: Send + Sync + 'static {
+    /// Milliseconds since some fixed moment; never goes back.
+    fn now_ms(&self) -> u64;
+
+    /// Milliseconds since 1970, for what is written to the media.
+    fn unix_ms(&self) -> u64;
+}
+
+/// The host's clock.
+#[derive(Debug)]
+pub struct SystemClock(Instant);
+
+impl Default for SystemClock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock for SystemClock {
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn unix_ms(&self) -> u64 {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    }
+}

@@ -1,0 +1,82 @@
+//! Liveness words: how a superseded clean copy is kept from coming back after a crash.
+//!
+//! Law 4: before a segment is freed, or a bypassing write is acknowledged, everything superseded so
+//! far is durably dead. Queue threads only mark sectors dead in DRAM ([`Cache::mark_dead`]);
+//! [`Cache::write_liveness`] writes what changed. It runs under one mutex *including its fence*, so
+//! that nobody sees an empty list while another's words are still on their way.
+
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+
+use super::core::Cache;
+use super::env::Env;
+use super::index::Extent;
+use super::segments::State;
+use super::stripes::lock;
+use super::syncer::Durable;
+use crate::onmedia::liveness_word;
+use crate::pmem::{MediaError, Pmem};
+use crate::wake::Waker;
+
+#[derive(Default)]
+pub(crate) struct Liveness {
+    /// Segments with words to write.
+    pending: Mutex<Vec<u32>>,
+    /// Held while words are written and fenced, and while an eviction is half done.
+    pub writer: Mutex<()>,
+}
+
+impl<E: Env> Cache<E> {
+    /// Marks the payload of `extents` dead: the index has just ceased to point at it.
+    pub(crate) fn mark_dead(&self, extents: &[Extent]) {
+        for extent in extents.iter().filter(|e| !e.place.zero) {
+            let (id, offset) = self.media.locate(extent.place.position);
+            let segment = &self.segments[id as usize];
+            segment.live.fetch_sub(extent.range.len as u32, Ordering::Relaxed);
+            self.mark_sectors_dead(id, offset / 512, extent.range.len as u32);
+        }
+    }
+
+    /// Marks payload dead that the index never pointed at.
+    pub(crate) fn mark_sectors_dead(&self, id: u32, first: u32, sectors: u32) {
+        let segment = &self.segments[id as usize];
+        if segment.mark_dead(first, sectors) > 0 && !segment.liveness_pending.swap(true, Ordering::AcqRel) {
+            lock(&self.liveness.pending).push(id);
+        }
+    }
+
+    /// Writes the liveness words of all that has died; the ticket says when they are durable.
+    ///
+    /// # Errors
+    /// The media refused a word: that segment stays pending and nothing may be freed.
+    pub(crate) fn write_liveness(&self, waker: Option<&Waker>) -> Result<Durable, MediaError> {
+        let _writer = lock(&self.liveness.writer);
+        let pending = std::mem::take(&mut *lock(&self.liveness.pending));
+        let mut failed = None;
+        for id in pending {
+            let segment = &self.segments[id as usize];
+            segment.liveness_pending.store(false, Ordering::Release);
+            if matches!(segment.state(), State::Free | State::Bad) {
+                continue;
+            }
+            let generation = segment.generation.load(Ordering::Relaxed);
+            let base = self.media.in_segment(id, self.media.geometry.liveness_offset());
+            segment.take_changed(|index, bits| {
+                let word = liveness_word(&self.media.secret, id, generation, index, bits);
+                if let Err(e) = self.media.pmem.write(base + u64::from(index) * 8, &word.to_le_bytes()) {
+                    failed = Some((id, e));
+                }
+            });
+        }
+        let ticket = self.syncer.request(&*self.media.pmem, waker);
+        match failed {
+            None => Ok(ticket),
+            Some((id, e)) => {
+                if !self.segments[id as usize].liveness_pending.swap(true, Ordering::AcqRel) {
+                    lock(&self.liveness.pending).push(id);
+                }
+                Err(e)
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The media as a set of structures: reads and writes whole pages, two copies of each.
+//!
+//! Law: a structure is updated by writing its *older* copy and making that durable; until then the
+//! newer copy stands untouched. A crash in between leaves one of the two states, never neither.
+
+use std::sync::Arc;
+
+use super::index::{POSITION_END, Place};
+use crate::onmedia::{Corruption, Dual, Geometry, Key, KeyKind, PAGE, Secret, Sequenced, newest};
+use crate::pmem::{MediaError, Pmem};
+
+/// The media, its layout, and the secret its checks are keyed with.
+pub(crate) struct Media<P> {
+    pub pmem: Arc<P>,
+    pub geometry: Geometry,
+    pub secret: Secret,
+    pub uuid: [u8; 16],
+}
+
+impl<P: Pmem> Media<P> {
+    /// Reads both copies of a page-sized structure. A copy that cannot be read counts as damaged.
+    pub fn load<T: Sequenced>(
+        &self,
+        at: impl Fn(usize) -> u64,
+        decode: impl Fn(&[u8]) -> Result<T, Corruption>,
+    ) -> Dual<T> {
+        let copy = |n| match read_page(&*self.pmem, at(n)) {
+            Ok(page) => decode(&page[..]),
+            Err(_) => Err(Corruption::unreadable("page")),
+        };
+        newest(copy(0), copy(1))
+    }
+
+    /// Bytes of segment `id` at `offset` on the media.
+    pub fn in_segment(&self, id: u32, offset: u32) -> u64 {
+        self.geometry.segment(id) + u64::from(offset)
+    }
+
+    /// The segment and the offset in it of a position in 512-byte units.
+    pub fn locate(&self, position: u64) -> (u32, u32) {
+        let byte = position * 512 - self.geometry.meta_size;
+        let size = u64::from(self.geometry.segment_size);
+        ((byte / size) as u32, (byte % size) as u32)
+    }
+
+    /// Where the index shows a key of segment `id`. A key without payload is told from others by
+    /// its version: nothing else of it is unique while older ones of the segment are written back.
+    pub fn place(&self, id: u32, key: &Key, dirty: bool) -> Place {
+        match key.kind {
+            KeyKind::Data | KeyKind::Fill => {
+                Place { position: self.in_segment(id, key.payload * 512) / 512, zero: false, dirty }
+            }
+            KeyKind::Zero | KeyKind::Discard => {
+                // Its lowest bit says whether the guest gave the space up.
+                let name = key.version << 1 | u64::from(key.kind == KeyKind::Discard);
+                Place { position: name % POSITION_END, zero: true, dirty }
+            }
+        }
+    }
+}
+
+/// One page of the media.
+pub(crate) fn read_page<P: Pmem>(pmem: &P, at: u64) -> Result<Box<[u8; PAGE]>, MediaError> {
+    let mut page = Box::new([0; PAGE]);
+    pmem.read(at, &mut page[..])?;
+    Ok(page)
+}

@@ -1,0 +1,219 @@
+//! Writes around the cache: every mode but write-back.
+//!
+//! Laws, in the order of the steps; each write
+//! 1. registers its range: no overlapping one is in flight, and no miss that overlaps may fill;
+//! 2. removes every cached copy from the index and makes it, and all it ever superseded, durably
+//!    dead: a crash from here on must not bring one back over what the disk has by then;
+//! 3. goes to the disk; without a write cache the disk is flushed as well;
+//! 4. completes; write-through caches the bytes it wrote if nothing broke its registration.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::Ordering;
+
+use super::super::counters::add;
+use super::super::env::Env;
+use super::super::record::EXTENT_SECTORS_MAX;
+use super::super::stripes::Ticket;
+use super::super::volume::Mode;
+use super::io::Purpose;
+use super::{Fill, Gathered, Queue, Then};
+use crate::backing::{AlignedBuf, Op};
+use crate::onmedia::KeyKind;
+use crate::units::SectorRange;
+use crate::volume::Buffer;
+
+/// Longest single write to the disk, in bytes.
+const WRITE_MAX: usize = 1 << 20;
+
+/// One write around the cache, from its registration to its end.
+struct Bypass {
+    range: SectorRange,
+    kind: KeyKind,
+    ticket: Ticket,
+    /// Drawn before the disk write was issued.
+    version: u64,
+    /// Disk operations under way.
+    left: u32,
+    failed: bool,
+    /// What was written, for write-through: byte offset in the request, and the bytes.
+    written: Vec<(usize, AlignedBuf)>,
+}
+
+#[derive(Default)]
+pub(crate) struct Bypasses {
+    under_way: HashMap<u32, Bypass>,
+    /// Waiting for an overlapping one to end.
+    blocked: VecDeque<Gathered>,
+}
+
+impl Bypasses {
+    pub fn is_blocked(&self) -> bool {
+        !self.blocked.is_empty()
+    }
+}
+
+impl<E: Env, B: Buffer> Queue<E, B> {
+    pub(super) fn start_bypasses(&mut self) {
+        let blocked = std::mem::take(&mut self.bypass.blocked);
+        for gathered in blocked.into_iter().chain(std::mem::take(&mut self.gather)) {
+            self.start_bypass(gathered);
+        }
+    }
+
+    fn start_bypass(&mut self, gathered: Gathered) {
+        let (slot, range) = (gathered.slot, gathered.range);
+        let core = &self.volume.core;
+        let Some(ticket) = core.stripes.bypass(range, &mut self.scratch.stripes) else {
+            self.bypass.blocked.push_back(gathered);
+            let shared = self.shared();
+            shared.waiting.store(true, Ordering::SeqCst);
+            return;
+        };
+        let version = core.version.fetch_add(1, Ordering::SeqCst);
+        let mut removed = std::mem::take(&mut self.scratch.replaced);
+        removed.clear();
+        core.index.remove(range, &mut removed);
+        self.volume.cache.mark_dead(&removed);
+        self.scratch.replaced = removed;
+        let kind = gathered.kind;
+        let bypass = Bypass { range, kind, ticket, version, left: 0, failed: false, written: Vec::new() };
+        self.bypass.under_way.insert(slot, bypass);
+        add(&self.shared().tally.bypass_sectors, range.len);
+        match self.volume.cache.write_liveness(Some(&self.waker)) {
+            Ok(durable) => self.when_durable(durable, Then::Bypass(slot)),
+            Err(error) => {
+                tracing::error!(volume = self.volume.name, %error, "cannot make a cached copy dead: the write fails");
+                self.end_bypass(slot, false);
+            }
+        }
+    }
+
+    /// The cached copies are durably dead (or never will be): write to the disk.
+    pub(super) fn bypass_killed(&mut self, slot: u32, durable: bool) {
+        let bypass = self.bypass.under_way.get_mut(&slot).expect("registered before it was killed");
+        bypass.left = 1;
+        let (range, kind) = (bypass.range, bypass.kind);
+        if !durable {
+            return self.bypass_part(slot, false);
+        }
+        if kind != KeyKind::Data {
+            let unmap = kind == KeyKind::Discard && self.volume.pass_discard;
+            let op = Op::Zero { offset: range.start * 512, len: range.len * 512, unmap };
+            self.bypass_submit(slot, op);
+            return self.bypass_part(slot, true);
+        }
+        let bytes = range.len as usize * 512;
+        for at in (0..bytes).step_by(WRITE_MAX) {
+            let mut buf = self.io.buffer((bytes - at).min(WRITE_MAX));
+            if self.slots.get(slot).request.data.copy_out(at, &mut buf).is_err() {
+                return self.bypass_part(slot, false);
+            }
+            self.bypass_submit(slot, Op::Write { offset: range.start * 512 + at as u64, buf });
+        }
+        self.bypass_part(slot, true);
+    }
+
+    fn bypass_submit(&mut self, slot: u32, op: Op) {
+        self.bypass.under_way.get_mut(&slot).expect("under way").left += 1;
+        if self.io.submit(&self.volume.backing, &self.waker, Purpose::Bypass { slot }, op).is_err() {
+            self.bypass_part(slot, false);
+        }
+    }
+
+    /// An operation on the disk has ended.
+    pub(super) fn bypass_written(&mut self, slot: u32, op: Op, ok: bool) {
+        if let Op::Write { offset, buf } = op {
+            let bypass = self.bypass.under_way.get_mut(&slot).expect("under way");
+            if self.volume.mode() == Mode::Writethrough {
+                bypass.written.push(((offset - bypass.range.start * 512) as usize, buf));
+            } else {
+                self.io.recycle(buf);
+            }
+        }
+        self.bypass_part(slot, ok);
+    }
+
+    fn bypass_part(&mut self, slot: u32, ok: bool) {
+        let bypass = self.bypass.under_way.get_mut(&slot).expect("under way");
+        bypass.failed |= !ok;
+        bypass.left -= 1;
+        if bypass.left > 0 {
+            return;
+        }
+        if bypass.failed || self.volume.has_write_cache() {
+            let ok = !bypass.failed;
+            return self.end_bypass(slot, ok);
+        }
+        let purpose = Purpose::BypassFlush { slot };
+        if self.io.submit(&self.volume.backing, &self.waker, purpose, Op::Flush).is_err() {
+            self.end_bypass(slot, false);
+        }
+    }
+
+    pub(super) fn bypass_flushed(&mut self, slot: u32, ok: bool) {
+        self.end_bypass(slot, ok);
+    }
+
+    fn end_bypass(&mut self, slot: u32, ok: bool) {
+        let bypass = self.bypass.under_way.remove(&slot).expect("ends once");
+        let Bypass { range, ticket, version, written, .. } = bypass;
+        if ok && self.volume.mode() == Mode::Writethrough && !written.is_empty() {
+            self.fill_written(range, ticket, version, written);
+        } else {
+            written.into_iter().for_each(|(_, buf)| self.io.recycle(buf));
+            self.volume.core.stripes.remove(ticket, range);
+        }
+        self.volume.core.wake_waiting();
+        self.slots.get(slot).left = 1;
+        self.part_done(slot, ok);
+    }
+
+    /// Caches what write-through has written. One registration covers all the pieces; the last
+    /// piece carries it and the others borrow it, so it is removed after them.
+    fn fill_written(
+        &mut self,
+        range: SectorRange,
+        ticket: Ticket,
+        version: u64,
+        written: Vec<(usize, AlignedBuf)>,
+    ) {
+        let longest = self.volume.cache.piece_sectors_max().min(EXTENT_SECTORS_MAX);
+        let mut pieces = Vec::new();
+        for (base, buf) in &written {
+            let (mut at, len) = (0, buf.len() as u64 / 512);
+            while at < len {
+                let start = range.start + *base as u64 / 512 + at;
+                let in_region =
+                    super::super::index::REGION_SECTORS - start % super::super::index::REGION_SECTORS;
+                let n = (len - at).min(longest).min(in_region);
+                let mut piece = self.io.buffer(n as usize * 512);
+                piece.copy_from_slice(&buf[at as usize * 512..][..n as usize * 512]);
+                pieces.push((SectorRange::new(start, n), piece));
+                at += n;
+            }
+        }
+        written.into_iter().for_each(|(_, buf)| self.io.recycle(buf));
+        let last = pieces.len() - 1;
+        for (i, (piece, buf)) in pieces.into_iter().enumerate() {
+            let carries = (i == last).then_some(range);
+            self.fills.push_back(Fill { range: piece, at: 0, buf, version, ticket, registered: carries });
+        }
+    }
+
+    /// Gives up what is under way: the queue is going away.
+    pub(super) fn abandon(&mut self) {
+        for purpose in self.io.drain_purposes() {
+            if let Purpose::Miss { range, fill: Some((ticket, _)), .. } = purpose {
+                self.volume.core.stripes.remove(ticket, range);
+            }
+        }
+        for (_, bypass) in self.bypass.under_way.drain() {
+            self.volume.core.stripes.remove(bypass.ticket, bypass.range);
+        }
+        for fill in self.fills.drain(..) {
+            if let Some(registered) = fill.registered {
+                self.volume.core.stripes.remove(fill.ticket, registered);
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The queue's operations on the backing disk: numbered, submitted, and matched on completion.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::super::env::Env;
+use super::super::stripes::Ticket;
+use super::Queue;
+use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
+use crate::units::SectorRange;
+use crate::volume::Buffer;
+use crate::wake::Waker;
+
+/// Operations in flight per queue: what a fast disk needs to be busy.
+const DEPTH: u32 = 64;
+/// Buffers kept for reuse.
+const SPARE_BUFFERS: usize = 64;
+
+/// What an operation was for.
+#[derive(Debug)]
+pub(crate) enum Purpose {
+    /// A gap of a read. `fill`: its placeholder and the version taken before it was issued.
+    Miss { slot: u32, range: SectorRange, fill: Option<(Ticket, u64)> },
+    /// Part of a write around the cache.
+    Bypass { slot: u32 },
+    /// The flush after a write around the cache, for a guest without a write cache.
+    BypassFlush { slot: u32 },
+    /// A guest's FLUSH.
+    Flush { slot: u32 },
+}
+
+pub(crate) struct Io<E: Env> {
+    channel: Option<<E::Backing as Backing>::Channel>,
+    purposes: Vec<Option<Purpose>>,
+    free: Vec<u32>,
+    /// Not yet accepted by the channel.
+    backlog: VecDeque<(u64, Op)>,
+    completions: Vec<Completion>,
+    spare: Vec<AlignedBuf>,
+}
+
+impl<E: Env> Default for Io<E> {
+    fn default() -> Self {
+        Self {
+            channel: None,
+            purposes: Vec::new(),
+            free: Vec::new(),
+            backlog: VecDeque::new(),
+            completions: Vec::new(),
+            spare: Vec::new(),
+        }
+    }
+}
+
+impl<E: Env> Io<E> {
+    /// Starts an operation.
+    ///
+    /// # Errors
+    /// The channel could not be opened; the purpose comes back.
+    pub fn submit(
+        &mut self,
+        backing: &Arc<E::Backing>,
+        waker: &Waker,
+        purpose: Purpose,
+        op: Op,
+    ) -> Result<(), Purpose> {
+        if self.channel.is_none() {
+            match backing.channel(waker, DEPTH) {
+                Ok(channel) => self.channel = Some(channel),
+                Err(error) => {
+                    tracing::error!(%error, "cannot open a channel to the backing disk");
+                    return Err(purpose);
+                }
+            }
+        }
+        let token = match self.free.pop() {
+            Some(token) => token,
+            None => {
+                self.purposes.push(None);
+                (self.purposes.len() - 1) as u32
+            }
+        };
+        self.purposes[token as usize] = Some(purpose);
+        self.backlog.push_back((u64::from(token), op));
+        self.push_backlog();
+        Ok(())
+    }
+
+    fn push_backlog(&mut self) {
+        let Some(channel) = &mut self.channel else { return };
+        while let Some((token, op)) = self.backlog.pop_front() {
+            if let Err(op) = channel.submit(token, op) {
+                self.backlog.push_front((token, op));
+                return;
+            }
+        }
+    }
+
+    /// Hands what was accepted to the kernel.
+    pub fn kick(&mut self) {
+        if let Some(channel) = &mut self.channel {
+            channel.kick();
+        }
+    }
+
+    /// What has completed since the last call.
+    pub fn reap(&mut self) -> Vec<Completion> {
+        let mut completions = std::mem::take(&mut self.completions);
+        if let Some(channel) = &mut self.channel
+            && channel.in_flight() > 0
+        {
+            channel.reap(&mut completions);
+            if !completions.is_empty() {
+                self.push_backlog();
+            }
+        }
+        completions
+    }
+
+    /// Takes the list back for reuse.
+    pub fn recycle_list(&mut self, mut completions: Vec<Completion>) {
+        completions.clear();
+        self.completions = completions;
+    }
+
+    pub fn purpose(&mut self, token: u64) -> Purpose {
+        self.free.push(token as u32);
+        self.purposes[token as usize].take().expect("an operation completes once")
+    }
+
+    /// Every purpose whose operation has not completed.
+    pub fn drain_purposes(&mut self) -> Vec<Purpose> {
+        self.backlog.clear();
+        self.channel = None;
+        self.purposes.drain(..).flatten().collect()
+    }
+
+    /// A buffer of `len` bytes with any content.
+    pub fn buffer(&mut self, len: usize) -> AlignedBuf {
+        match self.spare.iter().rposition(|b| b.capacity() >= len) {
+            Some(i) => {
+                let mut buffer = self.spare.swap_remove(i);
+                buffer.set_len(len);
+                buffer
+            }
+            None => AlignedBuf::new(len),
+        }
+    }
+
+    pub fn recycle(&mut self, buffer: AlignedBuf) {
+        if self.spare.len() < SPARE_BUFFERS {
+            self.spare.push(buffer);
+        }
+    }
+}
+
+impl<E: Env, B: Buffer> Queue<E, B> {
+    /// Takes completed operations and goes on with what waited for them.
+    pub(super) fn reap(&mut self) {
+        let mut completions = self.io.reap();
+        for completion in completions.drain(..) {
+            let purpose = self.io.purpose(completion.token);
+            let ok = match &completion.result {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::warn!(volume = self.volume.name, %error, ?purpose, "the backing disk failed");
+                    false
+                }
+            };
+            match purpose {
+                Purpose::Miss { slot, range, fill } => self.miss_done(slot, range, fill, completion.op, ok),
+                Purpose::Bypass { slot } => self.bypass_written(slot, completion.op, ok),
+                Purpose::BypassFlush { slot } => self.bypass_flushed(slot, ok),
+                Purpose::Flush { slot } => self.part_done(slot, ok),
+            }
+        }
+        self.io.recycle_list(completions);
+    }
+
+    /// A guest's FLUSH goes to the disk.
+    pub(super) fn start_disk_flush(&mut self, slot: u32) {
+        self.slots.get(slot).left = 1;
+        let purpose = Purpose::Flush { slot };
+        if self.io.submit(&self.volume.backing, &self.waker, purpose, Op::Flush).is_err() {
+            self.part_done(slot, false);
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Reads: hits copied and verified on the queue's thread, gaps sent to the disk.
+//!
+//! A hit is copied block by block into private memory, verified there, and only then copied to the
+//! guest: what the guest gets is what was verified, whatever the media does meanwhile. A damaged
+//! clean block is dropped and read from the disk instead; a damaged dirty one fails the request
+//! and is never answered with the disk's older bytes.
+
+use super::super::core::Cache;
+use super::super::counters::add;
+use super::super::env::Env;
+use super::super::index::{Extent, REGION_SECTORS};
+use super::super::record::EXTENT_SECTORS_MAX;
+use super::super::stripes::Ticket;
+use super::io::Purpose;
+use super::{Fill, Queue};
+use crate::backing::Op;
+use crate::pmem::{MediaError, Pmem};
+use crate::units::SectorRange;
+use crate::volume::{Buffer, GuestFault};
+
+/// Why a hit could not be answered.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HitError {
+    /// The guest's memory is gone.
+    #[error(transparent)]
+    Guest(GuestFault),
+    /// The media is unreadable.
+    #[error(transparent)]
+    Media(MediaError),
+    /// The media reads back something else than was stored.
+    #[error("the cached bytes do not match their checksum")]
+    Checksum,
+}
+
+impl<E: Env> Cache<E> {
+    /// Copies an extent's bytes out, verifying whole blocks first if asked to. `sink` is called
+    /// with byte offsets from 0 on.
+    pub(crate) fn copy_extent(
+        &self,
+        extent: &Extent,
+        verify: bool,
+        mut sink: impl FnMut(usize, &[u8]) -> Result<(), GuestFault>,
+    ) -> Result<(), HitError> {
+        let mut block = [0u8; 4096];
+        let len = extent.range.len as usize * 512;
+        if extent.place.zero {
+            for at in (0..len).step_by(4096) {
+                sink(at, &block[..(len - at).min(4096)]).map_err(HitError::Guest)?;
+            }
+            return Ok(());
+        }
+        let (id, start) = self.media.locate(extent.place.position);
+        let segment = &self.segments[id as usize];
+        let mut at = 0;
+        while at < len {
+            let offset = start as usize + at;
+            let (number, within) = (offset / 4096, offset % 4096);
+            let n = (4096 - within).min(len - at);
+            let whole = if verify { segment.block_checksum(number as u32) } else { None };
+            let part = match whole {
+                Some(crc) => {
+                    let from = self.media.in_segment(id, number as u32 * 4096);
+                    self.media.pmem.read(from, &mut block).map_err(HitError::Media)?;
+                    if crc32fast::hash(&block) != crc {
+                        return Err(HitError::Checksum);
+                    }
+                    &block[within..within + n]
+                }
+                None => {
+                    let from = self.media.in_segment(id, offset as u32);
+                    self.media.pmem.read(from, &mut block[..n]).map_err(HitError::Media)?;
+                    let first = (offset / 512) as u32;
+                    let good = |(i, sector): (usize, &[u8])| {
+                        crc32fast::hash(sector) == segment.sector_checksum(first + i as u32)
+                    };
+                    if verify && !block[..n].chunks_exact(512).enumerate().all(good) {
+                        return Err(HitError::Checksum);
+                    }
+                    &block[..n]
+                }
+            };
+            sink(at, part).map_err(HitError::Guest)?;
+            at += n;
+        }
+        Ok(())
+    }
+}
+
+impl<E: Env, B: Buffer> Queue<E, B> {
+    /// Answers what is cached and starts disk reads for the rest.
+    pub(super) fn start_read(&mut self, slot: u32, range: SectorRange) {
+        add(&self.shared().tally.reads, 1);
+        self.slots.get(slot).left = 1;
+        let mut found = std::mem::take(&mut self.found);
+        let mut gaps = std::mem::take(&mut self.gaps);
+        found.clear();
+        gaps.clear();
+        if self.volume.mode() != super::super::volume::Mode::Passthrough {
+            self.volume.core.index.lookup(range, &mut found);
+        }
+        let mut ok = true;
+        let mut at = range.start;
+        for extent in &found {
+            if extent.range.start > at {
+                gaps.push(SectorRange::new(at, extent.range.start - at));
+            }
+            at = extent.range.end();
+            match self.answer_hit(slot, range, extent) {
+                Hit::Answered => {}
+                Hit::ReadAgain => gaps.push(extent.range),
+                Hit::Failed => ok = false,
+            }
+        }
+        if at < range.end() {
+            gaps.push(SectorRange::new(at, range.end() - at));
+        }
+        let missed: u64 = gaps.iter().map(|g| g.len).sum();
+        let tally = &self.shared().tally;
+        add(&tally.read_hit_sectors, range.len - missed);
+        add(if missed == 0 { &tally.read_hits } else { &tally.read_misses }, 1);
+        if ok {
+            for gap in &gaps {
+                self.start_miss(slot, *gap);
+            }
+        }
+        self.found = found;
+        self.gaps = gaps;
+        self.part_done(slot, ok);
+    }
+
+    fn answer_hit(&mut self, slot: u32, range: SectorRange, extent: &Extent) -> Hit {
+        let base = (extent.range.start - range.start) as usize * 512;
+        let data = &mut self.slots.get(slot).request.data;
+        let verify = self.volume.data_crc;
+        let result =
+            self.volume.cache.copy_extent(extent, verify, |at, bytes| data.copy_in(base + at, bytes));
+        let error = match result {
+            Ok(()) => return Hit::Answered,
+            Err(HitError::Guest(_)) => return Hit::Failed,
+            Err(error) => error,
+        };
+        add(&self.shared().tally.checksum_errors, 1);
+        let (volume, range) = (&self.volume.name, extent.range);
+        if !extent.place.dirty {
+            tracing::warn!(volume, %range, %error, "a clean cached copy is damaged: reading the disk instead");
+            let mut removed = Vec::new();
+            self.volume.core.index.remove_if(*extent, &mut removed);
+            self.volume.cache.mark_dead(&removed);
+            return Hit::ReadAgain;
+        }
+        tracing::error!(volume, %range, %error, "dirty data is damaged: these sectors answer with an error");
+        Hit::Failed
+    }
+
+    /// Reads a gap from the disk, in pieces that may become fills.
+    fn start_miss(&mut self, slot: u32, gap: SectorRange) {
+        add(&self.shared().tally.read_miss_sectors, gap.len);
+        let fills = self.volume.mode().fills();
+        let longest = self.volume.cache.piece_sectors_max().min(EXTENT_SECTORS_MAX);
+        let mut start = gap.start;
+        while start < gap.end() {
+            let in_region = REGION_SECTORS - start % REGION_SECTORS;
+            let range = SectorRange::new(start, (gap.end() - start).min(in_region).min(longest));
+            start = range.end();
+            let fill = if fills { self.place(range) } else { None };
+            let buf = self.io.buffer(range.len as usize * 512);
+            let op = Op::Read { offset: range.start * 512, buf };
+            self.slots.get(slot).left += 1;
+            let purpose = Purpose::Miss { slot, range, fill };
+            if let Err(purpose) = self.io.submit(&self.volume.backing, &self.waker, purpose, op) {
+                let Purpose::Miss { slot, range, fill } = purpose else { unreachable!("it is a miss") };
+                self.drop_placeholder(fill.map(|f| f.0), range);
+                self.part_done(slot, false);
+            }
+        }
+    }
+
+    /// Registers a placeholder and draws the fill's version. `None` when something has been
+    /// committed since the gap was found: the registration would not have seen it, and a fill with
+    /// a higher version and the disk's older bytes would outlive it after a crash.
+    fn place(&self, range: SectorRange) -> Option<(Ticket, u64)> {
+        let core = &self.volume.core;
+        let ticket = core.stripes.place(range);
+        let mut since = Vec::new();
+        core.index.lookup(range, &mut since);
+        if since.is_empty() {
+            return Some((ticket, core.version.fetch_add(1, std::sync::atomic::Ordering::SeqCst)));
+        }
+        core.stripes.remove(ticket, range);
+        None
+    }
+
+    pub(super) fn drop_placeholder(&self, ticket: Option<Ticket>, range: SectorRange) {
+        if let Some(ticket) = ticket {
+            self.volume.core.stripes.remove(ticket, range);
+        }
+    }
+
+    /// The disk has answered: so is the guest, and the data may become cached.
+    pub(super) fn miss_done(
+        &mut self,
+        slot: u32,
+        range: SectorRange,
+        fill: Option<(Ticket, u64)>,
+        op: Op,
+        ok: bool,
+    ) {
+        let Op::Read { buf, .. } = op else { unreachable!("a miss is a read") };
+        let mut good = ok;
+        if ok {
+            let request = &mut self.slots.get(slot).request;
+            let at = (range.start - request.sector) as usize * 512;
+            good = request.data.copy_in(at, &buf).is_ok();
+        }
+        match fill {
+            Some((ticket, version)) if ok => {
+                self.fills.push_back(Fill { range, at: 0, buf, version, ticket, registered: Some(range) });
+            }
+            _ => {
+                self.drop_placeholder(fill.map(|f| f.0), range);
+                self.io.recycle(buf);
+            }
+        }
+        self.part_done(slot, good);
+    }
+}
+
+enum Hit {
+    Answered,
+    ReadAgain,
+    Failed,
+}

@@ -1,0 +1,332 @@
+//! Writes in write-back mode: gathered, stored, and committed a record at a time.
+//!
+//! The order, and what breaks if two steps are swapped, is in `../DESIGN.md` ("Writing"). What this
+//! file adds: a request longer than a record is committed in parts and completed after the last;
+//! a guest fault takes back only that request's keys; no space leaves the gathered list as it is.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+
+use super::super::core::Cache;
+use super::super::counters::add;
+use super::super::env::{Clock, Env};
+use super::super::index::{Extent, REGION_SECTORS};
+use super::super::record::{Draft, StoreError};
+use super::super::stream::{Open, Stamp, Stream};
+use super::super::stripes::lock;
+use super::super::volume::{Cursor, Volume};
+use super::{Queue, Slots, Then};
+use crate::onmedia::{Key, KeyKind};
+use crate::pmem::Pmem;
+use crate::units::SectorRange;
+use crate::volume::{Buffer, RequestKind, Status};
+
+/// A write or zeroing that has been submitted and not yet wholly committed.
+#[derive(Debug)]
+pub(crate) struct Gathered {
+    pub slot: u32,
+    pub range: SectorRange,
+    pub kind: KeyKind,
+    /// Sectors committed by earlier records.
+    pub done: u64,
+    /// Sectors that will be committed when the draft is.
+    staged: u64,
+    failed: bool,
+}
+
+impl Gathered {
+    pub fn new(slot: u32, range: SectorRange, kind: KeyKind) -> Self {
+        Self { slot, range, kind, done: 0, staged: 0, failed: false }
+    }
+}
+
+/// Memory reused from batch to batch.
+pub(crate) struct Scratch {
+    pub draft: Draft,
+    pub stripes: Vec<u16>,
+    pub replaced: Vec<Extent>,
+}
+
+impl Scratch {
+    pub fn new() -> Self {
+        Self { draft: Draft::new(), stripes: Vec::new(), replaced: Vec::new() }
+    }
+}
+
+/// How an attempt to commit a record ended.
+enum Attempt {
+    /// Something was committed or given up: go on.
+    Progress,
+    NoSpace,
+}
+
+/// The next piece of a write: within one region, at most one extent.
+fn piece(range: SectorRange, done: u64, longest: u64) -> SectorRange {
+    let start = range.start + done;
+    let in_region = REGION_SECTORS - start % REGION_SECTORS;
+    SectorRange::new(start, (range.len - done).min(in_region).min(longest))
+}
+
+impl<E: Env, B: Buffer> Queue<E, B> {
+    pub(super) fn gather_write(&mut self, slot: u32, range: SectorRange, kind: RequestKind) {
+        let tally = &self.shared().tally;
+        let kind = match kind {
+            RequestKind::Write => {
+                add(&tally.writes, 1);
+                add(&tally.write_sectors, range.len);
+                KeyKind::Data
+            }
+            RequestKind::Discard { .. } => {
+                add(&tally.discards, 1);
+                KeyKind::Discard
+            }
+            RequestKind::WriteZeroes { unmap, .. } => {
+                add(&tally.discards, 1);
+                if unmap { KeyKind::Discard } else { KeyKind::Zero }
+            }
+            RequestKind::Read | RequestKind::Flush => unreachable!("handled by submit"),
+        };
+        self.gather.push_back(Gathered::new(slot, range, kind));
+    }
+
+    pub(super) fn commit_writes(&mut self) {
+        let mut committed = false;
+        while !self.gather.is_empty() {
+            if self.volume.cache.syncer.has_failed() || self.volume.core.damaged.load(Ordering::Relaxed) {
+                self.fail_gathered();
+                break;
+            }
+            let attempt = {
+                let Self { volume, index, slots, gather, scratch, .. } = &mut *self;
+                let mut stream = lock(volume.core.stream(*index));
+                commit_record(volume, *index, &mut stream, gather, slots, scratch)
+            };
+            match attempt {
+                Attempt::Progress => committed = true,
+                Attempt::NoSpace if self.wait_for_space() => {}
+                Attempt::NoSpace => break,
+            }
+            self.complete_committed();
+        }
+        if committed {
+            self.note_dirty();
+        }
+    }
+
+    /// Completes the requests whose last part is committed.
+    fn complete_committed(&mut self) {
+        let write_cache = self.volume.has_write_cache();
+        let mut ticket = None;
+        while let Some(front) = self.gather.front() {
+            if front.done < front.range.len && !front.failed {
+                return;
+            }
+            let front = self.gather.pop_front().expect("it was there");
+            if front.failed {
+                self.complete(front.slot, Status::IoError);
+            } else if write_cache {
+                self.complete(front.slot, Status::Ok);
+            } else {
+                // Without a write cache completion is the only order there is: it ends an epoch.
+                self.volume.core.raise_epoch();
+                let cache = &self.volume.cache;
+                let ticket = *ticket
+                    .get_or_insert_with(|| cache.syncer.request(&*cache.media.pmem, Some(&self.waker)));
+                self.when_durable(ticket, Then::Complete(front.slot));
+            }
+        }
+    }
+
+    fn fail_gathered(&mut self) {
+        while let Some(gathered) = self.gather.pop_front() {
+            self.complete(gathered.slot, Status::IoError);
+        }
+    }
+
+    /// Asks for space and parks. True when some came meanwhile.
+    fn wait_for_space(&mut self) -> bool {
+        let shared = self.shared();
+        if !shared.waiting.swap(true, Ordering::SeqCst) {
+            add(&shared.tally.space_waits, 1);
+        }
+        self.volume.core.writeback.raise();
+        self.volume.cache.housekeeper.raise();
+        self.volume.cache.free_segments() > 0
+    }
+
+    fn note_dirty(&self) {
+        let core = &self.volume.core;
+        if core.dirty_since.load(Ordering::Relaxed) == 0 {
+            core.dirty_since.store(self.volume.cache.clock.now_ms().max(1), Ordering::Relaxed);
+            core.writeback.raise();
+        }
+    }
+}
+
+/// Makes the stream's segment ready for at least one piece. False when there is no space.
+pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Stream, for_fill: bool) -> bool {
+    let cache = &volume.cache;
+    if stream.open.is_none() {
+        let Some(open) = cache.open_segment(volume.core.incarnation, q, for_fill) else { return false };
+        let cursor = Cursor::Log(open.log_low);
+        lock(&volume.core.dirty).drained.insert(open.id, cursor);
+        stream.open = Some(open);
+    }
+    if let Some(open) = &mut stream.open {
+        open.align(cache.syncer.started());
+    }
+    true
+}
+
+fn commit_record<E: Env, B: Buffer>(
+    volume: &Volume<E>,
+    q: u16,
+    stream: &mut Stream,
+    gather: &mut VecDeque<Gathered>,
+    slots: &mut Slots<B>,
+    scratch: &mut Scratch,
+) -> Attempt {
+    if !ensure_open(volume, q, stream, false) {
+        return Attempt::NoSpace;
+    }
+    let open = stream.open.as_mut().expect("ensured above");
+    let staged = match stage(&volume.cache, open, gather, slots, &mut scratch.draft) {
+        Ok(staged) => staged,
+        Err(()) => {
+            volume.cache.close_segment(stream);
+            return Attempt::Progress;
+        }
+    };
+    if scratch.draft.keys.is_empty() {
+        if staged == Staged::Full {
+            volume.cache.close_segment(stream);
+        }
+        return Attempt::Progress;
+    }
+    if publish(volume, q, open, scratch) {
+        for gathered in gather.iter_mut().take_while(|g| g.staged > 0) {
+            gathered.done = std::mem::take(&mut gathered.staged);
+        }
+    } else {
+        gather.iter_mut().for_each(|g| g.staged = 0);
+        volume.cache.close_segment(stream);
+    }
+    Attempt::Progress
+}
+
+#[derive(PartialEq, Eq)]
+enum Staged {
+    All,
+    /// The record or the segment is full.
+    Full,
+}
+
+/// Stores as many gathered pieces as one record takes. `Err`: the media failed, nothing is staged.
+fn stage<E: Env, B: Buffer>(
+    cache: &Cache<E>,
+    open: &Open,
+    gather: &mut VecDeque<Gathered>,
+    slots: &mut Slots<B>,
+    draft: &mut Draft,
+) -> Result<Staged, ()> {
+    let segment = &cache.segments[open.id as usize];
+    draft.begin(open);
+    let longest = cache.piece_sectors_max();
+    let limit = open.payload_end + cache.record_payload_max();
+    for i in 0..gather.len() {
+        let gathered = &mut gather[i];
+        let mark = (draft.keys.len(), draft.checksums.len());
+        let mut done = gathered.done;
+        while done < gathered.range.len {
+            if gathered.kind != KeyKind::Data {
+                if !draft.has_room(open, 0) {
+                    break;
+                }
+                let rest = SectorRange::new(gathered.range.start + done, gathered.range.len - done);
+                draft.add_zero(rest, gathered.kind);
+                done = gathered.range.len;
+                break;
+            }
+            let piece = piece(gathered.range, done, longest);
+            if !draft.has_room(open, piece.len) || draft.payload_end + piece.len as u32 * 512 > limit {
+                break;
+            }
+            let at = done as usize * 512;
+            let data = &slots.get(gathered.slot).request.data;
+            let source = |offset: usize, dst: &mut [u8]| data.copy_out(at + offset, dst);
+            match draft.store(&cache.media, open, segment, piece, KeyKind::Data, source) {
+                Ok(()) => done += piece.len,
+                Err(StoreError::Source(_)) => {
+                    draft.keys.truncate(mark.0);
+                    draft.checksums.truncate(mark.1);
+                    gathered.failed = true;
+                    break;
+                }
+                Err(StoreError::Media(error)) => {
+                    tracing::error!(%error, "the cache media failed under a write");
+                    gather.iter_mut().for_each(|g| g.staged = 0);
+                    return Err(());
+                }
+            }
+        }
+        let gathered = &mut gather[i];
+        if gathered.failed {
+            // It ends here, and so does the record: completion goes in order.
+            gathered.staged = 0;
+            return Ok(Staged::All);
+        }
+        gathered.staged = if done > gathered.done { done } else { 0 };
+        if done < gathered.range.len {
+            return Ok(Staged::Full);
+        }
+    }
+    Ok(Staged::All)
+}
+
+/// Draws versions, persists, publishes. False when the media refused the record: nothing of it
+/// exists.
+fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Scratch) -> bool {
+    let (cache, core) = (&volume.cache, &volume.core);
+    let Scratch { draft, stripes, replaced } = scratch;
+    let segment = &cache.segments[open.id as usize];
+    let held = core.stripes.hold(draft.keys.iter().map(Key::range), stripes);
+    let epoch = core.announce(q);
+    core.stamped.fetch_max(epoch, Ordering::SeqCst);
+    let version = core.version.fetch_add(draft.keys.len() as u64, Ordering::Relaxed);
+    for (key, version) in draft.keys.iter_mut().zip(version..) {
+        key.version = version;
+        key.epoch = epoch;
+    }
+    let stamp = Stamp {
+        incarnation: core.incarnation,
+        start_counter: cache.start_counter,
+        epoch,
+        time_ms: cache.clock.unix_ms(),
+    };
+    // Before the record exists, so that no one takes the segment for clean while it holds it.
+    segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);
+    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {
+        tracing::error!(%error, segment = open.id, "the cache media refused a record");
+        core.retract(q);
+        return false;
+    }
+    segment.max_version.store(version + draft.keys.len() as u64 - 1, Ordering::Relaxed);
+    for key in &draft.keys {
+        replaced.clear();
+        if key.kind == KeyKind::Data {
+            segment.add_live(key.sectors);
+        }
+        let place = cache.media.place(open.id, key, true);
+        core.index.insert(Extent { range: key.range(), place }, replaced);
+        cache.mark_dead(replaced);
+        core.stripes.break_placeholders(key.range());
+    }
+    segment.log_low.store(open.log_low, Ordering::Release);
+    core.retract(q);
+    drop(held);
+    if cache.media.pmem.class().fence_is_durable() {
+        open.write_witness(&cache.media);
+    }
+    add(&core.queue(q).tally.records, 1);
+    true
+}

@@ -1,0 +1,230 @@
+//! Reads a segment's keys back from the media: from its records, or from its summary.
+//!
+//! Three answers are kept apart (law 2): the *end* of the log (nothing more was written), a *torn*
+//! end (the last record did not become whole before a crash, which is legal), and *corruption* (a
+//! record that must be there is not). What must be there: on media whose fence is durable, every
+//! record below a valid one; everywhere, every record up to the witness.
+//!
+//! All bytes read are hostile: a record counts only by its keyed check, its own position and its
+//! segment's generation; its fields have been bounded by the decoder.
+
+use super::media::Media;
+use crate::onmedia::{
+    Corruption, Dual, Key, Record, RecordExpect, SegmentHeader, SegmentState, SummaryExpect, Witness,
+    decode_record_into, decode_summary, newest,
+};
+use crate::pmem::{MediaError, Pmem};
+
+/// What a segment holds.
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    pub keys: Vec<Key>,
+    pub checksums: Vec<u32>,
+    /// What is missing, and the epoch of the record that follows it, `u64::MAX` at the end: epochs
+    /// do not fall within a segment, so nothing lost is of a higher one.
+    pub losses: Vec<(u64, String)>,
+    /// Records dropped as torn.
+    pub torn: u32,
+    pub last_sequence: u64,
+    pub log_low: u32,
+    pub payload_end: u32,
+}
+
+impl<P: Pmem> Media<P> {
+    /// The header's newest copy, whether a copy was damaged.
+    pub fn load_header(&self, id: u32) -> Dual<SegmentHeader> {
+        let read = |copy: usize| {
+            let mut bytes = [0; SegmentHeader::SIZE];
+            let at = self.in_segment(id, self.geometry.header_offset(copy));
+            match self.pmem.read(at, &mut bytes) {
+                Ok(()) => SegmentHeader::decode(&bytes, &self.uuid, &self.geometry, id),
+                Err(_) => Err(Corruption::unreadable("SegmentHeader")),
+            }
+        };
+        newest(read(0), read(1))
+    }
+
+    /// The highest sequence number known to have been whole; 0 for none.
+    fn load_witness(&self, id: u32, generation: u64) -> u64 {
+        (0..2)
+            .filter_map(|copy| {
+                let mut bytes = [0; 64];
+                self.pmem.read(self.in_segment(id, self.geometry.witness_offset(copy)), &mut bytes).ok()?;
+                let witness = Witness::decode(&bytes, &self.secret, id).ok()?;
+                (witness.generation == generation).then_some(witness.sequence)
+            })
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Everything a sealed segment holds, by its summary.
+    pub fn scan_summary(&self, id: u32, header: &SegmentHeader) -> Result<Scan, String> {
+        let geometry = &self.geometry;
+        let (offset, len) = (header.summary_offset, header.summary_len as usize);
+        if offset < geometry.data_start() || u64::from(offset) + len as u64 > u64::from(geometry.data_end()) {
+            return Err(format!("the summary lies outside the segment ({offset}+{len})"));
+        }
+        let mut bytes = vec![0; len];
+        self.pmem.read(self.in_segment(id, offset), &mut bytes).map_err(|e| e.to_string())?;
+        let expect =
+            SummaryExpect { segment: id, generation: header.generation, incarnation: header.incarnation };
+        let summary = decode_summary(&self.secret, geometry, &bytes, &expect).map_err(|e| e.to_string())?;
+        Ok(Scan {
+            keys: summary.keys,
+            checksums: summary.checksums,
+            last_sequence: header.last_sequence,
+            log_low: header.log_low,
+            payload_end: header.payload_end,
+            ..Scan::default()
+        })
+    }
+
+    /// Everything a segment holds, by walking its records.
+    ///
+    /// # Errors
+    /// Only when the media cannot be read at all; damaged parts are losses.
+    pub fn scan_records(&self, id: u32, header: &SegmentHeader) -> Result<Scan, MediaError> {
+        let mut walk = Walk::new(self, id, header)?;
+        let witness = self.load_witness(id, header.generation);
+        let strict = self.pmem.class().fence_is_durable();
+        let mut scan = Scan {
+            log_low: self.geometry.data_end(),
+            payload_end: self.geometry.data_start(),
+            ..Scan::default()
+        };
+        let mut expected = 1;
+        while let Some(record) = walk.next_record(scan.payload_end) {
+            let sequence = record.header.sequence;
+            let sealed_out = header.state == SegmentState::Sealed && sequence > header.last_sequence;
+            if sequence < expected || sealed_out {
+                continue;
+            }
+            if sequence > witness && !self.payload_holds(id, record) {
+                // The end of what was fenced, or one of what no `sync` had reached.
+                scan.torn += 1;
+                continue;
+            }
+            if sequence > expected && (strict || expected <= witness) {
+                let what = format!("records {expected} to {} are missing", sequence - 1);
+                scan.losses.push((record.header.epoch, what));
+            }
+            expected = sequence + 1;
+            scan.keys.extend_from_slice(&record.keys);
+            scan.checksums.extend_from_slice(&record.checksums);
+            scan.payload_end = scan.payload_end.max(record.header.payload_end);
+            scan.log_low = record.header.offset;
+            scan.last_sequence = sequence;
+        }
+        if witness >= expected {
+            scan.losses.push((u64::MAX, format!("records {expected} to {witness} are missing")));
+        }
+        Ok(scan)
+    }
+
+    /// Whether every checksum of a record's payload holds.
+    fn payload_holds(&self, id: u32, record: &Record) -> bool {
+        let mut checksums = record.checksums.iter();
+        let mut block = [0; 4096];
+        record.keys.iter().all(|key| {
+            key.pieces().all(|piece| {
+                let bytes = &mut block[..piece.sectors as usize * 512];
+                let at = self.in_segment(id, piece.start * 512);
+                self.pmem.read(at, bytes).is_ok() && checksums.next() == Some(&crc32fast::hash(bytes))
+            })
+        })
+    }
+
+    /// Reads on from `cursor` (where an earlier record begins) down to `log_low`, as long as
+    /// records are of epochs ≤ `upto`. Calls `f` for each record; returns the new cursor and, if a
+    /// record of a later epoch comes next, its epoch.
+    pub fn walk_from(
+        &self,
+        id: u32,
+        header: &SegmentHeader,
+        cursor: u32,
+        log_low: u32,
+        upto: u64,
+        mut f: impl FnMut(&Record),
+    ) -> Result<(u32, Option<u64>), WalkError> {
+        let mut cursor = cursor;
+        let mut record = Record::default();
+        while cursor > log_low {
+            // A record is at most about 10 KiB; a generous window saves reads.
+            let low = log_low.max(cursor.saturating_sub(32 << 10));
+            let mut bytes = vec![0; (cursor - low) as usize];
+            self.pmem.read(self.in_segment(id, low), &mut bytes).map_err(WalkError::Media)?;
+            let mut at = cursor - 256;
+            loop {
+                let expect = expect(id, header, at);
+                let slice = &bytes[(at - low) as usize..];
+                if decode_record_into(&self.secret, &self.geometry, slice, &expect, &mut record).is_ok() {
+                    break;
+                }
+                if at < low + 256 {
+                    return Err(WalkError::Missing { segment: id, below: cursor });
+                }
+                at -= 256;
+            }
+            if record.header.epoch > upto {
+                return Ok((cursor, Some(record.header.epoch)));
+            }
+            f(&record);
+            cursor = at;
+        }
+        Ok((cursor, None))
+    }
+}
+
+/// Why write-back cannot read a segment's records.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum WalkError {
+    #[error(transparent)]
+    Media(MediaError),
+    #[error("segment {segment} has no valid record below byte {below}, where one was written")]
+    Missing { segment: u32, below: u32 },
+}
+
+fn expect(id: u32, header: &SegmentHeader, offset: u32) -> RecordExpect {
+    RecordExpect { segment: id, generation: header.generation, incarnation: header.incarnation, offset }
+}
+
+/// Steps down through a segment, from record to record, over whatever lies between.
+struct Walk<'a, P> {
+    media: &'a Media<P>,
+    id: u32,
+    header: &'a SegmentHeader,
+    bytes: Vec<u8>,
+    /// Everything at and above this offset has been looked at.
+    at: u32,
+    record: Record,
+}
+
+impl<'a, P: Pmem> Walk<'a, P> {
+    fn new(media: &'a Media<P>, id: u32, header: &'a SegmentHeader) -> Result<Self, MediaError> {
+        let (start, end) = (media.geometry.data_start(), media.geometry.data_end());
+        let mut bytes = vec![0; (end - start) as usize];
+        // Page by page: a poisoned one costs what it holds, not the segment.
+        for (i, page) in bytes.chunks_mut(4096).enumerate() {
+            let at = media.in_segment(id, start + i as u32 * 4096);
+            if media.pmem.read(at, page).is_err() {
+                page.fill(0);
+            }
+        }
+        Ok(Self { media, id, header, bytes, at: end, record: Record::default() })
+    }
+
+    /// The next valid record below, down to `floor`.
+    fn next_record(&mut self, floor: u32) -> Option<&Record> {
+        let start = self.media.geometry.data_start();
+        while self.at >= floor.max(start) + 256 {
+            self.at -= 256;
+            let slice = &self.bytes[(self.at - start) as usize..];
+            let expect = expect(self.id, self.header, self.at);
+            let (secret, geometry) = (&self.media.secret, &self.media.geometry);
+            if decode_record_into(secret, geometry, slice, &expect, &mut self.record).is_ok() {
+                return Some(&self.record);
+            }
+        }
+        None
+    }
+}

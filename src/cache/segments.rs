@@ -1,0 +1,210 @@
+//! What DRAM knows of every segment: state, owner, what is dead in it, and its checksums.
+//!
+//! Invariants:
+//! - `live` is the number of payload sectors the index points at; a sector is dead once nothing
+//!   points at it, and never becomes live again in the same generation.
+//! - A checksum is stored before the key it belongs to is published, and not changed until the
+//!   segment has been freed, which waits for every reader.
+//! - A segment has at most one writer: the stream that opened it, until it is full.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use crate::onmedia::Geometry;
+
+/// Where a segment is in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum State {
+    /// On the free list, or on its way there.
+    Free = 0,
+    /// A stream appends to it.
+    Open = 1,
+    /// Nothing more will be appended; not yet sealed on the media.
+    Full = 2,
+    /// Sealed on the media, with a summary.
+    Sealed = 3,
+    /// Being reclaimed.
+    Reclaiming = 4,
+    /// Its header cannot be trusted or written; never used again.
+    Bad = 5,
+}
+
+impl State {
+    fn from_raw(raw: u8) -> State {
+        match raw {
+            0 => State::Free,
+            1 => State::Open,
+            2 => State::Full,
+            3 => State::Sealed,
+            4 => State::Reclaiming,
+            _ => State::Bad,
+        }
+    }
+}
+
+/// One segment.
+#[derive(Default)]
+pub(crate) struct Segment {
+    state: AtomicU8,
+    /// Incarnation of the volume that owns it, 0 for none.
+    pub owner: AtomicU64,
+    pub generation: AtomicU64,
+    /// Sequence number of its header on the media.
+    pub header_sequence: AtomicU64,
+    /// Highest epoch of any dirty key in it, 0 for none.
+    pub max_epoch: AtomicU64,
+    pub max_version: AtomicU64,
+    pub last_sequence: AtomicU64,
+    /// Lowest byte of the records committed (they grow down); offset in the segment.
+    pub log_low: AtomicU32,
+    /// One past the highest payload byte in use; offset in the segment.
+    pub payload_end: AtomicU32,
+    pub key_count: AtomicU32,
+    pub live: AtomicU32,
+    /// Whether it is on the list of segments whose liveness words must be written.
+    pub liveness_pending: AtomicBool,
+    body: OnceLock<Body>,
+}
+
+struct Body {
+    /// One bit per sector: nothing points at it.
+    dead: Box<[AtomicU32]>,
+    /// One bit per word of `dead`: changed since it was last written to the media.
+    changed: Box<[AtomicU32]>,
+    /// CRC-32 of each 4 KiB block that one key fills.
+    blocks: Box<[AtomicU32]>,
+    /// One bit per block: its sectors have checksums of their own.
+    packed: Box<[AtomicU32]>,
+    /// CRC-32 of each sector, where `packed`.
+    sectors: OnceLock<Box<[AtomicU32]>>,
+}
+
+fn zeros(n: usize) -> Box<[AtomicU32]> {
+    (0..n).map(|_| AtomicU32::new(0)).collect()
+}
+
+impl Segment {
+    pub fn state(&self) -> State {
+        State::from_raw(self.state.load(Ordering::Acquire))
+    }
+
+    pub fn set_state(&self, state: State) {
+        self.state.store(state as u8, Ordering::Release);
+    }
+
+    /// Makes DRAM ready for a new life of the segment. Nobody else may know the segment.
+    pub fn begin(&self, geometry: &Geometry, owner: u64, generation: u64) {
+        let sectors = geometry.segment_size as usize / 512;
+        let fresh = || Body {
+            dead: zeros(sectors.div_ceil(32)),
+            changed: zeros(sectors.div_ceil(32).div_ceil(32)),
+            blocks: zeros(sectors / 8),
+            packed: zeros((sectors / 8).div_ceil(32)),
+            sectors: OnceLock::new(),
+        };
+        let body = self.body.get_or_init(fresh);
+        for word in body.dead.iter().chain(&body.changed).chain(&body.packed) {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.owner.store(owner, Ordering::Relaxed);
+        self.generation.store(generation, Ordering::Relaxed);
+        for n in [&self.max_epoch, &self.max_version, &self.last_sequence] {
+            n.store(0, Ordering::Relaxed);
+        }
+        self.key_count.store(0, Ordering::Relaxed);
+        self.live.store(0, Ordering::Relaxed);
+        self.log_low.store(geometry.data_end(), Ordering::Release);
+        self.payload_end.store(geometry.data_start(), Ordering::Relaxed);
+    }
+
+    fn body(&self) -> &Body {
+        self.body.get().expect("a segment in use has begun")
+    }
+
+    /// Counts `sectors` more as pointed at.
+    pub fn add_live(&self, sectors: u32) {
+        self.live.fetch_add(sectors, Ordering::Relaxed);
+    }
+
+    /// Marks sectors `[first, first + n)` of the segment dead. Returns how many were not yet.
+    /// Does not touch `live`.
+    pub fn mark_dead(&self, first: u32, n: u32) -> u32 {
+        let body = self.body();
+        let mut fresh = 0;
+        let (mut at, end) = (first, first + n);
+        while at < end {
+            let word = at / 32;
+            let upto = end.min((word + 1) * 32);
+            let width = upto - at;
+            let mask = if width == 32 { u32::MAX } else { ((1 << width) - 1) << (at % 32) };
+            let old = body.dead[word as usize].fetch_or(mask, Ordering::Relaxed);
+            fresh += (mask & !old).count_ones();
+            if mask & !old != 0 {
+                body.changed[word as usize / 32].fetch_or(1 << (word % 32), Ordering::Release);
+            }
+            at = upto;
+        }
+        fresh
+    }
+
+    /// Marks dead what recovery found dead on the media already: nothing is left to write.
+    pub fn restore_dead(&self, word: usize, bits: u32) {
+        self.body().dead[word].store(bits, Ordering::Relaxed);
+    }
+
+    /// Takes sectors for live whatever the media says: dirty keys count as they are.
+    pub fn revive(&self, first: u32, n: u32) {
+        for sector in first..first + n {
+            self.body().dead[sector as usize / 32].fetch_and(!(1 << (sector % 32)), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the sector is dead.
+    pub fn is_dead(&self, sector: u32) -> bool {
+        self.body().dead[sector as usize / 32].load(Ordering::Relaxed) & (1 << (sector % 32)) != 0
+    }
+
+    /// Takes the words that changed since the last call: calls `f(word, bits)` for each.
+    pub fn take_changed(&self, mut f: impl FnMut(u32, u32)) {
+        let body = self.body();
+        for (i, changed) in body.changed.iter().enumerate() {
+            if changed.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let mut bits = changed.swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                let word = i as u32 * 32 + bits.trailing_zeros();
+                bits &= bits - 1;
+                f(word, body.dead[word as usize].load(Ordering::Relaxed));
+            }
+        }
+    }
+
+    /// Stores the checksum of a whole block.
+    pub fn set_block_checksum(&self, block: u32, crc: u32) {
+        self.body().blocks[block as usize].store(crc, Ordering::Relaxed);
+    }
+
+    /// Stores the checksum of one sector of a packed block.
+    pub fn set_sector_checksum(&self, sector: u32, crc: u32) {
+        let body = self.body();
+        let all = body.sectors.get_or_init(|| zeros(body.blocks.len() * 8));
+        all[sector as usize].store(crc, Ordering::Relaxed);
+        let block = sector / 8;
+        body.packed[block as usize / 32].fetch_or(1 << (block % 32), Ordering::Relaxed);
+    }
+
+    /// The checksum of a whole block, or `None` when its sectors have their own.
+    pub fn block_checksum(&self, block: u32) -> Option<u32> {
+        let body = self.body();
+        let packed = body.packed[block as usize / 32].load(Ordering::Relaxed) & (1 << (block % 32)) != 0;
+        (!packed).then(|| body.blocks[block as usize].load(Ordering::Relaxed))
+    }
+
+    /// The checksum of one sector of a packed block.
+    pub fn sector_checksum(&self, sector: u32) -> u32 {
+        let sectors = self.body().sectors.get();
+        sectors.expect("a packed block has sector checksums")[sector as usize].load(Ordering::Relaxed)
+    }
+}

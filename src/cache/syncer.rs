@@ -1,0 +1,158 @@
+//! Group commit on page-cache media: everyone who needs durability joins the *next* `sync`.
+//!
+//! Laws: a ticket names a `sync` that has not begun when the ticket is drawn, so it covers all that
+//! was stored before. A failed `sync` is final: no later ticket is ever durable, because the kernel
+//! may have dropped the pages it could not write (the data still reads back, the disk never got it).
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+use super::stripes::lock;
+use crate::pmem::{MediaClass, Pmem};
+use crate::wake::Waker;
+
+/// A moment after which everything stored before the ticket was drawn is durable.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Durable(u64);
+
+/// Where a ticket stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Outcome {
+    Waiting,
+    Reached,
+    /// It will never be reached.
+    Failed,
+}
+
+#[derive(Default)]
+struct State {
+    requested: u64,
+    waiters: Vec<Waker>,
+    stop: bool,
+}
+
+/// Runs and shares `sync`s.
+pub(crate) struct Syncer {
+    /// Whether durability needs a `sync` at all.
+    by_sync: bool,
+    state: Mutex<State>,
+    work: Condvar,
+    done: Condvar,
+    started: AtomicU64,
+    completed: AtomicU64,
+    failed: AtomicBool,
+}
+
+impl Syncer {
+    pub fn new(class: MediaClass, failed_before: bool) -> Self {
+        Self {
+            by_sync: class == MediaClass::PageCache,
+            state: Mutex::default(),
+            work: Condvar::new(),
+            done: Condvar::new(),
+            started: AtomicU64::new(0),
+            completed: AtomicU64::new(0),
+            failed: AtomicBool::new(failed_before),
+        }
+    }
+
+    /// Draws a ticket. On media whose fence is durable the caller's fence has done it already; on
+    /// volatile media there is nothing to wait for.
+    pub fn request<P: Pmem>(&self, pmem: &P, waker: Option<&Waker>) -> Durable {
+        if !self.by_sync {
+            pmem.fence();
+            return Durable(0);
+        }
+        let mut state = lock(&self.state);
+        let ticket = self.started.load(Ordering::SeqCst) + 1;
+        state.requested = state.requested.max(ticket);
+        if let Some(waker) = waker {
+            state.waiters.push(waker.clone());
+        }
+        self.work.notify_one();
+        Durable(ticket)
+    }
+
+    /// Whether the ticket's moment has come.
+    pub fn outcome(&self, ticket: Durable) -> Outcome {
+        if self.completed.load(Ordering::Acquire) >= ticket.0 {
+            Outcome::Reached
+        } else if self.failed.load(Ordering::Acquire) {
+            Outcome::Failed
+        } else {
+            Outcome::Waiting
+        }
+    }
+
+    /// Whether some `sync` has failed, now or in an earlier life of the media.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// Number of `sync`s begun: whoever appended under an earlier number must begin a new page.
+    pub fn started(&self) -> u64 {
+        self.started.load(Ordering::Relaxed)
+    }
+
+    /// Blocks until the ticket is decided. For workers and control, never for a queue.
+    pub fn wait<P: Pmem>(&self, pmem: &P, ticket: Durable, threaded: bool) -> Outcome {
+        loop {
+            match self.outcome(ticket) {
+                Outcome::Waiting if threaded => {
+                    let state = lock(&self.state);
+                    drop(self.done.wait_timeout(state, Duration::from_millis(50)));
+                }
+                Outcome::Waiting => {
+                    self.step(pmem);
+                }
+                decided => return decided,
+            }
+        }
+    }
+
+    /// Runs one `sync` if any is asked for; says whether it did.
+    pub fn step<P: Pmem>(&self, pmem: &P) -> bool {
+        {
+            let state = lock(&self.state);
+            if state.requested <= self.started.load(Ordering::SeqCst) || self.has_failed() {
+                return false;
+            }
+            // Under the lock: a ticket drawn after this line waits for the next one.
+            self.started.fetch_add(1, Ordering::SeqCst);
+        }
+        match pmem.sync() {
+            Ok(()) => {
+                self.completed.store(self.started.load(Ordering::SeqCst), Ordering::Release);
+            }
+            Err(error) => {
+                tracing::error!(%error, "the cache can no longer be made durable: it stops accepting writes");
+                self.failed.store(true, Ordering::Release);
+            }
+        }
+        let waiters = std::mem::take(&mut lock(&self.state).waiters);
+        waiters.iter().for_each(Waker::wake);
+        self.done.notify_all();
+        true
+    }
+
+    /// The loop of the syncing thread, until [`Syncer::stop`].
+    pub fn run<P: Pmem>(&self, pmem: &P) {
+        loop {
+            while self.step(pmem) {}
+            let state = lock(&self.state);
+            if state.stop {
+                return;
+            }
+            if state.requested <= self.started.load(Ordering::SeqCst) || self.has_failed() {
+                drop(self.work.wait_timeout(state, Duration::from_secs(1)));
+            }
+        }
+    }
+
+    /// Ends [`Syncer::run`] once what was asked for is done.
+    pub fn stop(&self) {
+        lock(&self.state).stop = true;
+        self.work.notify_all();
+    }
+}

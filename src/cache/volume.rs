@@ -1,0 +1,370 @@
+//! One volume: its index, its epochs, its streams, and the face the front end sees.
+//!
+//! [`VolumeCore`] is what recovery makes and what lives without a backing disk; [`Volume`] adds the
+//! disk and is what a guest uses.
+//!
+//! Laws of the epochs:
+//! - A record's epoch is read after its queue announced it and read again the same
+//!   ([`VolumeCore::announce`]), so a FLUSH that raises the epoch afterwards sees the announcement.
+//! - Epoch e is closed when the counter is above it and no queue announces a number ≤ e.
+//! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::core::{Cache, Signal};
+use super::counters::{Counters, Tally};
+use super::env::Env;
+use super::index::{Extent, Index};
+use super::queue::Queue;
+use super::stream::Stream;
+use super::stripes::{Stripes, lock};
+use crate::backing::Backing;
+use crate::onmedia::{Key, VolumeDescriptor};
+pub use crate::onmedia::{Mode, Order};
+use crate::volume::{Buffer, Disk, DiskConfig};
+use crate::wake::Waker;
+
+impl Mode {
+    /// Whether a guest's write goes to the disk before it is acknowledged.
+    pub fn bypasses(self) -> bool {
+        self != Mode::Writeback
+    }
+
+    /// Whether a miss becomes cached.
+    pub fn fills(self) -> bool {
+        matches!(self, Mode::Writeback | Mode::Writethrough | Mode::Writearound)
+    }
+}
+
+/// What one queue tells the others. A line of its own, written by its thread alone.
+#[repr(align(128))]
+pub(crate) struct QueueShared {
+    /// Odd while the thread may hold what it looked up in the index.
+    pub section: AtomicU64,
+    /// The epoch of the record it is committing, `u64::MAX` for none.
+    pub stamp: AtomicU64,
+    /// Whether it waits for a free segment, or for a bypass to end.
+    pub waiting: AtomicBool,
+    /// Whether a `Queue` for it exists.
+    pub taken: AtomicBool,
+    pub waker: Mutex<Waker>,
+    pub tally: Tally,
+}
+
+impl QueueShared {
+    pub fn new() -> Self {
+        Self {
+            section: AtomicU64::new(0),
+            stamp: AtomicU64::new(u64::MAX),
+            waiting: AtomicBool::new(false),
+            taken: AtomicBool::new(false),
+            waker: Mutex::default(),
+            tally: Tally::default(),
+        }
+    }
+}
+
+/// Where write-back of a segment goes on.
+#[derive(Clone, Debug)]
+pub(crate) enum Cursor {
+    /// Records from this offset in the segment down have not been written back.
+    Log(u32),
+    /// What recovery found dirty, by epoch.
+    Keys(VecDeque<Key>),
+}
+
+/// A volume's segments that hold dirty data, by the epoch of their next record.
+#[derive(Default)]
+pub(crate) struct DirtySegments {
+    /// `(epoch, segment)` of the next dirty record.
+    pub known: BTreeMap<(u64, u32), Cursor>,
+    /// Open segments whose records have all been seen.
+    pub drained: HashMap<u32, Cursor>,
+}
+
+/// A volume without its disk.
+pub(crate) struct VolumeCore {
+    pub incarnation: u64,
+    pub slot: u32,
+    /// The descriptor, and the copy its next update goes to.
+    pub descriptor: Mutex<(VolumeDescriptor, usize)>,
+    /// Sequence number of the tail page, and the copy its next update goes to.
+    pub tail_page: Mutex<(u64, usize)>,
+    pub index: Index,
+    pub stripes: Stripes,
+    /// Next version to draw.
+    pub version: AtomicU64,
+    /// The epoch commits are stamped with now.
+    pub epoch: AtomicU64,
+    /// Highest epoch stamped on a dirty record.
+    pub stamped: AtomicU64,
+    /// Highest epoch wholly on the disk, durably so.
+    pub tail: AtomicU64,
+    pub dirty: Mutex<DirtySegments>,
+    /// Whether keys of dirty records were lost: not to be opened for writing.
+    pub damaged: AtomicBool,
+    pub queues: OnceLock<Box<[QueueShared]>>,
+    pub streams: OnceLock<Box<[Mutex<Stream>]>>,
+    pub writeback: Signal,
+    pub attached: AtomicBool,
+    /// Counts of the workers.
+    pub tally: Tally,
+    /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
+    pub dirty_since: AtomicU64,
+}
+
+impl VolumeCore {
+    pub fn new(descriptor: VolumeDescriptor, next: usize) -> Self {
+        Self {
+            incarnation: descriptor.incarnation,
+            slot: descriptor.slot,
+            damaged: AtomicBool::new(descriptor.damaged),
+            descriptor: Mutex::new((descriptor, next)),
+            tail_page: Mutex::new((0, 0)),
+            index: Index::new(1024),
+            stripes: Stripes::new(),
+            version: AtomicU64::new(1),
+            epoch: AtomicU64::new(1),
+            stamped: AtomicU64::new(0),
+            tail: AtomicU64::new(0),
+            dirty: Mutex::default(),
+            queues: OnceLock::new(),
+            streams: OnceLock::new(),
+            writeback: Signal::default(),
+            attached: AtomicBool::new(false),
+            tally: Tally::default(),
+            dirty_since: AtomicU64::new(0),
+        }
+    }
+
+    /// Announces that queue `q` commits, and returns the epoch it commits in.
+    pub fn announce(&self, q: u16) -> u64 {
+        let shared = self.queue(q);
+        let mut epoch = self.epoch.load(Ordering::SeqCst);
+        loop {
+            shared.stamp.store(epoch, Ordering::SeqCst);
+            let again = self.epoch.load(Ordering::SeqCst);
+            if again == epoch {
+                return epoch;
+            }
+            epoch = again;
+        }
+    }
+
+    /// Ends the announcement, after the publish.
+    pub fn retract(&self, q: u16) {
+        self.queue(q).stamp.store(u64::MAX, Ordering::Release);
+    }
+
+    /// Begins a new epoch if anything was stamped with the present one. What completed before this
+    /// call is in an epoch below the new one.
+    pub fn raise_epoch(&self) {
+        let now = self.epoch.load(Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if self.stamped.load(Ordering::SeqCst) >= now {
+            // Losing the race means that somebody else has raised it since: as good.
+            _ = self.epoch.compare_exchange(now, now + 1, Ordering::SeqCst, Ordering::SeqCst);
+        }
+    }
+
+    /// The highest epoch that no record can be added to any more.
+    pub fn closed_epoch(&self) -> u64 {
+        let mut closed = self.epoch.load(Ordering::SeqCst) - 1;
+        for shared in self.queues.get().into_iter().flatten() {
+            let stamp = shared.stamp.load(Ordering::SeqCst);
+            closed = closed.min(stamp.saturating_sub(1));
+        }
+        closed
+    }
+
+    /// The volume's size.
+    pub fn descriptor_sectors(&self) -> u64 {
+        lock(&self.descriptor).0.sectors
+    }
+
+    pub fn queue(&self, q: u16) -> &QueueShared {
+        &self.queues.get().expect("an attached volume has queues")[q as usize]
+    }
+
+    /// The stream queue `q` appends to.
+    pub fn stream(&self, q: u16) -> &Mutex<Stream> {
+        let streams = self.streams.get().expect("an attached volume has streams");
+        &streams[q as usize % streams.len()]
+    }
+
+    /// Wakes every queue that waits for space or for a bypass.
+    pub fn wake_waiting(&self) {
+        for shared in self.queues.get().into_iter().flatten() {
+            if shared.waiting.swap(false, Ordering::SeqCst) {
+                lock(&shared.waker).wake();
+            }
+        }
+    }
+
+    /// Waits until every queue has left the section it is in: nobody then holds what it looked up
+    /// in the index before this call.
+    pub fn wait_for_readers(&self) {
+        fence(Ordering::SeqCst);
+        for shared in self.queues.get().into_iter().flatten() {
+            let seen = shared.section.load(Ordering::SeqCst);
+            let mut spins = 0u32;
+            while seen % 2 == 1 && shared.section.load(Ordering::SeqCst) == seen {
+                spins += 1;
+                if spins < 100 {
+                    std::thread::yield_now();
+                } else {
+                    std::thread::sleep(std::time::Duration::from_micros(50));
+                }
+            }
+        }
+    }
+
+    /// Whether everything acknowledged is on the disk.
+    pub fn is_clean(&self) -> bool {
+        self.tail.load(Ordering::SeqCst) >= self.stamped.load(Ordering::SeqCst)
+    }
+
+    pub fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        self.tally.add_to(&mut sum);
+        for shared in self.queues.get().into_iter().flatten() {
+            shared.tally.add_to(&mut sum);
+        }
+        sum.dirty_bytes = self.index.dirty_sectors() * 512;
+        sum.cached_bytes = self.index.mapped_sectors() * 512;
+        sum.epoch = self.epoch.load(Ordering::Relaxed);
+        sum.tail_epoch = self.tail.load(Ordering::Relaxed);
+        sum
+    }
+}
+
+/// An attached volume.
+pub struct Volume<E: Env> {
+    pub(crate) cache: Arc<Cache<E>>,
+    pub(crate) core: Arc<VolumeCore>,
+    pub(crate) backing: Arc<E::Backing>,
+    pub(crate) config: DiskConfig,
+    pub(crate) name: String,
+    mode: AtomicU8,
+    order: AtomicU8,
+    pub(crate) data_crc: bool,
+    /// Whether discards give space back on the disk.
+    pub(crate) pass_discard: bool,
+    write_cache: AtomicBool,
+    /// Asks write-back to bring everything to the disk.
+    pub(crate) draining: AtomicBool,
+}
+
+impl<E: Env> Volume<E> {
+    #[expect(clippy::too_many_arguments, reason = "built in one place, field by field")]
+    pub(crate) fn new(
+        cache: Arc<Cache<E>>,
+        core: Arc<VolumeCore>,
+        backing: Arc<E::Backing>,
+        config: DiskConfig,
+        name: String,
+        mode: Mode,
+        order: Order,
+        data_crc: bool,
+        pass_discard: bool,
+    ) -> Self {
+        Self {
+            cache,
+            core,
+            backing,
+            config,
+            name,
+            mode: AtomicU8::new(mode as u8),
+            order: AtomicU8::new(order as u8),
+            data_crc,
+            pass_discard,
+            write_cache: AtomicBool::new(true),
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    /// The volume's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The cache it lives on.
+    pub fn cache(&self) -> &Arc<Cache<E>> {
+        &self.cache
+    }
+
+    /// The disk behind it.
+    pub fn backing(&self) -> &Arc<E::Backing> {
+        &self.backing
+    }
+
+    /// How writes go.
+    pub fn mode(&self) -> Mode {
+        Mode::from_code(self.mode.load(Ordering::Acquire)).expect("only modes are stored")
+    }
+
+    pub(crate) fn set_mode(&self, mode: Mode) {
+        self.mode.store(mode as u8, Ordering::Release);
+    }
+
+    /// How write-back goes.
+    pub fn order(&self) -> Order {
+        Order::from_code(self.order.load(Ordering::Acquire)).expect("only orders are stored")
+    }
+
+    pub(crate) fn set_order(&self, order: Order) {
+        self.order.store(order as u8, Ordering::Release);
+    }
+
+    /// What has happened so far.
+    pub fn counters(&self) -> Counters {
+        Counters { free_segments: self.cache.free_segments() as u64, ..self.core.counters() }
+    }
+
+    /// Whether everything acknowledged is on the disk.
+    pub fn is_clean(&self) -> bool {
+        self.core.is_clean()
+    }
+
+    /// What the index maps, in ascending order. For tools and tests.
+    pub fn for_each_extent(&self, f: impl FnMut(Extent)) {
+        self.core.index.for_each(f);
+    }
+}
+
+/// A shared volume, as the front end serves it.
+#[derive(Clone)]
+pub struct VolumeDisk<E: Env>(pub Arc<Volume<E>>);
+
+impl<E: Env> Disk for VolumeDisk<E> {
+    type Queue<B: Buffer> = Queue<E, B>;
+
+    fn config(&self) -> DiskConfig {
+        self.0.config.clone()
+    }
+
+    fn write_cache(&self) -> bool {
+        self.0.write_cache.load(Ordering::Acquire)
+    }
+
+    fn set_write_cache(&self, on: bool) {
+        self.0.write_cache.store(on, Ordering::Release);
+    }
+
+    fn open_queue<B: Buffer>(&self, index: u16, waker: Waker) -> std::io::Result<Queue<E, B>> {
+        Queue::open(self.0.clone(), index, waker)
+    }
+}
+
+impl<E: Env> Volume<E> {
+    pub(crate) fn has_write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::Acquire)
+    }
+
+    /// The disk's smallest unit in sectors.
+    pub(crate) fn block_sectors(&self) -> u64 {
+        u64::from(self.backing.geometry().logical_block.max(self.config.block_size)) / 512
+    }
+}

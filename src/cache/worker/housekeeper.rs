@@ -1,0 +1,314 @@
+//! The housekeeper of a cache: seals full segments, and reclaims clean ones when free ones run low.
+//!
+//! Reclaim, in this order, and what breaks if two steps are swapped:
+//! 1. evict: the index no longer shows the segment (else a reader could start on it later);
+//! 2. grace: every queue leaves the section it is in (else a reader may still be copying, or a
+//!    publisher may not yet have marked what it superseded);
+//! 3. liveness words of all that has died are made durable (else an older copy could come back
+//!    once this segment's newer one is gone: law 4);
+//! 4. the header says free with a higher generation, durably (law 5);
+//! 5. it goes on the free list, and whoever waits for space is woken.
+//!
+//! Eviction holds the liveness writer's mutex from the index to the marks, so that a bypassing
+//! write that finds nothing in the index waits until the marks are there to be written.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::super::core::Cache;
+use super::super::counters::add;
+use super::super::env::Env;
+use super::super::index::Extent;
+use super::super::segments::State;
+use super::super::stripes::lock;
+use super::super::syncer::{Durable, Outcome};
+use super::super::volume::VolumeCore;
+use super::Progress;
+use crate::onmedia::{SegmentHeader, SegmentState};
+
+/// Segments taken at a time: on page-cache media each batch costs two `sync`s.
+const BATCH: usize = 8;
+/// How many of the oldest clean segments are looked at for the emptiest.
+const LOOK_AHEAD: usize = 32;
+
+/// Where a batch of victims stands.
+enum Stage {
+    Idle,
+    /// Liveness words written; headers next.
+    Buried(Durable, Vec<u32>),
+    /// Headers written; free next.
+    Freed(Durable, Vec<u32>),
+}
+
+pub(crate) struct Housekeeper<E: Env> {
+    cache: Arc<Cache<E>>,
+    stage: Stage,
+    noted_failure: bool,
+}
+
+impl<E: Env> Housekeeper<E> {
+    pub fn new(cache: Arc<Cache<E>>) -> Self {
+        Self { cache, stage: Stage::Idle, noted_failure: false }
+    }
+
+    /// Does a bounded piece of work.
+    pub fn step(&mut self) -> Progress {
+        if self.cache.syncer.has_failed() {
+            return self.note_failure();
+        }
+        if self.seal_one() {
+            return Progress::Did;
+        }
+        match std::mem::replace(&mut self.stage, Stage::Idle) {
+            Stage::Idle => self.choose(),
+            Stage::Buried(ticket, victims) => match self.cache.syncer.outcome(ticket) {
+                Outcome::Reached => self.free_headers(victims),
+                _ => self.stay(Stage::Buried(ticket, victims)),
+            },
+            Stage::Freed(ticket, victims) => match self.cache.syncer.outcome(ticket) {
+                Outcome::Reached => self.hand_out(victims),
+                _ => self.stay(Stage::Freed(ticket, victims)),
+            },
+        }
+    }
+
+    fn stay(&mut self, stage: Stage) -> Progress {
+        self.stage = stage;
+        Progress::Waiting
+    }
+
+    /// Remembers on the media that a `sync` failed, as far as the media takes it.
+    fn note_failure(&mut self) -> Progress {
+        if !std::mem::replace(&mut self.noted_failure, true) {
+            // The `sync` behind this fails too; the bytes may still reach the device by themselves.
+            if let Err(error) = self.cache.update_start(|page| page.sync_failed = true) {
+                tracing::warn!(%error, "the failure cannot be noted durably on the cache itself");
+            }
+            self.cache.all_volumes().iter().for_each(|v| v.wake_waiting());
+        }
+        Progress::Idle
+    }
+
+    /// Seals one full segment. What it holds is read back from its records.
+    fn seal_one(&mut self) -> bool {
+        let cache = &self.cache;
+        let Some(id) = lock(&cache.full).pop_front() else { return false };
+        let segment = &cache.segments[id as usize];
+        let header = self.life(id);
+        let (mut keys, mut checksums) = (Vec::new(), Vec::new());
+        let log_low = segment.log_low.load(Ordering::Acquire);
+        let top = cache.media.geometry.data_end();
+        let walked = cache.media.walk_from(id, &header, top, log_low, u64::MAX, |record| {
+            keys.extend_from_slice(&record.keys);
+            checksums.extend_from_slice(&record.checksums);
+        });
+        let sealed = match walked {
+            Ok(_) => cache
+                .seal(id, header.incarnation, 0, header.generation, &keys, &checksums)
+                .map_err(|e| e.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = sealed {
+            // It stays readable by its records, and reclaim may still free it.
+            tracing::error!(segment = id, error, "a segment cannot be sealed");
+        }
+        segment.set_state(State::Sealed);
+        lock(&cache.sealed).push_back(id);
+        true
+    }
+
+    fn life(&self, id: u32) -> SegmentHeader {
+        let segment = &self.cache.segments[id as usize];
+        SegmentHeader {
+            segment: id,
+            incarnation: segment.owner.load(Ordering::Relaxed),
+            generation: segment.generation.load(Ordering::Relaxed),
+            ..SegmentHeader::default()
+        }
+    }
+
+    /// Takes victims if free segments run low.
+    fn choose(&mut self) -> Progress {
+        let (free, target) = (self.cache.free_segments(), self.cache.free_target());
+        if free >= target {
+            return Progress::Idle;
+        }
+        let victims = self.pick((target - free).min(BATCH));
+        if victims.is_empty() {
+            for volume in self.cache.all_volumes() {
+                volume.writeback.raise();
+            }
+            return if free == 0 && self.close_idle_streams() { Progress::Did } else { Progress::Idle };
+        }
+        for &id in &victims {
+            self.evict(id);
+        }
+        for volume in self.cache.all_volumes() {
+            volume.wait_for_readers();
+        }
+        match self.cache.write_liveness(None) {
+            Ok(ticket) => {
+                self.stage = Stage::Buried(ticket, victims);
+                Progress::Did
+            }
+            Err(error) => {
+                // Nothing may be freed over an older copy that could come back.
+                tracing::error!(%error, "liveness words cannot be written: reclaim waits");
+                self.put_back(victims);
+                Progress::Idle
+            }
+        }
+    }
+
+    /// Victims that are wholly clean: the emptiest among the oldest.
+    fn pick(&self, count: usize) -> Vec<u32> {
+        let cache = &self.cache;
+        let mut sealed = lock(&cache.sealed);
+        let mut clean: Vec<(u32, usize, u32)> = Vec::new();
+        for (age, &id) in sealed.iter().enumerate() {
+            let segment = &cache.segments[id as usize];
+            let live = segment.live.load(Ordering::Relaxed);
+            if self.is_clean(id) && (live == 0 || clean.len() < LOOK_AHEAD) {
+                clean.push((live, age, id));
+            }
+        }
+        clean.sort_unstable();
+        let victims: Vec<u32> = clean.into_iter().take(count).map(|(_, _, id)| id).collect();
+        sealed.retain(|id| !victims.contains(id));
+        for &id in &victims {
+            let segment = &cache.segments[id as usize];
+            segment.set_state(State::Reclaiming);
+            if let Some(volume) = cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
+                // Nothing dirty is left in it, so write-back has no business there any more.
+                let mut dirty = lock(&volume.dirty);
+                dirty.drained.remove(&id);
+                dirty.known.retain(|&(_, other), _| other != id);
+            }
+        }
+        victims
+    }
+
+    fn is_clean(&self, id: u32) -> bool {
+        let segment = &self.cache.segments[id as usize];
+        let max_epoch = segment.max_epoch.load(Ordering::SeqCst);
+        match self.cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
+            // A damaged volume's clean and dirty cannot be told apart with certainty.
+            Some(volume) => {
+                max_epoch <= volume.tail.load(Ordering::SeqCst) && !volume.damaged.load(Ordering::Relaxed)
+            }
+            None => true,
+        }
+    }
+
+    fn put_back(&self, victims: Vec<u32>) {
+        let mut sealed = lock(&self.cache.sealed);
+        for id in victims.into_iter().rev() {
+            self.cache.segments[id as usize].set_state(State::Sealed);
+            sealed.push_front(id);
+        }
+    }
+
+    /// Removes a segment's entries from its volume's index.
+    fn evict(&self, id: u32) {
+        let cache = &self.cache;
+        let segment = &cache.segments[id as usize];
+        let Some(volume) = cache.volume_of(segment.owner.load(Ordering::Relaxed)) else { return };
+        if segment.live.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let header = self.life(id);
+        let top = cache.media.geometry.data_end();
+        let log_low = segment.log_low.load(Ordering::Acquire);
+        let mut extents = Vec::new();
+        let walked = cache.media.walk_from(id, &header, top, log_low, u64::MAX, |record| {
+            for key in record.keys.iter().filter(|k| k.kind.has_payload()) {
+                extents.push(Extent { range: key.range(), place: cache.media.place(id, key, false) });
+            }
+        });
+        let mut removed = Vec::new();
+        let writer = lock(&cache.liveness.writer);
+        for extent in extents {
+            volume.index.remove_if(extent, &mut removed);
+        }
+        if walked.is_err() {
+            // The records no longer say what it held: ask the index.
+            self.evict_by_search(id, &volume, &mut removed);
+        }
+        cache.mark_dead(&removed);
+        drop(writer);
+        add(&volume.tally.evicted_sectors, sectors(&removed));
+    }
+
+    fn evict_by_search(&self, id: u32, volume: &VolumeCore, removed: &mut Vec<Extent>) {
+        let mut extents = Vec::new();
+        volume.index.for_each(|extent| {
+            if !extent.place.zero && self.cache.media.locate(extent.place.position).0 == id {
+                extents.push(extent);
+            }
+        });
+        for extent in extents {
+            volume.index.remove_if(extent, removed);
+        }
+    }
+
+    fn free_headers(&mut self, victims: Vec<u32>) -> Progress {
+        let cache = &self.cache;
+        let mut freed = Vec::new();
+        for id in victims {
+            let segment = &cache.segments[id as usize];
+            let generation = segment.generation.load(Ordering::Relaxed) + 1;
+            let written = cache.write_header(id, |h| {
+                h.state = SegmentState::Free;
+                h.generation = generation;
+            });
+            match written {
+                Ok(()) => {
+                    segment.generation.store(generation, Ordering::Relaxed);
+                    freed.push(id);
+                }
+                Err(error) => {
+                    tracing::error!(%error, segment = id, "a segment cannot be freed and is given up");
+                    segment.set_state(State::Bad);
+                }
+            }
+        }
+        let ticket = cache.syncer.request(&*cache.media.pmem, None);
+        self.stage = Stage::Freed(ticket, freed);
+        Progress::Did
+    }
+
+    fn hand_out(&mut self, victims: Vec<u32>) -> Progress {
+        for id in victims {
+            let owner = self.cache.segments[id as usize].owner.load(Ordering::Relaxed);
+            if let Some(volume) = self.cache.volume_of(owner) {
+                add(&volume.tally.reclaimed, 1);
+            }
+            self.cache.add_free(id);
+        }
+        for volume in self.cache.all_volumes() {
+            volume.wake_waiting();
+        }
+        Progress::Did
+    }
+
+    /// Ends the segments of streams that nobody appends to right now, so that write-back and
+    /// reclaim can have them. Says whether there were any.
+    fn close_idle_streams(&self) -> bool {
+        let mut closed = false;
+        for volume in self.cache.all_volumes() {
+            for stream in volume.streams.get().into_iter().flatten() {
+                let Ok(mut stream) = stream.try_lock() else { continue };
+                let used = stream.open.as_ref().is_some_and(|open| open.is_used());
+                if used {
+                    self.cache.close_segment(&mut stream);
+                    closed = true;
+                }
+            }
+        }
+        closed
+    }
+}
+
+fn sectors(extents: &[Extent]) -> u64 {
+    extents.iter().filter(|e| !e.place.zero).map(|e| e.range.len).sum()
+}

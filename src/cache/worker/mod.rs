@@ -1,0 +1,159 @@
+//! Beside the path: what brings dirty data to the disk, and what makes space.
+//!
+//! Each worker is a `step()` that does a bounded amount of work, never sleeps and says what it did;
+//! only [`Workers`] sleeps. So a simulation drives the same workers without threads or time.
+
+mod housekeeper;
+mod writeback;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+pub(crate) use housekeeper::Housekeeper;
+pub(crate) use writeback::Writeback;
+
+use super::core::Cache;
+use super::env::Env;
+use super::volume::Volume;
+
+/// What a step did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Progress {
+    /// Something: call again.
+    Did,
+    /// Operations or a `sync` are under way: wait for them.
+    Waiting,
+    /// Nothing to do for now.
+    Idle,
+}
+
+/// How far a drain is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DrainProgress {
+    /// Bytes that were dirty when it began.
+    pub total_bytes: u64,
+    /// Bytes that are dirty now.
+    pub dirty_bytes: u64,
+}
+
+/// Why a drain ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum DrainError {
+    /// The disk or the cache fails again and again.
+    #[error("dirty data could not be brought to the disk: {0}")]
+    Failed(String),
+}
+
+/// Rounds that may fail one after the other before a drain gives up.
+const DRAIN_FAILURES_MAX: u32 = 5;
+
+impl<E: Env> Volume<E> {
+    /// Brings everything acknowledged to the disk, on the calling thread. Only while no worker
+    /// serves the volume and no queue is open.
+    ///
+    /// On return the disk has all of it, flushed, and the cache knows so durably.
+    ///
+    /// # Errors
+    /// [`DrainError`]: the disk failed several times in a row; nothing is lost.
+    pub fn drain_here(self: &Arc<Self>, progress: &mut dyn FnMut(DrainProgress)) -> Result<(), DrainError> {
+        self.draining.store(true, Ordering::SeqCst);
+        let mut worker = Writeback::new(self.clone());
+        let dirty = |v: &Volume<E>| v.core.index.dirty_sectors() * 512;
+        let total_bytes = dirty(self);
+        let result = loop {
+            if self.core.is_clean() {
+                break Ok(());
+            }
+            if worker.failures() >= DRAIN_FAILURES_MAX {
+                break Err(DrainError::Failed(worker.last_error().to_owned()));
+            }
+            progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
+            match worker.step() {
+                Progress::Did => {}
+                Progress::Waiting => {
+                    if !self.cache.syncer.step(&*self.cache.media.pmem) {
+                        worker.wait(Duration::from_millis(20));
+                    }
+                }
+                Progress::Idle => std::thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
+        self.draining.store(false, Ordering::SeqCst);
+        result
+    }
+}
+
+/// The threads of a cache. Dropping it ends and joins them.
+pub struct Workers<E: Env> {
+    cache: Arc<Cache<E>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl<E: Env> Workers<E> {
+    /// Starts the syncer and the housekeeper of a cache and one write-back thread per volume.
+    ///
+    /// # Errors
+    /// The kernel refused a thread; those already started are ended.
+    pub fn spawn(cache: &Arc<Cache<E>>, volumes: &[Arc<Volume<E>>]) -> std::io::Result<Workers<E>> {
+        cache.stopping.store(false, Ordering::SeqCst);
+        let mut workers = Workers { cache: cache.clone(), threads: Vec::new() };
+        let c = cache.clone();
+        workers.add("pcache-sync", move || c.syncer.run(&*c.media.pmem))?;
+        let c = cache.clone();
+        workers.add("pcache-house", move || {
+            let mut housekeeper = Housekeeper::new(c.clone());
+            while !c.stopping.load(Ordering::SeqCst) {
+                match housekeeper.step() {
+                    Progress::Did => {}
+                    Progress::Waiting => c.housekeeper.wait(Duration::from_millis(1)),
+                    Progress::Idle => c.housekeeper.wait(Duration::from_millis(200)),
+                }
+            }
+        })?;
+        for volume in volumes {
+            let volume = volume.clone();
+            let name: String = format!("pcache-wb-{}", volume.name).chars().take(15).collect();
+            workers.add(&name, move || run_writeback(volume))?;
+        }
+        Ok(workers)
+    }
+
+    fn add(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(body)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+}
+
+fn run_writeback<E: Env>(volume: Arc<Volume<E>>) {
+    let mut worker = Writeback::new(volume.clone());
+    while !volume.cache.stopping.load(Ordering::SeqCst) {
+        match worker.step() {
+            Progress::Did => {}
+            Progress::Waiting => worker.wait(Duration::from_millis(50)),
+            Progress::Idle => volume.core.writeback.wait(Duration::from_millis(100)),
+        }
+    }
+}
+
+impl<E: Env> Drop for Workers<E> {
+    fn drop(&mut self) {
+        self.cache.stopping.store(true, Ordering::SeqCst);
+        self.cache.housekeeper.raise();
+        for volume in self.cache.all_volumes() {
+            volume.writeback.raise();
+        }
+        // The syncer last: the others may wait for it.
+        let syncer = (!self.threads.is_empty()).then(|| self.threads.remove(0));
+        for thread in self.threads.drain(..) {
+            drop(thread.join());
+        }
+        self.cache.syncer.stop();
+        if let Some(syncer) = syncer {
+            drop(syncer.join());
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! The superblock: that this is a cache of ours, of which version, and where everything lies.
+//!
+//! Written by `format` and by the rare change of label or features; read first of all. Magic,
+//! version and CRC keep their places and the CRC its coverage in every version to come, so that an
+//! older program can tell a newer cache from a damaged one.
+
+use super::check::{judge_crc, put_crc};
+use super::corruption::Judge;
+use super::dual::{Dual, Sequenced, newest};
+use super::layout::{layout, offset_of};
+use super::{Corruption, Geometry, GeometryError, PAGE, Secret, Uuid};
+
+/// The first 8 bytes of a cache, as a little-endian number.
+pub const SUPERBLOCK_MAGIC: u64 = u64::from_le_bytes(*b"PCVHOST\x01");
+/// The version this code writes, and the only one it reads.
+pub const VERSION: u32 = 1;
+/// Compatible features this code knows: others may be ignored.
+pub const FEATURES_COMPAT: u64 = 0;
+/// Read-only compatible features this code knows: with others the cache may be read, not written.
+pub const FEATURES_RO_COMPAT: u64 = 0;
+/// Incompatible features this code knows: with others the cache must be left alone.
+pub const FEATURES_INCOMPAT: u64 = 0;
+
+const CRC: usize = offset_of(Superblock::FIELDS, "crc");
+const VERSION_AT: usize = offset_of(Superblock::FIELDS, "version");
+const JUDGE: Judge = Judge("Superblock");
+
+layout! {
+    /// The superblock. See FORMAT.md.
+    #[derive(Clone, PartialEq, Eq, Debug)]
+    pub struct Superblock: 4096 {
+        frame { 0 magic: u64, 8 version: u32, 12 crc: u32 }
+        /// Features that programs not knowing them may ignore.
+        16 features_compat: u64,
+        /// Features that programs not knowing them may read past, but not write.
+        24 features_ro_compat: u64,
+        /// Features that programs not knowing them must not touch.
+        32 features_incompat: u64,
+        /// Names this cache for good.
+        40 uuid: Uuid,
+        /// The key of every SipHash in it.
+        56 secret: Secret,
+        /// Raised by each update.
+        72 sequence: u64,
+        /// Bytes of the device that belong to the cache.
+        80 device_size: u64,
+        /// Bytes of each metadata end.
+        88 meta_size: u64,
+        /// Bytes of a segment.
+        96 segment_size: u32,
+        /// Number of segments.
+        100 segment_count: u32,
+        /// Number of volume slots.
+        104 volume_slots: u32,
+        /// When it was formatted, seconds since 1970 UTC.
+        112 created_at: u64,
+        /// By what, as text.
+        120 created_by: [u8; 32],
+        /// The operator's name for it, as text.
+        152 label: [u8; 64],
+    }
+}
+
+/// Why media cannot be opened as a cache, by who must act.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SuperblockError {
+    /// No superblock of ours: never formatted, or something else's.
+    #[error("not a cache: begins with {found:#018x}")]
+    NotOurs {
+        /// The first 8 bytes.
+        found: u64,
+    },
+    /// It was a superblock of ours.
+    #[error(transparent)]
+    Damaged(#[from] Corruption),
+    /// A whole superblock of another version of the format.
+    #[error("format version {found}, this program knows {VERSION} only")]
+    UnknownVersion {
+        /// The version it has.
+        found: u32,
+    },
+    /// A whole superblock with incompatible features this program does not know.
+    #[error("incompatible features {unknown:#x} that this program does not know")]
+    UnknownFeatures {
+        /// The unknown ones.
+        unknown: u64,
+    },
+    /// Whole, but describing an impossible cache.
+    #[error("superblock with impossible geometry: {0}")]
+    Geometry(GeometryError),
+    /// Two whole superblocks of different caches at the two ends.
+    #[error("the superblocks at the two ends are of different caches")]
+    TwoCaches,
+}
+
+impl Superblock {
+    /// A superblock for a new cache.
+    pub fn new(geometry: &Geometry, uuid: Uuid, secret: Secret) -> Superblock {
+        Superblock {
+            features_compat: FEATURES_COMPAT,
+            features_ro_compat: FEATURES_RO_COMPAT,
+            features_incompat: FEATURES_INCOMPAT,
+            uuid,
+            secret,
+            sequence: 1,
+            device_size: geometry.device_size,
+            meta_size: geometry.meta_size,
+            segment_size: geometry.segment_size,
+            segment_count: geometry.segment_count,
+            volume_slots: geometry.volume_slots,
+            created_at: 0,
+            created_by: [0; 32],
+            label: [0; 64],
+        }
+    }
+
+    /// Where everything lies.
+    pub fn geometry(&self) -> Geometry {
+        Geometry {
+            device_size: self.device_size,
+            meta_size: self.meta_size,
+            segment_size: self.segment_size,
+            segment_count: self.segment_count,
+            volume_slots: self.volume_slots,
+        }
+    }
+
+    /// Read-only compatible features this program does not know: with any, it must not write.
+    pub fn unknown_ro_compat(&self) -> u64 {
+        self.features_ro_compat & !FEATURES_RO_COMPAT
+    }
+
+    /// Its page.
+    pub fn encode(&self) -> [u8; PAGE] {
+        let mut page = [0; PAGE];
+        self.put(&mut page);
+        page[..8].copy_from_slice(&SUPERBLOCK_MAGIC.to_le_bytes());
+        page[VERSION_AT..VERSION_AT + 4].copy_from_slice(&VERSION.to_le_bytes());
+        put_crc(&mut page, CRC);
+        page
+    }
+
+    /// The superblock in a page.
+    ///
+    /// # Errors
+    /// [`SuperblockError`]; magic, CRC, version, features and geometry are judged in this order.
+    pub fn decode(bytes: &[u8]) -> Result<Superblock, SuperblockError> {
+        let page: &[u8; PAGE] = JUDGE.chunk(bytes)?;
+        let mut magic = [0; 8];
+        magic.copy_from_slice(&page[..8]);
+        let found = u64::from_le_bytes(magic);
+        if found != SUPERBLOCK_MAGIC {
+            return Err(SuperblockError::NotOurs { found });
+        }
+        judge_crc(JUDGE, page, CRC)?;
+        let mut version = [0; 4];
+        version.copy_from_slice(&page[VERSION_AT..VERSION_AT + 4]);
+        let found = u32::from_le_bytes(version);
+        if found != VERSION {
+            return Err(SuperblockError::UnknownVersion { found });
+        }
+        let superblock = Superblock::get(page)?;
+        let unknown = superblock.features_incompat & !FEATURES_INCOMPAT;
+        if unknown != 0 {
+            return Err(SuperblockError::UnknownFeatures { unknown });
+        }
+        superblock.geometry().validate().map_err(SuperblockError::Geometry)?;
+        Ok(superblock)
+    }
+
+    /// What the copies at the two ends amount to.
+    ///
+    /// # Errors
+    /// [`SuperblockError`]: no copy is valid; or one is whole but of an unknown version or with
+    /// unknown features, and then the other, which this program could read, is out of date; or they
+    /// are of two caches.
+    pub fn newest(
+        front: Result<Superblock, SuperblockError>,
+        back: Result<Superblock, SuperblockError>,
+    ) -> Result<Dual<Superblock, SuperblockError>, SuperblockError> {
+        use SuperblockError::{NotOurs, UnknownFeatures, UnknownVersion};
+        for copy in [&front, &back] {
+            if let Err(error @ (UnknownVersion { .. } | UnknownFeatures { .. })) = copy {
+                return Err(*error);
+            }
+        }
+        match (&front, &back) {
+            (Ok(a), Ok(b)) if a.uuid != b.uuid => Err(SuperblockError::TwoCaches),
+            // What is damaged is ours at least: the better answer.
+            (Err(NotOurs { .. }), Err(error)) | (Err(error), Err(_)) => Err(*error),
+            _ => Ok(newest(front, back)),
+        }
+    }
+}
+
+impl Sequenced for Superblock {
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{
+        assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
+    };
+    use super::super::{pad, text};
+    use super::*;
+
+    fn example() -> Superblock {
+        let geometry = Geometry::choose(1 << 30, None).unwrap();
+        let uuid = *b"\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\x0e\x0f\x10";
+        Superblock {
+            features_compat: 0x8000_0000_0000_0001,
+            sequence: 7,
+            created_at: 1_700_000_000,
+            created_by: pad("pcache-vhost 0.1.0").unwrap(),
+            label: pad("fast").unwrap(),
+            ..Superblock::new(&geometry, uuid, Secret::new([0xa5; 16]))
+        }
+    }
+
+    /// The example's page with `change` made and the CRC right again.
+    fn changed(change: impl Fn(&mut [u8; PAGE])) -> Result<Superblock, SuperblockError> {
+        let mut page = example().encode();
+        change(&mut page);
+        put_crc(&mut page, CRC);
+        Superblock::decode(&page)
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let read = Superblock::decode(&example().encode()).unwrap();
+        assert_eq!(read, example());
+        assert_eq!(read.geometry(), Geometry::choose(1 << 30, None).unwrap());
+        assert_eq!(text("Superblock", "label", &read.label), Ok("fast"));
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed_and_no_bytes_panic() {
+        assert_every_flip_is_noticed(&example().encode(), Superblock::decode);
+        assert_total(0x5042, &example().encode(), Superblock::decode);
+    }
+
+    #[test]
+    fn each_way_to_be_wrong_has_its_own_error() {
+        assert_eq!(Superblock::decode(&[0; PAGE]), Err(SuperblockError::NotOurs { found: 0 }));
+        let mut torn = example().encode();
+        torn[2048..].fill(0xee);
+        assert!(matches!(Superblock::decode(&torn), Err(SuperblockError::Damaged(c)) if c.field == "crc"));
+        for version in [0, 2, u32::MAX] {
+            let read = changed(|page| page[8..12].copy_from_slice(&version.to_le_bytes()));
+            assert_eq!(read, Err(SuperblockError::UnknownVersion { found: version }));
+        }
+        let read = changed(|page| page[39] = 0x40);
+        assert_eq!(read, Err(SuperblockError::UnknownFeatures { unknown: 0x40 << 56 }));
+        let read = changed(|page| page[96] = 1);
+        assert!(matches!(read, Err(SuperblockError::Geometry(GeometryError::SegmentSize { .. }))));
+    }
+
+    #[test]
+    fn features_that_may_be_unknown_do_not_stop_reading() {
+        let read = changed(|page| page[24] = 4).unwrap();
+        assert_eq!((read.unknown_ro_compat(), read.features_compat), (4, 0x8000_0000_0000_0001));
+    }
+
+    #[test]
+    fn reserved_bytes_are_ignored_when_the_crc_holds() {
+        assert_eq!(changed(|page| page[4000] = 1).unwrap(), example());
+    }
+
+    #[test]
+    fn the_copies_at_the_ends_are_judged_together() {
+        use SuperblockError::{NotOurs, TwoCaches, UnknownVersion};
+        let old = || Ok(example());
+        let new = || Ok(Superblock { sequence: 8, ..example() });
+        let other = || Ok(Superblock { uuid: [9; 16], ..example() });
+        let nothing = || Err(NotOurs { found: 0 });
+        let damaged = || Err(SuperblockError::from(Corruption::unreadable("Superblock")));
+        let newer = || Err(UnknownVersion { found: 2 });
+        for (front, back, answer) in [
+            (old(), new(), Ok((8, 0))),
+            (new(), old(), Ok((8, 1))),
+            (nothing(), old(), Ok((7, 0))),
+            (old(), damaged(), Ok((7, 1))),
+            (old(), newer(), Err(UnknownVersion { found: 2 })),
+            (newer(), old(), Err(UnknownVersion { found: 2 })),
+            (old(), other(), Err(TwoCaches)),
+            (nothing(), damaged(), Err(SuperblockError::from(Corruption::unreadable("Superblock")))),
+            (damaged(), nothing(), Err(SuperblockError::from(Corruption::unreadable("Superblock")))),
+            (nothing(), nothing(), Err(NotOurs { found: 0 })),
+        ] {
+            let dual = Superblock::newest(front, back);
+            let found = dual.map(|dual| (dual.newest.as_ref().map_or(0, |s| s.sequence), dual.next));
+            assert_eq!(found, answer);
+        }
+    }
+
+    #[test]
+    fn nothing_is_believed_for_the_crcs_sake() {
+        let check = |page: &mut [u8]| put_crc(page, CRC);
+        let encode = |superblock: &Superblock| superblock.encode().to_vec();
+        assert_total_behind_check(0x5343, &example().encode(), check, encode, Superblock::decode);
+    }
+
+    #[test]
+    fn the_bytes_are_these() {
+        assert_golden(
+            &example().encode(),
+            "
+             0000: 50 43 56 48 4f 53 54 01 01 00 00 00 8d e7 1e e8
+             0010: 01 00 00 00 00 00 00 80 00 00 00 00 00 00 00 00
+             0020: 00 00 00 00 00 00 00 00 01 02 03 04 05 06 07 08
+             0030: 09 0a 0b 0c 0d 0e 0f 10 a5 a5 a5 a5 a5 a5 a5 a5
+             0040: a5 a5 a5 a5 a5 a5 a5 a5 07 00 00 00 00 00 00 00
+             0050: 00 00 00 40 00 00 00 00 00 00 20 00 00 00 00 00
+             0060: 00 00 00 01 3f 00 00 00 ff 00 00 00 00 00 00 00
+             0070: 00 f1 53 65 00 00 00 00 70 63 61 63 68 65 2d 76
+             0080: 68 6f 73 74 20 30 2e 31 2e 30 00 00 00 00 00 00
+             0090: 00 00 00 00 00 00 00 00 66 61 73 74 00 00 00 00
+            ",
+        );
+    }
+}

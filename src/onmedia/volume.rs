@@ -1,0 +1,458 @@
+//! A volume's two pages: its descriptor, changed by operators, and its tail, moved by write-back.
+//!
+//! They are apart so that write-back, which moves the tail all the time, never rewrites what an
+//! operator configured, and needs no space but its own slot.
+
+use std::borrow::Cow;
+
+use super::check::{judge_crc, put_crc};
+use super::corruption::Judge;
+use super::dual::Sequenced;
+use super::layout::{codes, layout, offset_of};
+use super::{Corruption, Expected, PAGE, Uuid, VOLUME_SECTORS_MAX, text, unpad};
+
+/// The first 8 bytes of a volume descriptor, as a little-endian number.
+pub const DESCRIPTOR_MAGIC: u64 = u64::from_le_bytes(*b"PCVVOLUM");
+/// The first 8 bytes of a tail, as a little-endian number.
+pub const TAIL_MAGIC: u64 = u64::from_le_bytes(*b"PCVHTAIL");
+/// The largest `gc_percent`.
+pub const GC_PERCENT_MAX: u8 = 90;
+/// The `gc_percent` that means none was set.
+pub const GC_PERCENT_UNSET: u8 = 255;
+
+codes! {
+    /// What a volume slot is used for.
+    pub enum VolumeState {
+        /// Nothing; its other fields mean nothing.
+        Empty = 0 "empty",
+        /// A volume.
+        InUse = 1 "in-use",
+        /// A volume whose segments are being freed; becomes empty when none is left.
+        Deleting = 2 "deleting",
+    }
+}
+
+codes! {
+    /// What the cache does with writes and reads of a volume.
+    pub enum Mode {
+        /// Writes complete when the cache has them.
+        Writeback = 0 "writeback",
+        /// Writes complete when the disk has them, and fill the cache.
+        Writethrough = 1 "writethrough",
+        /// Writes complete when the disk has them, and do not fill the cache.
+        Writearound = 2 "writearound",
+        /// Writes are refused; reads fill the cache.
+        Readonly = 3 "readonly",
+        /// Neither reads nor writes use the cache.
+        Passthrough = 4 "passthrough",
+    }
+}
+
+codes! {
+    /// In what order dirty data reaches the disk. Code 1 is reserved.
+    pub enum Order {
+        /// Epoch by epoch: the disk alone is always as it was at some FLUSH.
+        Strict = 0 "strict",
+        /// By address, across epochs: the disk alone is consistent only after a drain.
+        Relaxed = 2 "relaxed",
+    }
+}
+
+codes! {
+    /// What becomes of a discard at the disk.
+    pub enum DiscardPolicy {
+        /// The disk is told to store zeros and keep the space.
+        Keep = 0 "keep",
+        /// The disk may give the space back.
+        Pass = 1 "pass",
+    }
+}
+
+const DESCRIPTOR_CRC: usize = offset_of(VolumeDescriptor::FIELDS, "crc");
+const DESCRIPTOR: Judge = Judge("VolumeDescriptor");
+
+layout! {
+    /// A volume: what it is, in front of which disk, and how it is cached. See FORMAT.md.
+    #[derive(Clone, PartialEq, Eq, Debug)]
+    pub struct VolumeDescriptor: 4096 {
+        frame { 0 magic: u64, 8 crc: u32 }
+        /// The slot it stands in.
+        12 slot: u32,
+        /// Raised by each update.
+        16 sequence: u64,
+        /// The cache it belongs to.
+        24 cache_uuid: Uuid,
+        /// The number all of its segments and records carry; unique in the life of the cache.
+        40 incarnation: u64,
+        /// Names the volume for good.
+        48 uuid: Uuid,
+        /// What the slot is used for.
+        64 state: VolumeState,
+        /// What is done with its writes and reads.
+        65 mode: Mode,
+        /// In what order its dirty data reaches the disk.
+        66 order: Order,
+        /// Whether hits verify the payload's checksums (write-back always does).
+        67 data_crc: bool,
+        /// What becomes of a discard at the disk.
+        68 discard: DiscardPolicy,
+        /// Whether dirty data was lost and the operator has not accepted it.
+        69 damaged: bool,
+        /// Ceiling of the share in use, at most [`GC_PERCENT_MAX`], or [`GC_PERCENT_UNSET`].
+        70 gc_percent: u8,
+        /// Whether `fingerprint` has been taken.
+        71 fingerprint_valid: bool,
+        /// Logical block size in bytes.
+        72 block_size: u32,
+        /// What kind of thing the disk is; compared with what is found, nothing else.
+        76 backing_kind: u32,
+        /// Size in sectors.
+        80 sectors: u64,
+        /// The disk's size in bytes.
+        88 backing_size: u64,
+        /// The disk's device number.
+        96 backing_device: u64,
+        /// The disk's inode number, 0 for a device.
+        104 backing_inode: u64,
+        /// A checksum over samples of the disk's content at the last orderly stop.
+        112 fingerprint: u64,
+        /// Bytes of cache it is sure to get.
+        120 cache_min: u64,
+        /// Bytes of cache it gets at most; 0 for no limit.
+        128 cache_max: u64,
+        /// The first epoch from which on the disk alone has been consistent.
+        136 consistent_from_epoch: u64,
+        /// What GET_ID answers.
+        144 serial: [u8; 20],
+        /// The operator's name for it, as text.
+        192 name: [u8; 64],
+        /// Where the disk was found: a hint, cut if need be.
+        256 path: [u8; 512],
+    }
+}
+
+impl VolumeDescriptor {
+    /// The descriptor of an empty slot.
+    pub fn empty(cache_uuid: Uuid, slot: u32) -> VolumeDescriptor {
+        VolumeDescriptor { slot, sequence: 1, cache_uuid, ..Default::default() }
+    }
+
+    /// Its name, empty for an empty slot.
+    pub fn name_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.name))
+    }
+
+    /// Where its disk was found.
+    pub fn path_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.path))
+    }
+
+    /// Its page.
+    pub fn encode(&self) -> [u8; PAGE] {
+        let mut page = [0; PAGE];
+        self.put(&mut page);
+        page[..8].copy_from_slice(&DESCRIPTOR_MAGIC.to_le_bytes());
+        put_crc(&mut page, DESCRIPTOR_CRC);
+        page
+    }
+
+    /// The descriptor in slot `slot` of the cache `cache_uuid` in a page.
+    ///
+    /// # Errors
+    /// [`Corruption`]: magic, CRC, cache, slot or a field of a used slot is wrong.
+    pub fn decode(bytes: &[u8], cache_uuid: &Uuid, slot: u32) -> Result<VolumeDescriptor, Corruption> {
+        let page: &[u8; PAGE] = DESCRIPTOR.chunk(bytes)?;
+        let magic = u64::from_le_bytes(*DESCRIPTOR.chunk(page)?);
+        DESCRIPTOR.exactly("magic", DESCRIPTOR_MAGIC, magic)?;
+        judge_crc(DESCRIPTOR, page, DESCRIPTOR_CRC)?;
+        let volume = VolumeDescriptor::get(page)?;
+        DESCRIPTOR.cache(cache_uuid, &volume.cache_uuid)?;
+        DESCRIPTOR.exactly("slot", slot.into(), volume.slot.into())?;
+        if volume.state != VolumeState::Empty {
+            volume.judge_used()?;
+        }
+        Ok(volume)
+    }
+
+    /// Judges the fields that mean something only in a used slot.
+    fn judge_used(&self) -> Result<(), Corruption> {
+        DESCRIPTOR.at_least("incarnation", 1, self.incarnation)?;
+        DESCRIPTOR.at_least("sectors", 1, self.sectors)?;
+        DESCRIPTOR.at_most("sectors", VOLUME_SECTORS_MAX, self.sectors)?;
+        let block = self.block_size;
+        let block_good = block.is_power_of_two() && (512..=4096).contains(&block);
+        let block_rule = Expected::Text("a power of two from 512 to 4096");
+        DESCRIPTOR.that(block_good, "block_size", block_rule, block.into())?;
+        let gc = self.gc_percent;
+        let gc_rule = Expected::Text("at most 90, or 255");
+        let gc_good = gc <= GC_PERCENT_MAX || gc == GC_PERCENT_UNSET;
+        DESCRIPTOR.that(gc_good, "gc_percent", gc_rule, gc.into())?;
+        let name = text("VolumeDescriptor", "name", &self.name)?;
+        DESCRIPTOR.that(!name.is_empty(), "name", Expected::Text("a name"), 0)
+    }
+}
+
+impl Default for VolumeDescriptor {
+    /// An empty slot's fields, with nothing said about where it stands.
+    fn default() -> Self {
+        VolumeDescriptor {
+            slot: 0,
+            sequence: 0,
+            cache_uuid: [0; 16],
+            incarnation: 0,
+            uuid: [0; 16],
+            state: VolumeState::Empty,
+            mode: Mode::Writeback,
+            order: Order::Strict,
+            data_crc: false,
+            discard: DiscardPolicy::Keep,
+            damaged: false,
+            gc_percent: GC_PERCENT_UNSET,
+            fingerprint_valid: false,
+            block_size: 0,
+            backing_kind: 0,
+            sectors: 0,
+            backing_size: 0,
+            backing_device: 0,
+            backing_inode: 0,
+            fingerprint: 0,
+            cache_min: 0,
+            cache_max: 0,
+            consistent_from_epoch: 0,
+            serial: [0; 20],
+            name: [0; 64],
+            path: [0; 512],
+        }
+    }
+}
+
+impl Sequenced for VolumeDescriptor {
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+}
+
+const TAIL_CRC: usize = offset_of(Tail::FIELDS, "crc");
+const TAIL: Judge = Judge("Tail");
+
+layout! {
+    /// How much of a volume is wholly on its disk. See FORMAT.md.
+    #[derive(Clone, PartialEq, Eq, Debug, Default)]
+    pub struct Tail: 4096 {
+        frame { 0 magic: u64, 8 crc: u32 }
+        /// Raised by each update.
+        16 sequence: u64,
+        /// The cache it belongs to.
+        24 cache_uuid: Uuid,
+        /// The volume it belongs to; another's is a left-over and counts as none.
+        40 incarnation: u64,
+        /// Every key of this epoch or a lower one is clean.
+        48 epoch: u64,
+        /// Versions drawn after a start are above this.
+        56 version_floor: u64,
+        /// When it moved, milliseconds since 1970 UTC.
+        64 time_ms: u64,
+    }
+}
+
+impl Tail {
+    /// Its page.
+    pub fn encode(&self) -> [u8; PAGE] {
+        let mut page = [0; PAGE];
+        self.put(&mut page);
+        page[..8].copy_from_slice(&TAIL_MAGIC.to_le_bytes());
+        put_crc(&mut page, TAIL_CRC);
+        page
+    }
+
+    /// The tail of volume `incarnation` of the cache `cache_uuid` in a page.
+    ///
+    /// # Errors
+    /// [`Corruption`]: magic, CRC, cache or incarnation is wrong.
+    pub fn decode(bytes: &[u8], cache_uuid: &Uuid, incarnation: u64) -> Result<Tail, Corruption> {
+        let page: &[u8; PAGE] = TAIL.chunk(bytes)?;
+        TAIL.exactly("magic", TAIL_MAGIC, u64::from_le_bytes(*TAIL.chunk(page)?))?;
+        judge_crc(TAIL, page, TAIL_CRC)?;
+        let tail = Tail::get(page)?;
+        TAIL.cache(cache_uuid, &tail.cache_uuid)?;
+        TAIL.exactly("incarnation", incarnation, tail.incarnation)?;
+        Ok(tail)
+    }
+}
+
+impl Sequenced for Tail {
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{
+        assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
+    };
+    use super::super::{pad, pad_cut};
+    use super::*;
+
+    const CACHE: Uuid = [0x11; 16];
+
+    fn volume() -> VolumeDescriptor {
+        VolumeDescriptor {
+            slot: 3,
+            sequence: 4,
+            cache_uuid: CACHE,
+            incarnation: 5,
+            uuid: [0x33; 16],
+            state: VolumeState::InUse,
+            mode: Mode::Writethrough,
+            order: Order::Relaxed,
+            data_crc: true,
+            discard: DiscardPolicy::Pass,
+            damaged: true,
+            gc_percent: 70,
+            fingerprint_valid: true,
+            block_size: 4096,
+            backing_kind: 1,
+            sectors: 0x1234_5678,
+            backing_size: 0x1234_5678 * 512,
+            backing_device: 0xfd01,
+            backing_inode: 42,
+            fingerprint: 0xdead_beef_0bad_cafe,
+            cache_min: 1 << 20,
+            cache_max: 1 << 30,
+            consistent_from_epoch: 6,
+            serial: pad("serial").unwrap(),
+            name: pad("vm-1").unwrap(),
+            path: pad_cut("/srv/vm-1.raw"),
+        }
+    }
+
+    fn tail() -> Tail {
+        Tail {
+            sequence: 8,
+            cache_uuid: CACHE,
+            incarnation: 5,
+            epoch: 77,
+            version_floor: 1 << 40,
+            time_ms: 1_700_000_000_123,
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        assert_eq!(VolumeDescriptor::decode(&volume().encode(), &CACHE, 3), Ok(volume()));
+        assert_eq!(Tail::decode(&tail().encode(), &CACHE, 5), Ok(tail()));
+        assert_eq!((volume().name_text(), volume().path_text()), ("vm-1".into(), "/srv/vm-1.raw".into()));
+        let empty = VolumeDescriptor::empty(CACHE, 9);
+        assert_eq!(VolumeDescriptor::decode(&empty.encode(), &CACHE, 9), Ok(empty));
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed_and_no_bytes_panic() {
+        let decode = |bytes: &[u8]| VolumeDescriptor::decode(bytes, &CACHE, 3);
+        assert_every_flip_is_noticed(&volume().encode(), decode);
+        assert_total(0x564f, &volume().encode(), decode);
+        let decode = |bytes: &[u8]| Tail::decode(bytes, &CACHE, 5);
+        assert_every_flip_is_noticed(&tail().encode(), decode);
+        assert_total(0x5441, &tail().encode(), decode);
+    }
+
+    #[test]
+    fn a_page_from_elsewhere_does_not_count() {
+        let page = volume().encode();
+        assert_eq!(VolumeDescriptor::decode(&page, &[0; 16], 3).unwrap_err().field, "cache_uuid");
+        assert_eq!(VolumeDescriptor::decode(&page, &CACHE, 4).unwrap_err().field, "slot");
+        let page = tail().encode();
+        assert_eq!(Tail::decode(&page, &[0; 16], 5).unwrap_err().field, "cache_uuid");
+        assert_eq!(Tail::decode(&page, &CACHE, 6).unwrap_err().field, "incarnation");
+        assert_eq!(Tail::decode(&volume().encode(), &CACHE, 5).unwrap_err().field, "magic");
+    }
+
+    #[test]
+    fn fields_out_of_bounds_are_refused_though_the_crc_holds() {
+        for (field, bad) in [
+            ("incarnation", VolumeDescriptor { incarnation: 0, ..volume() }),
+            ("sectors", VolumeDescriptor { sectors: 0, ..volume() }),
+            ("sectors", VolumeDescriptor { sectors: VOLUME_SECTORS_MAX + 1, ..volume() }),
+            ("block_size", VolumeDescriptor { block_size: 0, ..volume() }),
+            ("block_size", VolumeDescriptor { block_size: 1536, ..volume() }),
+            ("block_size", VolumeDescriptor { block_size: 8192, ..volume() }),
+            ("gc_percent", VolumeDescriptor { gc_percent: 91, ..volume() }),
+            ("gc_percent", VolumeDescriptor { gc_percent: 254, ..volume() }),
+            ("name", VolumeDescriptor { name: [0; 64], ..volume() }),
+            ("name", VolumeDescriptor { name: [0xff; 64], ..volume() }),
+        ] {
+            let error = VolumeDescriptor::decode(&bad.encode(), &CACHE, 3).unwrap_err();
+            assert_eq!(error.field, field, "{error}");
+            let empty = VolumeDescriptor { state: VolumeState::Empty, ..bad };
+            assert!(VolumeDescriptor::decode(&empty.encode(), &CACHE, 3).is_ok());
+        }
+    }
+
+    #[test]
+    fn unknown_codes_are_refused_though_the_crc_holds() {
+        for (at, field, lowest_bad) in
+            [(64, "state", 3), (65, "mode", 5), (66, "order", 3), (67, "data_crc", 2), (68, "discard", 2)]
+        {
+            for code in lowest_bad..=255 {
+                let mut page = volume().encode();
+                page[at] = code;
+                put_crc(&mut page, DESCRIPTOR_CRC);
+                let error = VolumeDescriptor::decode(&page, &CACHE, 3).unwrap_err();
+                assert_eq!((error.field, error.found), (field, code.into()));
+            }
+        }
+        assert_eq!(Order::from_code(1), None, "reserved");
+    }
+
+    #[test]
+    fn codes_and_names_lead_to_each_other() {
+        for &(code, name) in Mode::CODES {
+            let mode = Mode::from_code(code).unwrap();
+            assert_eq!((mode as u8, mode.name(), Mode::from_name(name)), (code, name, Some(mode)));
+        }
+    }
+
+    #[test]
+    fn nothing_is_believed_for_the_crcs_sake() {
+        let check = |page: &mut [u8]| put_crc(page, DESCRIPTOR_CRC);
+        let encode = |volume: &VolumeDescriptor| volume.encode().to_vec();
+        let decode = |bytes: &[u8]| VolumeDescriptor::decode(bytes, &CACHE, 3);
+        assert_total_behind_check(0x5343, &volume().encode(), check, encode, decode);
+        let check = |page: &mut [u8]| put_crc(page, TAIL_CRC);
+        let encode = |tail: &Tail| tail.encode().to_vec();
+        let decode = |bytes: &[u8]| Tail::decode(bytes, &CACHE, 5);
+        assert_total_behind_check(0x5343, &tail().encode(), check, encode, decode);
+    }
+
+    #[test]
+    fn the_bytes_are_these() {
+        assert_golden(
+            &volume().encode(),
+            "
+             0000: 50 43 56 56 4f 4c 55 4d 95 8b 5a 70 03 00 00 00
+             0010: 04 00 00 00 00 00 00 00 11 11 11 11 11 11 11 11
+             0020: 11 11 11 11 11 11 11 11 05 00 00 00 00 00 00 00
+             0030: 33 33 33 33 33 33 33 33 33 33 33 33 33 33 33 33
+             0040: 01 01 02 01 01 01 46 01 00 10 00 00 01 00 00 00
+             0050: 78 56 34 12 00 00 00 00 00 f0 ac 68 24 00 00 00
+             0060: 01 fd 00 00 00 00 00 00 2a 00 00 00 00 00 00 00
+             0070: fe ca ad 0b ef be ad de 00 00 10 00 00 00 00 00
+             0080: 00 00 00 40 00 00 00 00 06 00 00 00 00 00 00 00
+             0090: 73 65 72 69 61 6c 00 00 00 00 00 00 00 00 00 00
+             00c0: 76 6d 2d 31 00 00 00 00 00 00 00 00 00 00 00 00
+             0100: 2f 73 72 76 2f 76 6d 2d 31 2e 72 61 77 00 00 00
+            ",
+        );
+        assert_golden(
+            &tail().encode(),
+            "
+             0000: 50 43 56 48 54 41 49 4c 25 fb 44 57 00 00 00 00
+             0010: 08 00 00 00 00 00 00 00 11 11 11 11 11 11 11 11
+             0020: 11 11 11 11 11 11 11 11 05 00 00 00 00 00 00 00
+             0030: 4d 00 00 00 00 00 00 00 00 00 00 00 00 01 00 00
+             0040: 7b 68 e5 cf 8b 01 00 00 00 00 00 00 00 00 00 00
+            ",
+        );
+    }
+}
