@@ -441,3 +441,82 @@ fn two_hundred_and_fifty_six_queues_are_offered_and_all_work() {
     queues.dedup();
     assert_eq!(queues.len(), 256);
 }
+
+/// What Cloud Hypervisor and Firecracker are built on: another idea of the protocol than ours.
+#[test]
+fn the_rust_vmm_front_end_drives_a_disk() {
+    use vhost::vhost_user::message::{
+        VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    };
+    use vhost::vhost_user::{Frontend as RustVmm, VhostUserFrontend};
+    use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+
+    let server = Running::new(RamDisk::new());
+    let stub = Frontend {
+        stream: std::os::unix::net::UnixStream::pair().unwrap().0,
+        memory: memory_file(MEMORY),
+        features: u64::MAX,
+    };
+    let mut vmm = RustVmm::connect(&server.path, 4).unwrap();
+    let features = vmm.get_features().unwrap();
+    assert!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0);
+    vmm.set_owner().unwrap();
+    let protocol = vmm.get_protocol_features().unwrap();
+    vmm.set_protocol_features(protocol).unwrap();
+    if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+        vmm.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+    }
+    assert_eq!(vmm.get_queue_num().unwrap(), 4);
+    assert_eq!(vmm.get_max_mem_slots().unwrap(), 509);
+    vmm.set_features(features).unwrap();
+    let (_, config) = vmm.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60]).unwrap();
+    assert_eq!(config[0..8], 4096u64.to_le_bytes());
+    vmm.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    assert!(!write_cache(&server));
+
+    let mut area = VhostUserInflight { num_queues: 4, queue_size: 64, ..VhostUserInflight::default() };
+    let (answered, file) = vmm.get_inflight_fd(&area).unwrap();
+    area = answered;
+    vmm.set_inflight_fd(&area, file.as_raw_fd()).unwrap();
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: MEMORY,
+        userspace_addr: USER,
+        mmap_offset: 0,
+        mmap_handle: stub.memory.as_raw_fd(),
+    };
+    vmm.set_mem_table(&[region]).unwrap();
+    let more = memory_file(0x4000);
+    let hotplugged = VhostUserMemoryRegionInfo {
+        guest_phys_addr: MEMORY,
+        memory_size: 0x4000,
+        userspace_addr: USER + MEMORY,
+        mmap_offset: 0,
+        mmap_handle: more.as_raw_fd(),
+    };
+    vmm.add_mem_region(&hotplugged).unwrap();
+    vmm.remove_mem_region(&hotplugged).unwrap();
+    let mut ring = Ring::new(&stub, 0, 64);
+    vmm.set_vring_num(0, 64).unwrap();
+    let addresses = VringConfigData {
+        queue_max_size: 64,
+        queue_size: 64,
+        flags: 0,
+        desc_table_addr: USER,
+        used_ring_addr: USER + 0x6000,
+        avail_ring_addr: USER + 0x5000,
+        log_addr: None,
+    };
+    vmm.set_vring_addr(0, &addresses).unwrap();
+    vmm.set_vring_base(0, 0).unwrap();
+    vmm.set_vring_call(0, &ring.call).unwrap();
+    vmm.set_vring_kick(0, &ring.kick).unwrap();
+    vmm.set_vring_err(0, &ring.err).unwrap();
+    vmm.set_vring_enable(0, true).unwrap();
+    assert_eq!(ring.run(OUT, 1, &[4; 1024], 0).status, 0);
+    assert_eq!(ring.run(IN, 1, &[], 1024).data, [4; 1024]);
+    wait_event(&ring.call);
+    vmm.set_vring_enable(0, false).unwrap();
+    assert_eq!(vmm.get_vring_base(0).unwrap(), 2);
+    vmm.reset_device().unwrap();
+}
