@@ -520,3 +520,74 @@ fn the_rust_vmm_front_end_drives_a_disk() {
     assert_eq!(vmm.get_vring_base(0).unwrap(), 2);
     vmm.reset_device().unwrap();
 }
+
+#[test]
+fn the_in_flight_area_says_at_every_moment_what_is_in_flight() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let (area, file) = frontend.get_inflight(4, 64);
+    frontend.must(SET_INFLIGHT_FD, &area, &[file.as_raw_fd()]);
+    let mut ring = frontend.start_ring(0, 64);
+    let read = |at: u64, len: usize| {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    };
+    let marked = || -> Vec<(u8, u16)> {
+        let heads = (0..64u16).filter(|&head| read(16 + u64::from(head) * 16, 1) == [1]);
+        let mut heads: Vec<(u8, u16)> =
+            heads.map(|head| (read(16 + u64::from(head) * 16 + 8, 1)[0], head)).collect();
+        heads.sort_unstable();
+        heads
+    };
+    ring.run(FLUSH, 0, &[], 0);
+    eventually("the first mark to go", || marked().is_empty());
+    server.disk.hold();
+    for slot in [3, 1, 2] {
+        let head = ring.build(slot, OUT, 0, &[0; 512], 0);
+        ring.offer(head);
+    }
+    ring.kick();
+    server.disk.wait_pending(3);
+    assert_eq!(marked(), [(1, 9), (2, 3), (3, 6)]);
+    assert_eq!(read(8, 8), [1, 0, 64, 0, 0, 0, 1, 0], "version, size, last batch, used index");
+    server.disk.release();
+    eventually("the marks to go", || marked().is_empty() && read(14, 2) == [4, 0]);
+    assert_eq!(read(12, 2), [6, 0], "the last of the last batch");
+    assert_eq!(read(16 + 6 * 16 + 6, 2), [3, 0], "which names the one before");
+    assert_eq!(read(16 + 3 * 16 + 6, 2), [9, 0]);
+}
+
+#[test]
+fn what_an_earlier_life_published_and_did_not_tell_is_told_at_the_start() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let mut ring = Ring::new(&frontend, 0, 64);
+    let head = ring.build(0, OUT, 0, &[0; 512], 0);
+    ring.offer(head);
+    ring.put(ring.base() + 0x6002, &1u16.to_le_bytes());
+    ring.set_up(&frontend, 1);
+    assert!(ring.call.read().is_err());
+    frontend.must(SET_VRING_ENABLE, &state_body(0, 1), &[]);
+    assert_eq!(wait_event(&ring.call), 1);
+    assert!(server.disk.executed().is_empty());
+}
+
+#[test]
+fn a_stopped_ring_leaves_no_marks_even_if_it_was_broken() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let (area, file) = frontend.get_inflight(4, 64);
+    frontend.must(SET_INFLIGHT_FD, &area, &[file.as_raw_fd()]);
+    let mut ring = frontend.start_ring(0, 64);
+    ring.describe(5, 0, 16, NEXT, 5);
+    ring.offer(5);
+    ring.kick();
+    wait_event(&ring.err);
+    let mut mark = [0];
+    file.read_exact_at(&mut mark, 16 + 5 * 16).unwrap();
+    assert_eq!(mark, [1]);
+    assert_eq!(frontend.vring_base(0), 0, "it was not returned");
+    file.read_exact_at(&mut mark, 16 + 5 * 16).unwrap();
+    assert_eq!(mark, [0], "and is no chain of the next ring");
+}
