@@ -2,6 +2,8 @@
 //! itself. Traffic in earnest is `tests/traffic.rs`'s business; here a block or two show that what
 //! was promised is what is served.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod cli_support;
 mod client;
 
@@ -39,7 +41,7 @@ fn assert_holds(client: &mut Client, sector: u64, stamp: u8) {
 }
 
 /// A cache of 64 MiB and a disk of 256 MiB, both to be made, and more options.
-fn small<'a>(place: &Place, more: &[&'a str]) -> (String, Vec<String>) {
+fn small(place: &Place, more: &[&str]) -> (String, Vec<String>) {
     let socket = place.path("s.sock");
     let mut args = vec![format!("--socket={socket}"), format!("--cache={}", place.path("c.img"))];
     args.extend(["--cache-size=64MiB".into(), format!("--backing={}", place.path("d.img"))]);

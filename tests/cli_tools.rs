@@ -1,6 +1,8 @@
 //! The offline verbs, asked of the program itself: `format` destroys only what it was told to,
 //! `check` and `dump` never write, `drain` leaves everything on the disk.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod cli_support;
 mod client;
 
@@ -227,12 +229,31 @@ fn drain_finds_a_disk_that_moved_and_refuses_a_strange_one() {
     if run(&["drain", "--cache", &cache]).out.contains("clean already") {
         panic!("64 blocks were written back before the server was killed: nothing is left to test");
     }
-    place.refuses(&["drain", "--cache", &cache], 1, &["disk0", "d.img"]);
     let strange = place.zeros("strange.img", 64 * MIB);
-    place.refuses(&["drain", "--cache", &cache, "--backing", &strange], 1, &["disk0", "--force-identity"]);
     let small = place.zeros("small.img", 32 * MIB);
-    place.refuses(&["drain", "--cache", &cache, "--backing", &small, "--force-identity"], 1, &["33554432"]);
-    place.refuses(&["drain", "--cache", &cache, "--name=other"], 1, &["no volume `other`"]);
+    // What is dirty is known only after recovery, which counts a start; the disks stay as they are.
+    let disks = |place: &Place| {
+        let mut content = place.content();
+        content.remove(Path::new(&cache));
+        content
+    };
+    let before = disks(&place);
+    let rows: &[(&[&str], &[&str])] = &[
+        (&[], &["disk0", "d.img"]),
+        (&["--backing", &strange], &["disk0", "--force-identity"]),
+        (&["--backing", &small, "--force-identity"], &["33554432"]),
+        (&["--name=other"], &["no volume `other`"]),
+    ];
+    for (options, words) in rows {
+        let mut args = vec!["drain", "--cache", &cache];
+        args.extend_from_slice(options);
+        let ran = run(&args);
+        assert_eq!(ran.code, 1, "{options:?}: {}", ran.out);
+        let last = ran.err.lines().last().unwrap();
+        assert!(last.starts_with("pcache-vhost: cache "), "{}", ran.err);
+        assert!(words.iter().all(|word| last.contains(word)), "{options:?}: {}", ran.err);
+        assert_eq!(disks(&place), before, "{options:?}");
+    }
     let ran = run(&["drain", "--cache", &cache, "--backing", &moved]);
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert_on_disk(&moved, 64);
