@@ -242,7 +242,7 @@ impl DumbDisk {
             Running::Write { writing, .. } => self.model.end_write(writing, true),
             Running::Read { reading, got } => {
                 let bytes: Vec<u8> = got.into_iter().flatten().flatten().collect();
-                self.model.end_read(reading, &bytes).unwrap();
+                self.model.end_read(reading, &bytes).expect("a disk that does nothing wrong");
             }
         }
     }

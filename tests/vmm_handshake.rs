@@ -13,7 +13,7 @@ use std::time::Duration;
 use client::front::{queues_in, ring_addresses, set_up_ring};
 use client::request::{IOERR, OK};
 use client::ring::Descriptor;
-use client::wire::{Inflight, NEED_REPLY, longs, words};
+use client::wire::{Inflight, NEED_REPLY, words};
 use client::{
     Client, ClientOptions, Daemon, Layout, Memory, Queue, Region, Req, Request, Wire, Workspace, feature,
     protocol,
@@ -251,20 +251,14 @@ fn one_write_from(client: &mut Client, data: u64, len: u32) -> u8 {
 
 /// A request of type `code` to sector 64 with its data anywhere; returns the status byte.
 fn one_request(client: &mut Client, code: u32, data: u64, len: u32, device_writes: bool) -> u8 {
-    let memory = client.memory.clone();
-    let queue = &mut client.queues[0];
-    let (header, status) = (queue.alloc(16), queue.alloc(16));
-    memory.write(header, &[words(&[code, 0]), longs(&[64])].concat());
-    memory.write(status, &[0xaa]);
     let middle =
         if device_writes { Descriptor::writable(data, len) } else { Descriptor::readable(data, len) };
-    let chain = [Descriptor::readable(header, 16), middle, Descriptor::writable(status, 1)];
-    queue.submit_raw(1, &chain);
-    queue.publish();
+    let status = client.queues[0].submit_framed(1, code, 64, &[middle]);
+    client.queues[0].publish();
     let mut done = Vec::new();
     client.wait(&mut done);
     let mut byte = [0];
-    memory.read(status, &mut byte);
+    client.memory.read(status, &mut byte);
     byte[0]
 }
 

@@ -377,7 +377,7 @@ impl<E: Env> Cache<E> {
         let at = self.media.geometry.descriptor(core.slot, guard.1);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
         let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket, self.threaded) == Outcome::Failed {
+        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
             return Err(AttachError::SyncFailed);
         }
         *guard = (descriptor, 1 - guard.1);

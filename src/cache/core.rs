@@ -22,13 +22,6 @@ use crate::onmedia::{
 };
 use crate::pmem::{MediaClass, MediaError, Pmem};
 
-/// How to open a cache.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct OpenOptions {
-    /// Whether worker threads will run: control then waits for them instead of working itself.
-    pub threaded: bool,
-}
-
 /// Why a cache cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -80,7 +73,6 @@ pub struct Cache<E: Env> {
     pub(crate) volumes: RwLock<HashMap<u64, Arc<VolumeCore>>>,
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
-    pub(crate) threaded: bool,
     pub(crate) stopping: AtomicBool,
     free: Mutex<VecDeque<u32>>,
     free_count: AtomicUsize,
@@ -97,11 +89,7 @@ impl<E: Env> Cache<E> {
     ///
     /// # Errors
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
-    pub fn open(
-        pmem: Arc<E::Pmem>,
-        clock: E::Clock,
-        options: OpenOptions,
-    ) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
+    pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
         let start = begin_start(&media)?;
         let class = media.pmem.class();
@@ -116,7 +104,6 @@ impl<E: Env> Cache<E> {
             housekeeper: Signal::default(),
             volumes: RwLock::default(),
             start: Mutex::new(start),
-            threaded: options.threaded,
             stopping: AtomicBool::new(false),
             free: Mutex::default(),
             free_count: AtomicUsize::new(0),
@@ -126,7 +113,7 @@ impl<E: Env> Cache<E> {
         let report = recovery::recover(&mut cache)?;
         // What recovery relied on may never have been made durable (law 8).
         let ticket = cache.syncer.request(&*cache.media.pmem, None);
-        if cache.syncer.wait(&*cache.media.pmem, ticket, false) == Outcome::Failed {
+        if cache.syncer.wait(&*cache.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
         }
         Ok((Arc::new(cache), report))
@@ -217,7 +204,7 @@ impl<E: Env> Cache<E> {
         let at = self.media.geometry.start_page(start.next);
         self.media.pmem.write(at, &page.encode()[..])?;
         let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket, self.threaded) == Outcome::Failed {
+        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
         }
         *start = StartState { page, next: 1 - start.next, was_clean: start.was_clean };

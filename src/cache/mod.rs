@@ -32,7 +32,7 @@ mod syncer;
 
 pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};
-pub use core::{Cache, OpenError, OpenOptions};
+pub use core::{Cache, OpenError};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};

@@ -39,6 +39,10 @@ pub(crate) struct Syncer {
     state: Mutex<State>,
     work: Condvar,
     done: Condvar,
+    /// Held for the length of a `sync`: there is one at a time.
+    stepping: Mutex<()>,
+    /// Whether a thread is in [`Syncer::run`].
+    running: AtomicBool,
     started: AtomicU64,
     completed: AtomicU64,
     failed: AtomicBool,
@@ -51,6 +55,8 @@ impl Syncer {
             state: Mutex::default(),
             work: Condvar::new(),
             done: Condvar::new(),
+            stepping: Mutex::default(),
+            running: AtomicBool::new(false),
             started: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             failed: AtomicBool::new(failed_before),
@@ -95,13 +101,14 @@ impl Syncer {
         self.started.load(Ordering::Relaxed)
     }
 
-    /// Blocks until the ticket is decided. For workers and control, never for a queue.
-    pub fn wait<P: Pmem>(&self, pmem: &P, ticket: Durable, threaded: bool) -> Outcome {
+    /// Blocks until the ticket is decided, doing the work itself where no thread does. For workers
+    /// and control, never for a queue.
+    pub fn wait<P: Pmem>(&self, pmem: &P, ticket: Durable) -> Outcome {
         loop {
             match self.outcome(ticket) {
-                Outcome::Waiting if threaded => {
+                Outcome::Waiting if self.running.load(Ordering::SeqCst) => {
                     let state = lock(&self.state);
-                    drop(self.done.wait_timeout(state, Duration::from_millis(50)));
+                    drop(self.done.wait_timeout(state, Duration::from_millis(10)));
                 }
                 Outcome::Waiting => {
                     self.step(pmem);
@@ -113,18 +120,17 @@ impl Syncer {
 
     /// Runs one `sync` if any is asked for; says whether it did.
     pub fn step<P: Pmem>(&self, pmem: &P) -> bool {
-        {
+        let _one_at_a_time = lock(&self.stepping);
+        let this = {
             let state = lock(&self.state);
             if state.requested <= self.started.load(Ordering::SeqCst) || self.has_failed() {
                 return false;
             }
             // Under the lock: a ticket drawn after this line waits for the next one.
-            self.started.fetch_add(1, Ordering::SeqCst);
-        }
+            self.started.fetch_add(1, Ordering::SeqCst) + 1
+        };
         match pmem.sync() {
-            Ok(()) => {
-                self.completed.store(self.started.load(Ordering::SeqCst), Ordering::Release);
-            }
+            Ok(()) => self.completed.store(this, Ordering::Release),
             Err(error) => {
                 tracing::error!(%error, "the cache can no longer be made durable: it stops accepting writes");
                 self.failed.store(true, Ordering::Release);
@@ -138,16 +144,23 @@ impl Syncer {
 
     /// The loop of the syncing thread, until [`Syncer::stop`].
     pub fn run<P: Pmem>(&self, pmem: &P) {
+        self.running.store(true, Ordering::SeqCst);
         loop {
             while self.step(pmem) {}
             let state = lock(&self.state);
             if state.stop {
+                self.running.store(false, Ordering::SeqCst);
                 return;
             }
             if state.requested <= self.started.load(Ordering::SeqCst) || self.has_failed() {
                 drop(self.work.wait_timeout(state, Duration::from_secs(1)));
             }
         }
+    }
+
+    /// Makes a new [`Syncer::run`] possible after [`Syncer::stop`].
+    pub fn rearm(&self) {
+        lock(&self.state).stop = false;
     }
 
     /// Ends [`Syncer::run`] once what was asked for is done.

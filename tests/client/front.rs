@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::memory::Memory;
-use super::request::{Completion, Layout, Request};
+use super::request::{Completion, Layout, OK, Request};
 use super::ring::Queue;
 use super::wire::{Inflight, Req, Wire, feature, longs, protocol, words};
 
@@ -327,6 +327,25 @@ impl Client {
     /// The same on queue 0 in the plain layout.
     pub fn execute(&mut self, request: &Request) -> Completion {
         self.execute_on(0, request, &Layout::plain(request))
+    }
+
+    /// A write and a read back on one queue; other requests may be outstanding.
+    pub fn assert_works(&mut self, queue: usize, stamp: u8) {
+        const TAG: u64 = u64::MAX - 1;
+        let sector = 500 + u64::from(stamp);
+        let write = Request::write(sector, vec![stamp; 512]);
+        for (request, data) in [(write, vec![]), (Request::read(sector, 512), vec![stamp; 512])] {
+            assert!(self.submit(queue, TAG, &request, &Layout::plain(&request)), "the ring has room");
+            self.queues[queue].publish();
+            let mut done = Vec::new();
+            let one = loop {
+                self.wait(&mut done);
+                if let Some(at) = done.iter().position(|(at, one)| *at == queue && one.tag == TAG) {
+                    break done.swap_remove(at).1;
+                }
+            };
+            assert_eq!((one.status, one.data), (OK, data), "queue {queue}");
+        }
     }
 
     /// Size of the disk in sectors.

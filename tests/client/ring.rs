@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::arena::Arena;
 use super::memory::Memory;
 use super::request::{Completion, Layout, OK, Request, UNTOUCHED};
+use super::wire::{longs, words};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -285,6 +286,18 @@ impl Queue {
         self.track(heads, nothing);
     }
 
+    /// The same with a good header for `sector` in front and a status byte behind; returns where that is.
+    pub fn submit_framed(&mut self, tag: u64, code: u32, sector: u64, middle: &[Descriptor]) -> u64 {
+        let (header, status) = (self.alloc(16), self.alloc(16));
+        self.memory.write(header, &[words(&[code, 0]), longs(&[sector])].concat());
+        self.memory.write(status, &[UNTOUCHED]);
+        let mut chain = vec![Descriptor::readable(header, 16)];
+        chain.extend(middle);
+        chain.push(Descriptor::writable(status, 1));
+        self.submit_raw(tag, &chain);
+        status
+    }
+
     /// Overwrites one slot of the descriptor table.
     pub fn write_descriptor(&self, slot: u16, descriptor: Descriptor) {
         assert!(slot < self.size, "the table has {} slots", self.size);
@@ -308,6 +321,11 @@ impl Queue {
         let at = self.arena.alloc(len, 16).expect("the guest's memory has room");
         self.memory.fill(at, 0, len as usize);
         at
+    }
+
+    /// Takes back what [`Queue::alloc`] gave.
+    pub fn free_raw(&mut self, at: u64, len: u64) {
+        self.arena.free(at, len);
     }
 
     /// Publishes what was submitted, and kicks if the device asks for it.

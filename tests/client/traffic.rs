@@ -52,8 +52,8 @@ impl Default for Mix {
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Tally {
     pub reads: u64,
-    pub writes: u64,
-    pub zeroes: u64,
+    /// Writes, and ranges made to read as zeros.
+    pub changes: u64,
     pub flushes: u64,
     pub sectors: u64,
 }
@@ -208,7 +208,7 @@ impl Traffic {
                 Pending::Write(writings) => {
                     for writing in writings {
                         assert_eq!(status, OK, "change {tag} on queue {queue}: {writing:?}");
-                        self.tally.writes += 1;
+                        self.tally.changes += 1;
                         self.tally.sectors += writing.sectors;
                         self.model.end_write(writing, true);
                     }

@@ -235,6 +235,19 @@ impl Wire {
         }
     }
 
+    /// Throws away what the server has said so far. Never blocks for longer than a message takes.
+    pub fn drain(&self) {
+        let mut poll = libc::pollfd { fd: self.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd.
+        while unsafe { libc::poll(&mut poll, 1, 0) } == 1 && self.receive().is_ok() {}
+    }
+
+    /// Says that nothing more will be sent.
+    pub fn finish(&self) {
+        // The server may have hung up first.
+        drop(self.stream.shutdown(std::net::Shutdown::Write));
+    }
+
     /// Whether the server has hung up. Never blocks.
     pub fn is_closed(&self) -> bool {
         let mut poll = libc::pollfd { fd: self.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
