@@ -60,6 +60,19 @@ pub enum OpenError {
     NotDurable,
 }
 
+/// How a cache's segments are used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Space {
+    /// All of them.
+    pub total: usize,
+    /// On the free list.
+    pub free: usize,
+    /// Holding something, or on their way to or from the free list.
+    pub used: usize,
+    /// Given up.
+    pub bad: usize,
+}
+
 /// The start page, as it stands, and where its next update goes.
 pub(crate) struct StartState {
     pub page: StartPage,
@@ -150,6 +163,17 @@ impl<E: Env> Cache<E> {
     /// Free segments now.
     pub fn free_segments(&self) -> usize {
         self.free_count.load(Ordering::Relaxed)
+    }
+
+    /// How the segments are used now: the free list against the states of all the others.
+    pub fn space(&self) -> Space {
+        let count = |f: fn(State) -> bool| self.segments.iter().filter(|s| f(s.state())).count();
+        Space {
+            total: self.segments.len(),
+            free: lock(&self.free).len(),
+            used: count(|s| !matches!(s, State::Free | State::Bad)),
+            bad: count(|s| s == State::Bad),
+        }
     }
 
     /// Free segments that reclaim keeps in hand.

@@ -32,9 +32,9 @@ mod syncer;
 
 pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};
-pub use core::{Cache, OpenError, OpenOptions};
+pub use core::{Cache, OpenError, OpenOptions, Space};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
 pub use recovery::RecoveryReport;
-pub use volume::{Mode, Order, Volume};
+pub use volume::{Mode, Order, Volume, VolumeDisk};
