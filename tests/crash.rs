@@ -43,6 +43,9 @@ fn run_seeds(first: u64, images: u64) -> Stats {
 #[test]
 fn no_crash_anywhere_breaks_a_promise() {
     let began = Instant::now();
+    if number("PCACHE_SIM_SEED").is_some() {
+        tracing_subscriber::fmt().without_time().with_ansi(false).init();
+    }
     let stats = match number("PCACHE_SIM_SEED") {
         Some(seed) => run_seed(seed, IMAGES_PER_SEED).unwrap_or_else(|violation| panic!("{violation}")),
         None => run_seeds(1, number("PCACHE_SIM_IMAGES").unwrap_or(IMAGES)),

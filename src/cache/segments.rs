@@ -181,9 +181,11 @@ impl Segment {
         }
     }
 
-    /// Stores the checksum of a whole block.
+    /// Stores the checksum of a whole block. A draft that was given up may have packed it before.
     pub fn set_block_checksum(&self, block: u32, crc: u32) {
-        self.body().blocks[block as usize].store(crc, Ordering::Relaxed);
+        let body = self.body();
+        body.blocks[block as usize].store(crc, Ordering::Relaxed);
+        body.packed[block as usize / 32].fetch_and(!(1 << (block % 32)), Ordering::Relaxed);
     }
 
     /// Stores the checksum of one sector of a packed block.
