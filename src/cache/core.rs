@@ -116,6 +116,9 @@ impl<E: Env> Cache<E> {
         options: OpenOptions,
     ) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
+        // What recovery is about to believe may never have been made durable (law 8): the last
+        // daemon was killed between a store and its fence, or a page has not left the page cache.
+        media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
         let start = begin_start(&media)?;
         let class = media.pmem.class();
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
@@ -137,7 +140,6 @@ impl<E: Env> Cache<E> {
             sealed: Mutex::default(),
         };
         let report = recovery::recover(&mut cache)?;
-        // What recovery relied on may never have been made durable (law 8).
         let ticket = cache.syncer.request(&*cache.media.pmem, None);
         if cache.syncer.wait(&*cache.media.pmem, ticket, false) == Outcome::Failed {
             return Err(OpenError::NotDurable);

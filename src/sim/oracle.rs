@@ -192,13 +192,15 @@ impl Oracle {
         values.iter().enumerate().try_for_each(judge)
     }
 
-    /// Forgets what can matter no more. `possible` is what a sector of the disk holds or may hold.
-    pub fn prune(&mut self, possible: impl Fn(u64) -> Vec<u64>) {
+    /// Forgets what can matter no more. `possible` is what a sector of the disk holds or may hold,
+    /// `reading_since` when the oldest read under way began.
+    pub fn prune(&mut self, reading_since: u64, possible: impl Fn(u64) -> Vec<u64>) {
         for (number, writes) in self.sectors.iter_mut().enumerate() {
             if writes.len() < 4 {
                 continue;
             }
-            let is_past = |w: &Write| writes.iter().any(|o| o.is_acked && o.is_durable && w.precedes(o));
+            let covers = |o: &&Write| o.is_acked && o.is_durable && o.ended < reading_since;
+            let is_past = |w: &Write| writes.iter().filter(covers).any(|o| w.precedes(o));
             let counts = writes.iter().position(|w| !is_past(w)).unwrap_or(0);
             let on_disk = possible(number as u64);
             let shown = writes.iter().position(|w| on_disk.contains(&w.value)).unwrap_or(0);
@@ -284,7 +286,7 @@ mod tests {
             assert_eq!(oracle.judge_disk_alone(&disk).is_ok(), legal, "{disk:?}");
         }
         assert!(oracle.judge_disk_alone(&[3, 2]).is_err(), "nobody's");
-        oracle.prune(|s| vec![[10, 11][s as usize]]);
+        oracle.prune(NEVER, |s| vec![[10, 11][s as usize]]);
         assert!(oracle.judge_disk_alone(&[10, 11]).is_ok());
         assert!(oracle.judge_drained(&[10, 11]).is_ok());
         assert!(oracle.judge_drained(&[10, 2]).is_err());

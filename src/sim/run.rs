@@ -245,9 +245,11 @@ impl Run {
             }
             975..985 => self.machine().park(volume, queue),
             985..998 => {
-                let Self { oracles, world, .. } = self;
+                let Self { oracles, world, under_way, .. } = self;
                 for (volume, oracle) in oracles.iter_mut().enumerate() {
-                    oracle.prune(|sector| world.with(|w| w.disks[volume].possible(sector)));
+                    let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
+                    let since = reads.map(|(_, u)| u.began).min().unwrap_or(u64::MAX);
+                    oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));
                 }
             }
             _ if self.rng.chance(1, 4) => {
