@@ -6,21 +6,26 @@
 //! - The fingerprint is valid only between a clean detach and the next attach: it is struck out
 //!   durably before a guest can write.
 //! - Entering a mode that writes around the cache, and leaving `relaxed` for `strict`, drain first.
+//! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
+//!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
+use super::judge::{judge_identity, judge_options};
 use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
 use super::volume::{Mode, Order, QueueShared, Volume, VolumeCore};
 use super::worker::DrainError;
-use crate::backing::{Backing, BackingIdentity};
+use crate::backing::{Backing, BackingIdentity, Channel, Op};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
 use crate::volume::DiskConfig;
+use crate::wake::Waker;
 
 /// How a volume is attached.
 pub struct AttachOptions<E: Env> {
@@ -147,7 +152,7 @@ pub enum AttachError {
     )]
     SyncFailed,
     /// The disk failed.
-    #[error("the disk `{path}` cannot be read: {error}")]
+    #[error("the disk `{path}` cannot be read or flushed: {error}")]
     Disk {
         /// The disk.
         path: String,
@@ -174,27 +179,9 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// [`AttachError`]; nothing has been changed but, at most, an empty volume made.
     pub fn attach(self: &Arc<Self>, options: AttachOptions<E>) -> Result<Arc<Volume<E>>, AttachError> {
+        let block = judge_options(self.media_class(), &options)?;
         let name = options.name.clone();
-        let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if name.is_empty() || name.len() > 64 || !name.chars().all(good) {
-            return Err(AttachError::BadName(name));
-        }
-        let geometry = options.backing.geometry();
         let identity = options.backing.identity();
-        if geometry.read_only && !options.read_only {
-            return Err(AttachError::ReadOnlyDisk(identity.path));
-        }
-        if self.media_class() == MediaClass::Volatile
-            && options.mode == Mode::Writeback
-            && !options.read_only
-            && !options.allow_volatile
-        {
-            return Err(AttachError::Volatile(self.media_class()));
-        }
-        let block = options.block_size.unwrap_or(geometry.logical_block);
-        if ![512, 4096].contains(&block) || block < geometry.logical_block {
-            return Err(AttachError::BlockSize { asked: block, disk: geometry.logical_block });
-        }
         self.check_room()?;
         let serial =
             pad::<20>(&options.serial).ok_or_else(|| AttachError::BadSerial(options.serial.clone()))?;
@@ -232,6 +219,10 @@ impl<E: Env> Cache<E> {
         }
         if self.syncer.has_failed() && !options.read_only {
             return Err(AttachError::SyncFailed);
+        }
+        if !options.backing.geometry().read_only {
+            flush(&*options.backing)
+                .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
         _ = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect());
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
@@ -425,46 +416,24 @@ impl<E: Env> Cache<E> {
     }
 }
 
+/// Flushes the disk, blocking.
+fn flush<B: Backing>(backing: &B) -> std::io::Result<()> {
+    let mut channel = backing.channel(&Waker::default(), 1)?;
+    if channel.submit(0, Op::Flush).is_err() {
+        return Err(std::io::Error::other("an idle channel takes no operation"));
+    }
+    let mut done = Vec::new();
+    while done.is_empty() {
+        channel.wait(Duration::from_secs(1));
+        channel.reap(&mut done);
+    }
+    done.remove(0).result
+}
+
 fn set_identity(descriptor: &mut VolumeDescriptor, identity: &BackingIdentity) {
     descriptor.backing_kind = identity.kind as u32;
     descriptor.backing_size = identity.size;
     descriptor.backing_device = identity.device;
     descriptor.backing_inode = identity.inode;
     descriptor.path = pad_cut(&identity.path);
-}
-
-/// Whether the disk is the volume's own, unchanged since the last clean detach.
-fn judge_identity<B: Backing>(
-    descriptor: &VolumeDescriptor,
-    backing: &B,
-    identity: &BackingIdentity,
-    options: &AttachOptions<impl Env>,
-) -> Result<(), AttachError> {
-    let (name, path) = (options.name.clone(), identity.path.clone());
-    if identity.size / 512 != descriptor.sectors {
-        let expected = descriptor.sectors * 512;
-        return Err(AttachError::SizeDiffers { name, path, expected, found: identity.size });
-    }
-    if options.force_identity {
-        return Ok(());
-    }
-    if descriptor.fingerprint_valid {
-        // Content speaks louder than names: a moved or copied disk is welcome if it is unchanged.
-        let fingerprint =
-            backing.fingerprint().map_err(|error| AttachError::Disk { path: path.clone(), error })?;
-        if fingerprint == descriptor.fingerprint {
-            return Ok(());
-        }
-    }
-    let same = descriptor.backing_kind == identity.kind as u32
-        && descriptor.backing_device == identity.device
-        && descriptor.backing_inode == identity.inode;
-    if !same {
-        let was = String::from_utf8_lossy(unpad(&descriptor.path)).into_owned();
-        return Err(AttachError::OtherDisk { name, path, was });
-    }
-    if descriptor.fingerprint_valid {
-        return Err(AttachError::ContentChanged { name, path });
-    }
-    Ok(())
 }
