@@ -183,21 +183,19 @@ impl<E: Env> Writeback<E> {
     fn gather_strict(&mut self) -> Result<Option<Round>, WalkError> {
         let core = self.volume.core.clone();
         let mut dirty = lock(&core.dirty);
-        let Some(epoch) = self.lowest_epoch(&mut dirty)? else {
-            // Nothing dirty below: the tail may follow the closed epochs.
-            drop(dirty);
-            core.raise_epoch();
-            let epoch = core.closed_epoch();
-            return Ok((epoch > core.tail.load(Ordering::SeqCst)).then(|| Round::empty(epoch)));
-        };
-        if epoch > core.closed_epoch() {
-            core.raise_epoch();
-            if epoch > core.closed_epoch() {
-                return Ok(None);
+        let mut is_raised = false;
+        let epoch = loop {
+            // Before the look: what is committed after it belongs to an epoch above this one.
+            let closed = core.closed_epoch();
+            match self.lowest_epoch(&mut dirty)? {
+                Some(epoch) if epoch <= closed => break epoch,
+                // Nothing is dirty below: the tail may follow the closed epochs.
+                None if closed > core.tail.load(Ordering::SeqCst) => return Ok(Some(Round::empty(closed))),
+                _ if is_raised => return Ok(None),
+                _ => core.raise_epoch(),
             }
-            // A queue may have committed more of this epoch since the look above.
-            self.lowest_epoch(&mut dirty)?;
-        }
+            is_raised = true;
+        };
         let mut keys = Vec::new();
         let mut cursors = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
