@@ -272,6 +272,7 @@ impl<E: Env> Writeback<E> {
                 let header = SegmentHeader {
                     incarnation: self.volume.core.incarnation,
                     generation: segment.generation.load(Ordering::Relaxed),
+                    start_counter: segment.start_counter.load(Ordering::Relaxed),
                     ..SegmentHeader::default()
                 };
                 let low = segment.log_low.load(Ordering::Acquire);
