@@ -148,6 +148,7 @@ impl<E: Env> Housekeeper<E> {
             segment: id,
             incarnation: segment.owner.load(Ordering::Relaxed),
             generation: segment.generation.load(Ordering::Relaxed),
+            start_counter: segment.start_counter.load(Ordering::Relaxed),
             ..SegmentHeader::default()
         }
     }
