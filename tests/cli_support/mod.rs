@@ -182,18 +182,24 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one and waits until `socket` answers.
+    /// Starts one and waits until `socket` answers and it has announced itself.
     pub fn start(place: &Place, socket: &str, args: &[&str]) -> Self {
         let mut server = Self::spawn(place, &mut program(args));
         server.wait(|_| UnixStream::connect(socket).is_ok());
+        server.wait(Self::has_announced);
         server
     }
 
     /// Starts one and waits until it has announced itself.
     pub fn start_by(place: &Place, command: &mut Command) -> Self {
         let mut server = Self::spawn(place, command);
-        server.wait(|server| server.out().contains("volume  "));
+        server.wait(Self::has_announced);
         server
+    }
+
+    /// Written at once, and by the server's last step before it waits.
+    fn has_announced(&self) -> bool {
+        self.out().contains("volume  ")
     }
 
     fn spawn(place: &Place, command: &mut Command) -> Self {
