@@ -75,7 +75,8 @@ fn no_sector_is_wrong_after_random_traffic_and_twenty_kills() {
     eprintln!("{:?}", traffic.tally);
 
     lives.push(daemon.read_life());
-    let (reclaimed, written_back) = (count_lives(&lives, "reclaimed"), count_lives(&lives, "written_back"));
+    let (reclaimed, written_back) =
+        (count_lives(&lives, "reclaimed"), count_lives(&lives, "written_back_sectors"));
     eprintln!("reclaimed={reclaimed} written_back={written_back}");
     assert!(reclaimed > 0, "a cache of 64 MiB under a disk of 1 GiB reclaims");
     assert!(written_back > 0, "a cache of 64 MiB under a disk of 1 GiB writes back");

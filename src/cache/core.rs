@@ -53,6 +53,19 @@ pub enum OpenError {
     NotDurable,
 }
 
+/// How a cache's segments are used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Space {
+    /// All of them.
+    pub total: usize,
+    /// On the free list.
+    pub free: usize,
+    /// Holding something, or on their way to or from the free list.
+    pub used: usize,
+    /// Given up.
+    pub bad: usize,
+}
+
 /// The start page, as it stands, and where its next update goes.
 pub(crate) struct StartState {
     pub page: StartPage,
@@ -91,6 +104,9 @@ impl<E: Env> Cache<E> {
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
+        // What recovery is about to believe may never have been made durable (law 8): the last
+        // daemon was killed between a store and its fence, or a page has not left the page cache.
+        media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
         let start = begin_start(&media)?;
         let class = media.pmem.class();
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
@@ -111,7 +127,6 @@ impl<E: Env> Cache<E> {
             sealed: Mutex::default(),
         };
         let report = recovery::recover(&mut cache)?;
-        // What recovery relied on may never have been made durable (law 8).
         let ticket = cache.syncer.request(&*cache.media.pmem, None);
         if cache.syncer.wait(&*cache.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
@@ -137,6 +152,17 @@ impl<E: Env> Cache<E> {
     /// Free segments now.
     pub fn free_segments(&self) -> usize {
         self.free_count.load(Ordering::Relaxed)
+    }
+
+    /// How the segments are used now: the free list against the states of all the others.
+    pub fn space(&self) -> Space {
+        let count = |f: fn(State) -> bool| self.segments.iter().filter(|s| f(s.state())).count();
+        Space {
+            total: self.segments.len(),
+            free: lock(&self.free).len(),
+            used: count(|s| !matches!(s, State::Free | State::Bad)),
+            bad: count(|s| s == State::Bad),
+        }
     }
 
     /// Free segments that reclaim keeps in hand.

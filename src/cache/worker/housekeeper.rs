@@ -43,12 +43,14 @@ enum Stage {
 pub(crate) struct Housekeeper<E: Env> {
     cache: Arc<Cache<E>>,
     stage: Stage,
+    /// Full segments, to be sealed once their records are durable.
+    sealing: Option<(Durable, Vec<u32>)>,
     noted_failure: bool,
 }
 
 impl<E: Env> Housekeeper<E> {
     pub fn new(cache: Arc<Cache<E>>) -> Self {
-        Self { cache, stage: Stage::Idle, noted_failure: false }
+        Self { cache, stage: Stage::Idle, sealing: None, noted_failure: false }
     }
 
     /// Does a bounded piece of work.
@@ -56,11 +58,14 @@ impl<E: Env> Housekeeper<E> {
         if self.cache.syncer.has_failed() {
             return self.note_failure();
         }
-        if self.seal_one() {
+        if self.seal_some() {
             return Progress::Did;
         }
         match std::mem::replace(&mut self.stage, Stage::Idle) {
-            Stage::Idle => self.choose(),
+            Stage::Idle => match self.choose() {
+                Progress::Idle if self.sealing.is_some() => Progress::Waiting,
+                progress => progress,
+            },
             Stage::Buried(ticket, victims) => match self.cache.syncer.outcome(ticket) {
                 Outcome::Reached => self.free_headers(victims),
                 _ => self.stay(Stage::Buried(ticket, victims)),
@@ -89,10 +94,30 @@ impl<E: Env> Housekeeper<E> {
         Progress::Idle
     }
 
-    /// Seals one full segment. What it holds is read back from its records.
-    fn seal_one(&mut self) -> bool {
+    /// Seals full segments whose records are durable. A sealed header promises all of them, and a
+    /// summary is believed without a look at the payload: neither may be there first.
+    fn seal_some(&mut self) -> bool {
+        let (ticket, ids) = match self.sealing.take() {
+            Some(sealing) => sealing,
+            None => {
+                let full: Vec<u32> = lock(&self.cache.full).drain(..).collect();
+                if full.is_empty() {
+                    return false;
+                }
+                (self.cache.syncer.request(&*self.cache.media.pmem, None), full)
+            }
+        };
+        if self.cache.syncer.outcome(ticket) != Outcome::Reached {
+            self.sealing = Some((ticket, ids));
+            return false;
+        }
+        ids.into_iter().for_each(|id| self.seal(id));
+        true
+    }
+
+    /// Seals one segment. What it holds is read back from its records.
+    fn seal(&self, id: u32) {
         let cache = &self.cache;
-        let Some(id) = lock(&cache.full).pop_front() else { return false };
         let segment = &cache.segments[id as usize];
         let header = self.life(id);
         let (mut keys, mut checksums) = (Vec::new(), Vec::new());
@@ -114,7 +139,6 @@ impl<E: Env> Housekeeper<E> {
         }
         segment.set_state(State::Sealed);
         lock(&cache.sealed).push_back(id);
-        true
     }
 
     fn life(&self, id: u32) -> SegmentHeader {
