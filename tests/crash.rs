@@ -4,7 +4,8 @@
 //! reaching the disk, for which a promise of `src/cache/DESIGN.md` does not hold?
 //!
 //! `PCACHE_SIM_SEED=n` runs that seed alone; `PCACHE_SIM_IMAGES=n` sets the images judged in all
-//! (the default is what a minute allows). A failure prints seed, step and the last steps.
+//! (the default is what a minute allows), `PCACHE_SIM_TRACE=n` how many of its last steps a failure
+//! prints after seed and step.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,10 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
+fn trace_len() -> usize {
+    number("PCACHE_SIM_TRACE").map_or(80, |n| n as usize)
+}
+
 /// Runs seeds from `first` on, on two threads, until `images` have been judged.
 fn run_seeds(first: u64, images: u64) -> Stats {
     let next = AtomicU64::new(first);
@@ -27,7 +32,7 @@ fn run_seeds(first: u64, images: u64) -> Stats {
     let work = || {
         while total.lock().unwrap().images < images {
             let seed = next.fetch_add(1, Ordering::Relaxed);
-            match run_seed(seed, IMAGES_PER_SEED) {
+            match run_seed(seed, IMAGES_PER_SEED, trace_len()) {
                 Ok(stats) => total.lock().unwrap().add(&stats),
                 Err(violation) => panic!("{violation}"),
             }
@@ -47,7 +52,7 @@ fn no_crash_anywhere_breaks_a_promise() {
         tracing_subscriber::fmt().without_time().with_ansi(false).init();
     }
     let stats = match number("PCACHE_SIM_SEED") {
-        Some(seed) => run_seed(seed, IMAGES_PER_SEED).unwrap_or_else(|violation| panic!("{violation}")),
+        Some(seed) => run_seed(seed, IMAGES_PER_SEED, trace_len()).unwrap_or_else(|violation| panic!("{violation}")),
         None => run_seeds(1, number("PCACHE_SIM_IMAGES").unwrap_or(IMAGES)),
     };
     let seconds = began.elapsed().as_secs_f64();
@@ -66,7 +71,7 @@ fn survey() {
     std::panic::set_hook(Box::new(|_| {}));
     let first = number("PCACHE_SIM_SEED").unwrap_or(1);
     for seed in first..first + number("PCACHE_SIM_IMAGES").unwrap_or(100) {
-        if let Err(violation) = run_seed(seed, IMAGES_PER_SEED) {
+        if let Err(violation) = run_seed(seed, IMAGES_PER_SEED, trace_len()) {
             let what: String = violation.what.chars().take(300).collect();
             println!("seed {seed:>5} step {:>5}: {what}", violation.step);
         }

@@ -23,8 +23,6 @@ use super::world::{Faults, SimClock, Snapshot, World};
 use crate::cache::{FormatOptions, Mode, Order, format};
 use crate::volume::{Done, Request, RequestKind, Status};
 
-/// Steps kept in the trace.
-const TRACE_LEN: usize = 80;
 /// Requests under way per queue.
 const UNDER_WAY_MAX: usize = 24;
 /// Rounds of everything after which a request counts as hung.
@@ -80,17 +78,21 @@ pub struct Run {
     next_value: u64,
     stats: Stats,
     trace: VecDeque<String>,
+    /// Lines kept in the trace.
+    pub trace_len: usize,
     step: u64,
     /// Images until the run has done enough.
     images: u64,
 }
 
-/// Runs a seed until `images` crash images have been judged.
+/// Runs a seed until `images` crash images have been judged; a violation tells the last
+/// `trace_len` steps.
 ///
 /// # Errors
 /// [`Violation`]: the engine broke a promise, or panicked.
-pub fn run_seed(seed: u64, images: u64) -> Result<Stats, Violation> {
+pub fn run_seed(seed: u64, images: u64, trace_len: usize) -> Result<Stats, Violation> {
     let mut run = Run::new(Scenario::from_seed(seed), images)?;
+    run.trace_len = trace_len;
     run.go()
 }
 
@@ -131,6 +133,7 @@ impl Run {
             next_tag: 0,
             stats: Stats::default(),
             trace: VecDeque::new(),
+            trace_len: 80,
             step: 0,
             images,
         };
@@ -166,7 +169,7 @@ impl Run {
     }
 
     fn note(&mut self, what: impl FnOnce() -> String) {
-        if self.trace.len() == TRACE_LEN {
+        if self.trace.len() >= self.trace_len {
             self.trace.pop_front();
         }
         self.trace.push_back(format!("{:>6} {}", self.step, what()));
