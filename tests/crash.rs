@@ -52,7 +52,9 @@ fn no_crash_anywhere_breaks_a_promise() {
         tracing_subscriber::fmt().without_time().with_ansi(false).init();
     }
     let stats = match number("PCACHE_SIM_SEED") {
-        Some(seed) => run_seed(seed, IMAGES_PER_SEED, trace_len()).unwrap_or_else(|violation| panic!("{violation}")),
+        Some(seed) => {
+            run_seed(seed, IMAGES_PER_SEED, trace_len()).unwrap_or_else(|violation| panic!("{violation}"))
+        }
         None => run_seeds(1, number("PCACHE_SIM_IMAGES").unwrap_or(IMAGES)),
     };
     let seconds = began.elapsed().as_secs_f64();

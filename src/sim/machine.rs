@@ -100,8 +100,8 @@ impl Machine {
         world.act_as(CONTROL);
         let clock = SimClock::default();
         let pmem = Arc::new(SimPmem::new(world));
-        let (cache, report) = Cache::open(pmem, clock.clone())
-            .map_err(|e| format!("the cache does not open: {e}"))?;
+        let (cache, report) =
+            Cache::open(pmem, clock.clone()).map_err(|e| format!("the cache does not open: {e}"))?;
         let mut served = Vec::new();
         for (number, style) in styles.iter().enumerate() {
             let options = attach_options(world, number, style, queues);

@@ -40,7 +40,8 @@ pub fn run(args: &[&str]) -> Ran {
     ran(&mut program(args))
 }
 
-fn ran(command: &mut Command) -> Ran {
+/// Runs a command to its end.
+pub fn ran(command: &mut Command) -> Ran {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     // A program that should refuse and serves instead would never end.
     let watch = Watchdog::of(&child);
