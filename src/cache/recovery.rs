@@ -196,7 +196,13 @@ fn scan_segment<E: Env>(
         }
     }
     if header.state == SegmentState::Open {
-        seal_found(cache, id, header, &scan, report);
+        // Sealed with what is left, the segment no longer shows that there was more: the volume's
+        // descriptor must say so first, or the next start would find nothing amiss.
+        let is_lost = scan.losses.iter().any(|(epoch, _)| *epoch > tail);
+        match if is_lost { cache.update_descriptor(volume, |d| d.damaged = true) } else { Ok(()) } {
+            Ok(()) => seal_found(cache, id, header, &scan, report),
+            Err(error) => report.findings.push(format!("segment {id} cannot be sealed: {error}")),
+        }
     }
     scan
 }
