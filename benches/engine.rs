@@ -137,11 +137,8 @@ impl Bench {
     fn source(&mut self) -> Source {
         self.next = (self.next + 1) % SOURCES;
         let spare = self.spare.pop();
-        let source = spare.unwrap_or_else(|| Source {
-            all: self.sources.clone(),
-            at: 0,
-            sink: Box::new([0; BLOCK]),
-        });
+        let source =
+            spare.unwrap_or_else(|| Source { all: self.sources.clone(), at: 0, sink: Box::new([0; BLOCK]) });
         Source { at: self.next * BLOCK, ..source }
     }
 
@@ -249,8 +246,12 @@ fn main() {
     bench.settle();
     let recent = bench.written.len().saturating_sub(100_000);
     bench.written.drain(..recent);
-    let rounds: Vec<_> = (0..ROUNDS).map(|_| (bench.engine(32, RequestKind::Read), bench.bare_read())).collect();
+    let rounds: Vec<_> =
+        (0..ROUNDS).map(|_| (bench.engine(32, RequestKind::Read), bench.bare_read())).collect();
     report("4 KiB random read hit", 2.0, &rounds);
     let counters = bench.volume.counters();
-    println!("reclaimed {} segments, hits {} misses {}", counters.reclaimed, counters.read_hits, counters.read_misses);
+    println!(
+        "reclaimed {} segments, hits {} misses {}",
+        counters.reclaimed, counters.read_hits, counters.read_misses
+    );
 }

@@ -54,12 +54,19 @@ pub fn host() -> Option<&'static Host> {
     }
 }
 
-/// Says that a scenario did not run, or fails where that is not acceptable.
+/// Says that a scenario did not run for want of something Debian has, or fails where that is not
+/// acceptable.
 pub fn skip(reason: &str) {
     assert!(
         std::env::var_os("PCACHE_REQUIRE_GUESTS").is_none(),
         "PCACHE_REQUIRE_GUESTS is set, and: {reason}"
     );
+    inapplicable(reason);
+}
+
+/// Says that a scenario did not run where nothing is wrong with that: no package brings what it needs,
+/// or the server chosen does not promise what it claims.
+pub fn inapplicable(reason: &str) {
     let name = std::thread::current().name().unwrap_or("scenario").to_owned();
     eprintln!("SKIPPED {name}: {reason}");
 }

@@ -1,6 +1,8 @@
 //! What the command line and the configuration file may say, asked of the program itself: a
 //! mistake gets a sentence that says what to write, exit status 2, and changes nothing.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod cli_support;
 
 use cli_support::{Place, program, run};

@@ -1,6 +1,8 @@
 //! What the tree promises about itself: who may use whom, how long files get, and that nothing is
 //! left half done. The rules are in `src/lib.rs`'s drawing; this test is what makes them law.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -108,7 +108,8 @@ fn steady(order: &str, assume_dax: bool) {
     let client = Client::connect(daemon.socket(), ClientOptions { queues: 2, ..Default::default() });
     let mut traffic = Traffic::new(client, seed, Mix::default());
     for _ in 0..3 {
-        traffic.run(operations() / 20);
+        // Fewer would not fill the cache.
+        traffic.run((operations() / 20).max(8000));
         traffic.quiesce();
         daemon.stop();
         assert!(Daemon::counter(&daemon.read_life(), "reclaimed") > Some(0), "the cache was never full");

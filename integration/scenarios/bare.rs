@@ -2,7 +2,7 @@
 
 use crate::bare::{BareGuest, Vmm, Work};
 use crate::cloud_hypervisor;
-use crate::prepare::{Host, host, skip};
+use crate::prepare::{Host, host, inapplicable};
 use crate::server::{Program, Storage};
 
 /// Blocks for Cloud Hypervisor, whose KVM may be one that interprets unpaged code: 3 ms a block then.
@@ -19,7 +19,7 @@ fn a_bare_driver_reads_back_every_block_after_eight_kills() {
 fn a_bare_driver_in_flight_notices_nothing_of_five_kills() {
     let Some(host) = host() else { return };
     if Program::chosen() == Program::StorageDaemon {
-        return skip("qemu-storage-daemon does not track requests in flight and loses them here");
+        return inapplicable("qemu-storage-daemon does not track requests in flight and loses them here");
     }
     kill_in_flight(host, Vmm::Qemu, 5, 2048);
 }
@@ -29,7 +29,7 @@ fn cloud_hypervisor_reads_back_every_block_after_three_kills() {
     let Some(host) = host() else { return };
     match cloud_hypervisor::program() {
         Ok(_) => kill_between_boots(host, Vmm::CloudHypervisor, 3, INTERPRETED),
-        Err(missing) => skip_aloud(&missing),
+        Err(missing) => inapplicable(&missing),
     }
 }
 
@@ -37,11 +37,11 @@ fn cloud_hypervisor_reads_back_every_block_after_three_kills() {
 fn cloud_hypervisor_in_flight_notices_nothing_of_five_kills() {
     let Some(host) = host() else { return };
     if Program::chosen() == Program::StorageDaemon {
-        return skip("qemu-storage-daemon does not track requests in flight and loses them here");
+        return inapplicable("qemu-storage-daemon does not track requests in flight and loses them here");
     }
     match cloud_hypervisor::program() {
         Ok(_) => kill_in_flight(host, Vmm::CloudHypervisor, 5, INTERPRETED),
-        Err(missing) => skip_aloud(&missing),
+        Err(missing) => inapplicable(&missing),
     }
 }
 
@@ -91,9 +91,4 @@ fn kill_in_flight(host: &Host, vmm: Vmm, kills: u32, blocks: u32) {
     drop(guest);
     server.stop();
     storage.check();
-}
-
-/// Absent on every Debian host, so absence fails nothing, not even in CI; it is only said.
-fn skip_aloud(missing: &str) {
-    eprintln!("SKIPPED: {missing}");
 }

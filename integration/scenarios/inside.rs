@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::client::{Client, ClientOptions, Request};
 use crate::guest::{Guest, GuestOptions};
-use crate::prepare::{Host, host, skip};
+use crate::prepare::{Host, host, inapplicable, skip};
 use crate::qemu::{Disk, Nvdimm};
 use crate::server::{Program, pcache};
 
@@ -186,7 +186,7 @@ fn contents(seed: u64, chunk: u64) -> Vec<u8> {
 fn ready() -> Option<&'static Host> {
     let host = host()?;
     if Program::chosen() == Program::StorageDaemon {
-        skip("qemu-storage-daemon has no cache to put inside a guest");
+        inapplicable("qemu-storage-daemon has no cache to put inside a guest");
         return None;
     }
     Some(host)

@@ -2,7 +2,7 @@
 //! dies under load.
 
 use crate::guest::{Guest, GuestOptions};
-use crate::prepare::{host, skip};
+use crate::prepare::{host, inapplicable};
 use crate::scenarios::survival::boot_and_verify;
 use crate::server::{Program, Storage};
 
@@ -88,7 +88,7 @@ fn two_queues_and_two_processors_verify_every_block() {
 fn a_guest_under_load_notices_nothing_of_a_server_killed_and_restarted() {
     let Some(host) = host() else { return };
     if Program::chosen() == Program::StorageDaemon {
-        return skip("qemu-storage-daemon does not track requests in flight and loses them here");
+        return inapplicable("qemu-storage-daemon does not track requests in flight and loses them here");
     }
     const KILLS: u32 = 4;
     let storage = Storage::new(Program::chosen(), 64, 512).queues(2);

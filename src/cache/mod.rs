@@ -20,6 +20,7 @@ pub mod worker;
 
 mod attach;
 mod core;
+mod judge;
 mod liveness;
 mod media;
 mod record;
@@ -36,5 +37,6 @@ pub use core::{Cache, OpenError};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
+pub use judge::would_attach;
 pub use recovery::RecoveryReport;
 pub use volume::{Mode, Order, Volume};

@@ -28,7 +28,8 @@ pub(crate) enum Outcome {
 #[derive(Default)]
 struct State {
     requested: u64,
-    waiters: Vec<Waker>,
+    /// Whom to wake when which ticket is decided.
+    waiters: Vec<(u64, Waker)>,
     stop: bool,
 }
 
@@ -74,7 +75,7 @@ impl Syncer {
         let ticket = self.started.load(Ordering::SeqCst) + 1;
         state.requested = state.requested.max(ticket);
         if let Some(waker) = waker {
-            state.waiters.push(waker.clone());
+            state.waiters.push((ticket, waker.clone()));
         }
         self.work.notify_one();
         Durable(ticket)
@@ -136,8 +137,15 @@ impl Syncer {
                 self.failed.store(true, Ordering::Release);
             }
         }
-        let waiters = std::mem::take(&mut lock(&self.state).waiters);
-        waiters.iter().for_each(Waker::wake);
+        let failed = self.has_failed();
+        lock(&self.state).waiters.retain(|(ticket, waker)| {
+            // Those of the next `sync` stay: this one does not answer them.
+            let decided = failed || *ticket <= this;
+            if decided {
+                waker.wake();
+            }
+            !decided
+        });
         self.done.notify_all();
         true
     }
@@ -167,5 +175,70 @@ impl Syncer {
     pub fn stop(&self) {
         lock(&self.state).stop = true;
         self.work.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::pmem::{MediaError, SyncError};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    /// Media whose `sync` runs a hook, as if somebody asked for the next one meanwhile.
+    struct Slow<F>(F);
+
+    impl<F: Fn() + Send + Sync + 'static> Pmem for Slow<F> {
+        fn len(&self) -> u64 {
+            4096
+        }
+
+        fn class(&self) -> MediaClass {
+            MediaClass::PageCache
+        }
+
+        fn read(&self, _: u64, _: &mut [u8]) -> Result<(), MediaError> {
+            Ok(())
+        }
+
+        fn write(&self, _: u64, _: &[u8]) -> Result<(), MediaError> {
+            Ok(())
+        }
+
+        fn fence(&self) {}
+
+        fn sync(&self) -> Result<(), SyncError> {
+            (self.0)();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn who_asks_during_a_sync_waits_for_the_next_and_is_woken_by_it() {
+        let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let waker = Waker::new(event.try_clone().unwrap());
+        let late = Arc::new(Mutex::new(None));
+        let hook = {
+            let (syncer, late) = (syncer.clone(), late.clone());
+            move || {
+                let mut late = lock(&late);
+                if late.is_none() {
+                    *late = Some(syncer.request(&Slow(|| {}), Some(&waker)));
+                }
+            }
+        };
+        let pmem = Slow(hook);
+        let early = syncer.request(&pmem, None);
+        assert!(syncer.step(&pmem));
+        let late = lock(&late).unwrap();
+        assert_eq!(syncer.outcome(early), Outcome::Reached);
+        assert_eq!(syncer.outcome(late), Outcome::Waiting);
+        assert!(event.read().is_err(), "woken before its ticket was decided");
+        assert!(syncer.step(&pmem));
+        assert_eq!(syncer.outcome(late), Outcome::Reached);
+        assert_eq!(event.read().unwrap(), 1);
+        assert!(!syncer.step(&pmem), "nobody asks for a third");
     }
 }

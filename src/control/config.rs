@@ -270,6 +270,7 @@ pub enum ConfigError {
 pub struct Config {
     caches: Vec<CacheConfig>,
     volumes: Vec<VolumeConfig>,
+    state_dir: Option<PathBuf>,
 }
 
 impl Config {
@@ -307,7 +308,7 @@ impl Config {
         for index in consents_for("accept-loss", &consents.accept_loss, &volumes)? {
             volumes[index].accept_loss = true;
         }
-        Ok(Self { caches, volumes })
+        Ok(Self { caches, volumes, state_dir: None })
     }
 
     /// The configuration that a command line without `--config` describes.
@@ -356,7 +357,15 @@ impl Config {
         config.poll_us = volume.poll_us.unwrap_or(config.poll_us);
         let consents =
             Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
-        Self::new(vec![cache], vec![config], &consents)
+        let mut config = Self::new(vec![cache], vec![config], &consents)?;
+        let by_default = args.cache.cache.is_none() || volume.backing.is_none();
+        config.state_dir = state.0.filter(|_| by_default);
+        Ok(config)
+    }
+
+    /// The directory of the files that are there by default, if any is: it may be made.
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
     }
 
     /// The caches.
@@ -501,6 +510,7 @@ mod tests {
     #[test]
     fn a_socket_alone_is_the_embedded_default() {
         let config = serve("pcache-vhost --socket /run/s").unwrap();
+        assert_eq!(config.state_dir(), Some(Path::new("/state")));
         let cache = &config.caches()[0];
         assert_eq!(
             (cache.path.as_path(), cache.size),
@@ -558,6 +568,7 @@ mod tests {
             accept_loss: true,
         };
         assert_eq!((config.caches(), config.volumes()), (&[cache][..], &[volume][..]));
+        assert_eq!(config.state_dir(), None);
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub enum FileError {
         /// Column in characters, from 1.
         column: usize,
         /// What is wrong there.
-        what: Complaint,
+        what: Box<Complaint>,
     },
     /// What it says does not fit together.
     #[error("{}: {source}", .path.display())]
@@ -46,7 +46,7 @@ pub enum FileError {
         /// The file.
         path: PathBuf,
         /// What.
-        source: ConfigError,
+        source: Box<ConfigError>,
     },
 }
 
@@ -118,10 +118,11 @@ pub fn load(path: &Path, consents: &Consents) -> Result<Config, FileError> {
 fn parse(path: &Path, text: &str, consents: &Consents) -> Result<Config, FileError> {
     let at = |Fault(span, what): Fault| {
         let (line, column) = position(text, span.start);
-        FileError::At { path: path.into(), line, column, what }
+        FileError::At { path: path.into(), line, column, what: Box::new(what) }
     };
     let (caches, volumes) = sections(text).map_err(at)?;
-    Config::new(caches, volumes, consents).map_err(|source| FileError::Together { path: path.into(), source })
+    Config::new(caches, volumes, consents)
+        .map_err(|source| FileError::Together { path: path.into(), source: Box::new(source) })
 }
 
 /// What is wrong, and where in the text.

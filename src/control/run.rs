@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::cli::{Cli, ServeArgs, Verb};
-use super::config::{self, Config, ConfigError, Consents};
+use super::config::{self, CacheConfig, Config, ConfigError, Consents, VolumeConfig};
 use super::exit::{Exit, complain};
 use super::file::{self, FileError};
 use super::serve::serve;
@@ -40,7 +40,7 @@ pub enum RunError {
         /// The image.
         path: PathBuf,
         /// Why.
-        source: OpenError,
+        source: Box<OpenError>,
     },
     /// Cache and disk do not go together.
     #[error("volume `{volume}` on cache {}: {source}", .cache.display())]
@@ -50,7 +50,7 @@ pub enum RunError {
         /// The volume.
         volume: Name,
         /// Why.
-        source: AttachError,
+        source: Box<AttachError>,
     },
     /// A volume is still dirty.
     #[error("cache {}: {source}", .cache.display())]
@@ -58,7 +58,7 @@ pub enum RunError {
         /// The cache.
         cache: PathBuf,
         /// Why.
-        source: DrainFailure,
+        source: Box<DrainFailure>,
     },
     /// A consent for several volumes at once.
     #[error("--{0} is given for one volume at a time: say which with --name")]
@@ -88,6 +88,16 @@ impl RunError {
     /// Wraps what the kernel said while `doing` something.
     pub fn os(doing: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Os { doing, source }
+    }
+
+    /// Wraps why `volume` cannot be attached to `cache`.
+    pub fn attach(cache: &CacheConfig, volume: &VolumeConfig) -> impl Fn(AttachError) -> Self {
+        let (path, volume) = (cache.path.clone(), volume.name.clone());
+        move |source| match source {
+            // The cache itself, whatever the volume.
+            AttachError::Cache(source) => Self::Cache { path: path.clone(), source: Box::new(source) },
+            source => Self::Attach { cache: path.clone(), volume: volume.clone(), source: Box::new(source) },
+        }
     }
 
     /// How the program ends with it.
@@ -139,5 +149,5 @@ pub(super) fn state_dir() -> Option<PathBuf> {
 /// Attributes an error to a cache.
 pub(super) fn of_cache(path: &Path) -> impl Fn(OpenError) -> RunError {
     let path = path.to_owned();
-    move |source| RunError::Cache { path: path.clone(), source }
+    move |source| RunError::Cache { path: path.clone(), source: Box::new(source) }
 }

@@ -1,6 +1,6 @@
 //! The life of a server, step by step; each step is undone by what it returned being dropped.
 //!
-//! 1. block the signals, before there is a second thread; until step 6 one to stop simply ends the
+//! 1. block the signals, before there is a second thread; until step 5 one to stop simply ends the
 //!    process, since recovery and a drain may take long and can be repeated;
 //! 2. claim every endpoint: what is in use is found before anything is opened for writing;
 //! 3. open the backing disks, then the caches, making what may be made;
@@ -13,7 +13,6 @@
 //! likes, and the next start finds it.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -22,7 +21,7 @@ use super::announce::{self, CacheLine, VolumeLine};
 use super::config::{CacheConfig, Config, Discard, Mode, Order, VolumeConfig};
 use super::exit::Exit;
 use super::log;
-use super::run::RunError;
+use super::run::{RunError, of_cache};
 use super::signals::{Event, Running, Signals};
 use super::socket::{Bound, Claimed, Incoming};
 use crate::backing::{Backing, Disk};
@@ -33,7 +32,7 @@ use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
 use crate::tools::created::Created;
 use crate::tools::disk::{self, DiskOptions};
-use crate::tools::image::{self, ImageOptions, Sizing};
+use crate::tools::image::{self, Image, ImageOptions};
 use crate::vhost::{self, Server, Stopper};
 
 /// An opened cache.
@@ -74,9 +73,9 @@ pub fn serve(config: &Config) -> Result<Exit, RunError> {
         .collect::<Result<Vec<_>, _>>()?;
     let (caches, volumes) = open_all(config, &mut created)?;
     let workers = spawn_workers(&caches, &volumes)?;
+    drop(starting);
     let front_ends = open_front_ends(claims, &volumes, &signals)?;
     created.keep();
-    drop(starting);
     announce::print(&announcement(&caches, &volumes));
 
     let ended = wait(&mut signals, &volumes);
@@ -92,9 +91,11 @@ fn open_all<'a>(
     config: &'a Config,
     created: &mut Created,
 ) -> Result<(Vec<OpenCache<'a>>, Vec<OpenVolume<'a>>), RunError> {
+    if let Some(path) = config.state_dir() {
+        created.make_directory(path).map_err(|source| RunError::Directory { path: path.into(), source })?;
+    }
     let mut disks = Vec::new();
     for volume in config.volumes() {
-        make_home(&volume.backing.path, volume.backing.size, created)?;
         let options = DiskOptions {
             path: &volume.backing.path,
             read_only: volume.read_only,
@@ -103,42 +104,46 @@ fn open_all<'a>(
         };
         disks.push(disk::open_or_create(&options, created).map_err(RunError::Disk)?);
     }
-    let mut caches = Vec::new();
+    let mut images = Vec::new();
     for cache in config.caches() {
-        make_home(&cache.path, cache.size, created)?;
-        caches.push(open_cache(cache, created)?);
+        images.push(open_image(cache, created)?);
+    }
+    let mut wanted = Vec::new();
+    for (volume, disk) in config.volumes().iter().zip(disks) {
+        let cache = &config.caches()[volume.cache];
+        let options = attach_options(cache, volume, disk.disk);
+        cache::would_attach(&images[volume.cache].pmem, &options).map_err(RunError::attach(cache, volume))?;
+        wanted.push((volume, options, disk.is_new));
+    }
+    // All are known to go together: only now anything is written to what was there before.
+    let mut caches = Vec::new();
+    for (cache, image) in config.caches().iter().zip(images) {
+        caches.push(open_cache(cache, image)?);
     }
     let mut volumes = Vec::new();
-    for (config, disk) in config.volumes().iter().zip(disks) {
-        let volume = attach(&caches[config.cache], config, disk.disk)?;
-        volumes.push(OpenVolume { config, volume, is_new: disk.is_new });
+    for (config, options, is_new) in wanted {
+        let on = &caches[config.cache];
+        let volume = on.cache.attach(options).map_err(RunError::attach(on.config, config))?;
+        volumes.push(OpenVolume { config, volume, is_new });
     }
     Ok((caches, volumes))
 }
 
-/// The directory of a file that is made by default. A directory that the operator named himself is
-/// his to make.
-fn make_home(path: &Path, size: Sizing, created: &mut Created) -> Result<(), RunError> {
-    match (size, path.parent()) {
-        (Sizing::AsFoundOr(_), Some(directory)) => created
-            .make_directory(directory)
-            .map_err(|source| RunError::Directory { path: directory.into(), source }),
-        _ => Ok(()),
-    }
-}
-
-fn open_cache<'a>(config: &'a CacheConfig, created: &mut Created) -> Result<OpenCache<'a>, RunError> {
+fn open_image(config: &CacheConfig, created: &mut Created) -> Result<Image, RunError> {
     let options = ImageOptions {
         path: &config.path,
         size: config.size,
         segment_size: config.segment_size,
         assume_dax: config.assume_dax,
     };
-    let opened = image::open_or_create(&options, created)?;
-    let (cache, report) = Cache::open(Arc::clone(&opened.pmem), SystemClock::default())
-        .map_err(|source| RunError::Cache { path: config.path.clone(), source })?;
-    log_opened(config, &opened.pmem, &report);
-    Ok(OpenCache { config, pmem: opened.pmem, cache, is_new: opened.is_new })
+    Ok(image::open_or_create(&options, created)?)
+}
+
+fn open_cache(config: &CacheConfig, image: Image) -> Result<OpenCache<'_>, RunError> {
+    let (cache, report) =
+        Cache::open(Arc::clone(&image.pmem), SystemClock::default()).map_err(of_cache(&config.path))?;
+    log_opened(config, &image.pmem, &report);
+    Ok(OpenCache { config, pmem: image.pmem, cache, is_new: image.is_new })
 }
 
 fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) {
@@ -162,36 +167,23 @@ fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) 
     }
 }
 
-fn attach(
-    cache: &OpenCache<'_>,
-    config: &VolumeConfig,
-    backing: Arc<Disk>,
-) -> Result<Arc<Volume<Host>>, RunError> {
-    let geometry = backing.geometry();
-    tracing::debug!("volume {}: backing disk {geometry:?}", config.name);
-    cache
-        .cache
-        .attach(AttachOptions {
-            name: config.name.as_str().into(),
-            backing,
-            mode: mode(config.mode),
-            order: order(config.order),
-            data_crc: config.data_crc,
-            pass_discard: config.discard == Discard::Pass,
-            read_only: config.read_only,
-            serial: config.serial.as_str().into(),
-            block_size: config.block_size,
-            queues: config.queues,
-            queue_size: config.queue_size,
-            force_identity: config.force_identity,
-            accept_loss: config.accept_loss,
-            allow_volatile: cache.config.allow_volatile,
-        })
-        .map_err(|source| RunError::Attach {
-            cache: cache.config.path.clone(),
-            volume: config.name.clone(),
-            source,
-        })
+fn attach_options(cache: &CacheConfig, config: &VolumeConfig, backing: Arc<Disk>) -> AttachOptions<Host> {
+    AttachOptions {
+        name: config.name.as_str().into(),
+        backing,
+        mode: mode(config.mode),
+        order: order(config.order),
+        data_crc: config.data_crc,
+        pass_discard: config.discard == Discard::Pass,
+        read_only: config.read_only,
+        serial: config.serial.as_str().into(),
+        block_size: config.block_size,
+        queues: config.queues,
+        queue_size: config.queue_size,
+        force_identity: config.force_identity,
+        accept_loss: config.accept_loss,
+        allow_volatile: cache.allow_volatile,
+    }
 }
 
 fn spawn_workers(

@@ -198,7 +198,8 @@ fn drain_one(
         progress.show(step.total_bytes.saturating_sub(step.dirty_bytes), step.total_bytes);
     });
     progress.finish();
-    let drained = drained.map_err(|source| RunError::Drain { cache: job.cache.into(), source })?;
+    let drained =
+        drained.map_err(|source| RunError::Drain { cache: job.cache.into(), source: Box::new(source) })?;
     print(&match drained {
         Drained::WasClean => format!("volume  {name}: clean already\n"),
         Drained::Done { backing, bytes } => {

@@ -95,7 +95,7 @@ fn a_shared_memory_file_cannot_shrink_once_it_is_mapped() {
 }
 
 /// As a VMM makes it: sealable, not sealed.
-#[allow(unsafe_code)]
+#[expect(unsafe_code, reason = "no safe wrapper of memfd_create")]
 fn unsealed(len: u64) -> File {
     use std::os::fd::FromRawFd;
     // SAFETY: a constant name; the result is checked.

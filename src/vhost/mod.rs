@@ -20,8 +20,10 @@
 
 mod config_space;
 mod copy;
+mod decode;
 mod fds;
 mod features;
+mod idle;
 mod inflight;
 mod memory;
 mod message;

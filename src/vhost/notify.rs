@@ -66,20 +66,11 @@ mod tests {
 
     use super::*;
 
+    #[expect(unsafe_code, reason = "an EventFd gives up its descriptor as a number only")]
     fn owned(event: &EventFd) -> OwnedFd {
-        event.try_clone().unwrap().into_file().into()
-    }
-
-    trait IntoFile {
-        fn into_file(self) -> File;
-    }
-
-    impl IntoFile for EventFd {
-        #[allow(unsafe_code)]
-        fn into_file(self) -> File {
-            // SAFETY: the descriptor was just given up by its owner.
-            unsafe { File::from_raw_fd(self.into_raw_fd()) }
-        }
+        let number = event.try_clone().unwrap().into_raw_fd();
+        // SAFETY: the clone has just given it up.
+        unsafe { OwnedFd::from_raw_fd(number) }
     }
 
     #[test]

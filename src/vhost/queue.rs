@@ -14,16 +14,16 @@
 //! - memory is refreshed after heads were seen and before they are translated (see `memory`).
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::features::Features;
+use super::idle::{Idle, Sleeper};
 use super::inflight::InflightQueue;
 use super::memory::{GuestBuffer, HostRange, MemoryMap, SharedMemory};
 use super::notify::Notifier;
@@ -37,9 +37,6 @@ use crate::wake::Waker;
 const BATCH: u16 = 16;
 /// Completions after which the driver is shown what is done.
 const PUBLISH_EVERY: usize = 8;
-/// First and last length of a sleep of a queue without a kick descriptor.
-const NAP_MIN: Duration = Duration::from_micros(10);
-const NAP_MAX: Duration = Duration::from_millis(1);
 
 /// What a queue thread is made of.
 pub(super) struct QueueStart<D: Disk> {
@@ -102,15 +99,7 @@ impl QueueHandle {
 /// The kernel refused a resource, or `kick` cannot be waited for.
 pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>) -> io::Result<QueueHandle> {
     let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-    let epoll = Epoll::new()?;
-    // Edge-triggered: neither descriptor is ever read. Every write to an eventfd is an edge, and a
-    // counter of 64 bits does not fill up.
-    let interest = |token| EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
-    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest(0))?;
-    if let Some(kick) = kick {
-        epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), interest(1))?;
-    }
-    let sleeper = Sleeper { epoll, has_kick: kick.is_some(), nap: NAP_MIN };
+    let sleeper = Sleeper::new(&event, kick)?;
     let stop = Arc::new(AtomicBool::new(false));
     let waker = Waker::new(event);
     let started_at = Stopped { base: start.ring.next_avail(), used: start.ring.next_used(), broken: true };
@@ -242,7 +231,7 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
             let stopping = stop.load(Ordering::Acquire);
             if self.turn(stopping) {
                 self.idle.worked();
-                sleeper.nap = NAP_MIN;
+                sleeper.worked();
                 continue;
             }
             if stopping {
@@ -256,7 +245,7 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
                 std::hint::spin_loop();
                 continue;
             }
-            if self.asked_for_notifications(sleeper.has_kick) {
+            if self.asked_for_notifications(sleeper.is_kicked()) {
                 self.sleep(&mut sleeper, stop);
                 self.quiet();
             }
@@ -502,105 +491,9 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
     }
 }
 
-/// How long to poll before sleeping: as long as has lately been worth it.
-///
-/// Sleeping and being woken costs tens of microseconds on each side. A queue that was woken within
-/// about that time would have done better to wait awake, so the window grows; one that slept long
-/// polled in vain, so it shrinks, and an idle queue soon polls not at all.
-#[derive(Debug)]
-struct Idle {
-    max: Duration,
-    window: Duration,
-    since: Option<Instant>,
-}
-
-impl Idle {
-    const FIRST: Duration = Duration::from_micros(4);
-
-    fn new(max: Duration) -> Self {
-        Self { max, window: max, since: None }
-    }
-
-    fn worked(&mut self) {
-        self.since = None;
-    }
-
-    fn keep_polling(&mut self) -> bool {
-        if self.window.is_zero() {
-            return false;
-        }
-        let since = *self.since.get_or_insert_with(Instant::now);
-        since.elapsed() < self.window
-    }
-
-    fn slept(&mut self, time: Duration) {
-        self.since = None;
-        if time < self.max * 2 {
-            self.window = (self.window * 2).clamp(Self::FIRST.min(self.max), self.max);
-        } else {
-            self.window /= 2;
-            if self.window < Self::FIRST {
-                self.window = Duration::ZERO;
-            }
-        }
-    }
-}
-
-/// Where the thread sleeps.
-#[derive(Debug)]
-struct Sleeper {
-    epoll: Epoll,
-    has_kick: bool,
-    /// Without a kick: the next sleep's length.
-    nap: Duration,
-}
-
-impl Sleeper {
-    /// Sleeps until an event, or for a nap when nobody will kick; `woken_only` says that the ring is
-    /// not looked at any more. Returns the time it took.
-    fn sleep(&mut self, woken_only: bool) -> Duration {
-        let start = Instant::now();
-        let mut events = [EpollEvent::default(); 2];
-        if self.has_kick || woken_only {
-            // Errors are EINTR; the loop looks again anyway.
-            drop(self.epoll.wait(-1, &mut events));
-        } else if self.nap < NAP_MAX {
-            std::thread::sleep(self.nap);
-            self.nap *= 2;
-        } else {
-            drop(self.epoll.wait(NAP_MAX.as_millis() as i32, &mut events));
-        }
-        start.elapsed()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn polling_grows_while_it_pays_and_ends_when_idle() {
-        let max = Duration::from_micros(50);
-        let mut idle = Idle::new(max);
-        for _ in 0..10 {
-            idle.slept(Duration::from_millis(10));
-        }
-        assert!(!idle.keep_polling(), "an idle queue does not poll");
-        for _ in 0..10 {
-            idle.slept(Duration::from_micros(20));
-        }
-        assert_eq!(idle.window, max);
-        assert!(idle.keep_polling());
-    }
-
-    #[test]
-    fn polling_that_is_turned_off_stays_off() {
-        let mut idle = Idle::new(Duration::ZERO);
-        for _ in 0..3 {
-            idle.slept(Duration::ZERO);
-            assert!(!idle.keep_polling());
-        }
-    }
 
     #[test]
     fn the_worst_of_several_statuses_wins() {

@@ -2,8 +2,8 @@
 //!
 //! Invariants:
 //! - an acknowledgement is sent only when what it acknowledges is in force;
-//! - a request that cannot be obeyed changes nothing. Its sender is told so if it asked for an
-//!   acknowledgement; otherwise it would go on in a false belief, so the connection ends;
+//! - a request that cannot be obeyed changes nothing that runs. Its sender is told so if it asked for
+//!   an acknowledgement; otherwise it would go on in a false belief, so the connection ends;
 //! - memory is taken away, and rings are changed, only while the queues concerned are stopped and
 //!   everything they had in flight is returned; memory is added while they run;
 //! - a session that ends has stopped its queues and unmapped its memory.
@@ -13,65 +13,25 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
-    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserConfig, VhostUserInflight, VhostUserMemory,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64,
-    VhostUserVringAddr, VhostUserVringState,
+    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr,
+    VhostUserVringState,
 };
 use vm_memory::ByteValued;
 
 use super::config_space;
+use super::decode::{QUEUE_MASK, Refusal, body, bytes_of, config_message, number, only_fd, spec};
 use super::features::{Features, protocol_offered};
-use super::inflight::{InflightArea, InflightError};
-use super::memory::{MAX_REGIONS, MemoryError, MemoryMap, RegionSpec, SharedMemory};
+use super::inflight::InflightArea;
+use super::memory::{MAX_REGIONS, MemoryMap, SharedMemory};
 use super::message::{Connection, ConnectionError, Message, exactly};
 use super::ring::RingAddresses;
 use super::server::Options;
-use super::vring::{Kick, RingContext, StartError, Vring};
+use super::vring::{Kick, RingContext, Vring};
 use crate::volume::Disk;
 
-/// A descriptor message without a descriptor (vhost-user spec, "VHOST_USER_SET_VRING_KICK").
-const NO_FD: u64 = 1 << 8;
-const QUEUE_MASK: u64 = 0xff;
 /// Queues a message that carries a descriptor can name.
 const QUEUES_MAX: u16 = 256;
-
-/// Why a request was not obeyed.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Refusal {
-    #[error("malformed: {0}")]
-    Malformed(&'static str),
-    #[error("not a request this back end knows")]
-    Unknown,
-    #[error("belongs to a feature that was not negotiated")]
-    NotNegotiated,
-    #[error("asks for features {0:#x} that were not offered")]
-    NotOffered(u64),
-    #[error("queue {queue} of {queues}")]
-    NoSuchQueue { queue: u64, queues: u16 },
-    #[error("the ring is running")]
-    RingRunning,
-    #[error("a ring of {size}, at most {limit} and a power of two")]
-    RingSize { size: u32, limit: u16 },
-    #[error("a ring position of {0}")]
-    RingPosition(u32),
-    #[error("ring addresses are not aligned")]
-    Unaligned,
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Inflight(#[from] InflightError),
-    #[error(transparent)]
-    Start(#[from] StartError),
-    #[error("only the write-back byte of the configuration can be written")]
-    ReadOnlyConfig,
-}
-
-impl Refusal {
-    /// Whether the sender, left without an answer, would be wrong about something that matters.
-    fn ends_connection(&self) -> bool {
-        !matches!(self, Refusal::ReadOnlyConfig)
-    }
-}
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -94,7 +54,7 @@ enum Reply {
 
 impl Reply {
     fn value(value: &impl ByteValued) -> Result<Self, Refusal> {
-        Ok(Reply::Body(value.as_slice().to_vec()))
+        Ok(Reply::Body(bytes_of(value)))
     }
 
     fn number(value: u64) -> Result<Self, Refusal> {
@@ -537,45 +497,5 @@ impl<D: Disk> Session<D> {
         self.stop_all();
         change(self);
         self.start_all();
-    }
-}
-
-fn body<T: ByteValued + Default>(message: &Message) -> Result<T, Refusal> {
-    message.body_as().ok_or(Refusal::Malformed("wrong length"))
-}
-
-fn number(message: &Message) -> Result<u64, Refusal> {
-    Ok(body::<VhostUserU64>(message)?.value)
-}
-
-fn bytes_of(value: &impl ByteValued) -> Vec<u8> {
-    value.as_slice().to_vec()
-}
-
-fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
-    RegionSpec {
-        guest: region.guest_phys_addr,
-        user: region.user_addr,
-        len: region.memory_size,
-        offset: region.mmap_offset,
-    }
-}
-
-/// The header of a configuration message and its payload, which may be absent in a request to read.
-fn config_message(message: &Message) -> Option<(VhostUserConfig, &[u8])> {
-    let (header, payload) = message.body.split_at_checked(size_of::<VhostUserConfig>())?;
-    let header: VhostUserConfig = exactly(header)?;
-    (payload.is_empty() || payload.len() == header.size as usize).then_some((header, payload))
-}
-
-/// The descriptor of a ring message, whose value says whether there is one.
-fn only_fd(value: u64, fds: &mut Vec<OwnedFd>) -> Result<Option<OwnedFd>, Refusal> {
-    if value & !(QUEUE_MASK | NO_FD) != 0 {
-        return Err(Refusal::Malformed("unknown bits"));
-    }
-    match (value & NO_FD != 0, fds.pop()) {
-        (true, None) => Ok(None),
-        (false, Some(fd)) => Ok(Some(fd)),
-        _ => Err(Refusal::Malformed("a descriptor too many or too few")),
     }
 }

@@ -383,3 +383,66 @@ fn a_ring_truncated_away_breaks_and_everything_else_goes_on() {
     drop(frontend);
     still_serves(&server);
 }
+
+/// Messages in any order with anything in them, on rings and memory that may well exist.
+fn random_message(frontend: &Frontend, ring: &Ring, next: &mut impl FnMut() -> u64) -> bool {
+    let code = (next() % 50) as u32;
+    let flags = if next().is_multiple_of(8) { next() as u32 } else { 1 | (next() as u32 & NEED_REPLY) };
+    let small = |next: &mut dyn FnMut() -> u64| match next() % 6 {
+        0 => 0,
+        1 => next() % 6,
+        2 => 64,
+        3 => USER + next() % MEMORY / 16 * 16,
+        4 => next() % MEMORY,
+        _ => next(),
+    };
+    let body: Vec<u8> = match next() % 8 {
+        0 => vec![],
+        1 => state_body((next() % 5) as u32, small(next) as u32),
+        2 => u64_body(small(next)),
+        3 => table_body(&[(small(next), small(next), small(next), next() % 2 * 4096)]),
+        4 => single_region_body(small(next), small(next), small(next), 0),
+        5 => ring.address_body(),
+        6 => config_body(small(next) as u32, small(next) as u32, &[next() as u8; 3][..(next() % 4) as usize]),
+        _ => (0..next() % 60).flat_map(|_| (small(next) as u32).to_ne_bytes()).collect(),
+    };
+    let all = [frontend.memory.as_raw_fd(), ring.kick.as_raw_fd(), frontend.stream.as_raw_fd()];
+    let first = (next() % 3) as usize;
+    let count = if next().is_multiple_of(2) { 0 } else { (next() % 3) as usize };
+    let fds: Vec<RawFd> = (0..count).map(|at| all[(first + at) % 3]).collect();
+    frontend.send(code, flags, &body, &fds)
+}
+
+#[test]
+fn random_conversations_end_nobody_elses() {
+    let server = Running::new(RamDisk::new());
+    for seed in 1..150u64 {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        let frontend = server.ready();
+        let mut ring = Ring::new(&frontend, (next() % 4) as u16, 64);
+        if next().is_multiple_of(2) {
+            ring = frontend.start_ring(ring.index, 64);
+        }
+        // Answers are thrown away as they come.
+        let answers = frontend.stream.try_clone().unwrap();
+        let drain = std::thread::spawn(move || std::io::copy(&mut &answers, &mut std::io::sink()));
+        for _ in 0..40 {
+            let head = ring.build((next() % 20) as u16, (next() % 14) as u32, next() % 5000, &[0; 512], 0);
+            ring.offer(head);
+            ring.kick();
+            if !random_message(&frontend, &ring, &mut next) {
+                break;
+            }
+        }
+        frontend.stream.shutdown(std::net::Shutdown::Both).ok();
+        drop(drain.join());
+        eprintln!("seed {seed} survived");
+        still_serves(&server);
+    }
+}

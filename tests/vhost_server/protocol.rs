@@ -441,3 +441,153 @@ fn two_hundred_and_fifty_six_queues_are_offered_and_all_work() {
     queues.dedup();
     assert_eq!(queues.len(), 256);
 }
+
+/// What Cloud Hypervisor and Firecracker are built on: another idea of the protocol than ours.
+#[test]
+fn the_rust_vmm_front_end_drives_a_disk() {
+    use vhost::vhost_user::message::{
+        VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    };
+    use vhost::vhost_user::{Frontend as RustVmm, VhostUserFrontend};
+    use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+
+    let server = Running::new(RamDisk::new());
+    let stub = Frontend {
+        stream: std::os::unix::net::UnixStream::pair().unwrap().0,
+        memory: memory_file(MEMORY),
+        features: u64::MAX,
+    };
+    let mut vmm = RustVmm::connect(&server.path, 4).unwrap();
+    let features = vmm.get_features().unwrap();
+    assert!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0);
+    vmm.set_owner().unwrap();
+    let protocol = vmm.get_protocol_features().unwrap();
+    vmm.set_protocol_features(protocol).unwrap();
+    if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+        vmm.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+    }
+    assert_eq!(vmm.get_queue_num().unwrap(), 4);
+    assert_eq!(vmm.get_max_mem_slots().unwrap(), 509);
+    vmm.set_features(features).unwrap();
+    let (_, config) = vmm.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60]).unwrap();
+    assert_eq!(config[0..8], 4096u64.to_le_bytes());
+    vmm.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    assert!(!write_cache(&server));
+
+    let mut area = VhostUserInflight { num_queues: 4, queue_size: 64, ..VhostUserInflight::default() };
+    let (answered, file) = vmm.get_inflight_fd(&area).unwrap();
+    area = answered;
+    vmm.set_inflight_fd(&area, file.as_raw_fd()).unwrap();
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: MEMORY,
+        userspace_addr: USER,
+        mmap_offset: 0,
+        mmap_handle: stub.memory.as_raw_fd(),
+    };
+    vmm.set_mem_table(&[region]).unwrap();
+    let more = memory_file(0x4000);
+    let hotplugged = VhostUserMemoryRegionInfo {
+        guest_phys_addr: MEMORY,
+        memory_size: 0x4000,
+        userspace_addr: USER + MEMORY,
+        mmap_offset: 0,
+        mmap_handle: more.as_raw_fd(),
+    };
+    vmm.add_mem_region(&hotplugged).unwrap();
+    vmm.remove_mem_region(&hotplugged).unwrap();
+    let mut ring = Ring::new(&stub, 0, 64);
+    vmm.set_vring_num(0, 64).unwrap();
+    let addresses = VringConfigData {
+        queue_max_size: 64,
+        queue_size: 64,
+        flags: 0,
+        desc_table_addr: USER,
+        used_ring_addr: USER + 0x6000,
+        avail_ring_addr: USER + 0x5000,
+        log_addr: None,
+    };
+    vmm.set_vring_addr(0, &addresses).unwrap();
+    vmm.set_vring_base(0, 0).unwrap();
+    vmm.set_vring_call(0, &ring.call).unwrap();
+    vmm.set_vring_kick(0, &ring.kick).unwrap();
+    vmm.set_vring_err(0, &ring.err).unwrap();
+    vmm.set_vring_enable(0, true).unwrap();
+    assert_eq!(ring.run(OUT, 1, &[4; 1024], 0).status, 0);
+    assert_eq!(ring.run(IN, 1, &[], 1024).data, [4; 1024]);
+    wait_event(&ring.call);
+    vmm.set_vring_enable(0, false).unwrap();
+    assert_eq!(vmm.get_vring_base(0).unwrap(), 2);
+    vmm.reset_device().unwrap();
+}
+
+#[test]
+fn the_in_flight_area_says_at_every_moment_what_is_in_flight() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let (area, file) = frontend.get_inflight(4, 64);
+    frontend.must(SET_INFLIGHT_FD, &area, &[file.as_raw_fd()]);
+    let mut ring = frontend.start_ring(0, 64);
+    let read = |at: u64, len: usize| {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    };
+    let marked = || -> Vec<(u8, u16)> {
+        let heads = (0..64u16).filter(|&head| read(16 + u64::from(head) * 16, 1) == [1]);
+        let mut heads: Vec<(u8, u16)> =
+            heads.map(|head| (read(16 + u64::from(head) * 16 + 8, 1)[0], head)).collect();
+        heads.sort_unstable();
+        heads
+    };
+    ring.run(FLUSH, 0, &[], 0);
+    eventually("the first mark to go", || marked().is_empty());
+    server.disk.hold();
+    for slot in [3, 1, 2] {
+        let head = ring.build(slot, OUT, 0, &[0; 512], 0);
+        ring.offer(head);
+    }
+    ring.kick();
+    server.disk.wait_pending(3);
+    assert_eq!(marked(), [(1, 9), (2, 3), (3, 6)]);
+    assert_eq!(read(8, 8), [1, 0, 64, 0, 0, 0, 1, 0], "version, size, last batch, used index");
+    server.disk.release();
+    eventually("the marks to go", || marked().is_empty() && read(14, 2) == [4, 0]);
+    assert_eq!(read(12, 2), [6, 0], "the last of the last batch");
+    assert_eq!(read(16 + 6 * 16 + 6, 2), [3, 0], "which names the one before");
+    assert_eq!(read(16 + 3 * 16 + 6, 2), [9, 0]);
+}
+
+#[test]
+fn what_an_earlier_life_published_and_did_not_tell_is_told_at_the_start() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let mut ring = Ring::new(&frontend, 0, 64);
+    let head = ring.build(0, OUT, 0, &[0; 512], 0);
+    ring.offer(head);
+    ring.put(ring.base() + 0x6002, &1u16.to_le_bytes());
+    ring.set_up(&frontend, 1);
+    assert!(ring.call.read().is_err());
+    frontend.must(SET_VRING_ENABLE, &state_body(0, 1), &[]);
+    assert_eq!(wait_event(&ring.call), 1);
+    assert!(server.disk.executed().is_empty());
+}
+
+#[test]
+fn a_stopped_ring_leaves_no_marks_even_if_it_was_broken() {
+    let server = Running::new(RamDisk::new());
+    let frontend = server.ready();
+    let (area, file) = frontend.get_inflight(4, 64);
+    frontend.must(SET_INFLIGHT_FD, &area, &[file.as_raw_fd()]);
+    let mut ring = frontend.start_ring(0, 64);
+    ring.describe(5, 0, 16, NEXT, 5);
+    ring.offer(5);
+    ring.kick();
+    wait_event(&ring.err);
+    let mut mark = [0];
+    file.read_exact_at(&mut mark, 16 + 5 * 16).unwrap();
+    assert_eq!(mark, [1]);
+    assert_eq!(frontend.vring_base(0), 0, "it was not returned");
+    file.read_exact_at(&mut mark, 16 + 5 * 16).unwrap();
+    assert_eq!(mark, [0], "and is no chain of the next ring");
+}
