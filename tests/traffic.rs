@@ -50,6 +50,7 @@ fn no_sector_is_wrong_after_random_traffic_and_twenty_kills() {
     let client = Client::connect(daemon.socket(), options);
     assert_eq!(client.capacity(), 1024 * MIB / 512, "the disk is as large as its backing");
     let mut traffic = Traffic::new(client, seed, Mix::default());
+    traffic.backing = Some(workspace.path("disk.img"));
 
     let mut lives = Vec::new();
     let share = operations() / (KILLS + 1);
@@ -107,6 +108,7 @@ fn steady(order: &str, assume_dax: bool) {
     let mut daemon = Daemon::cached(&workspace, "64MiB", 256 * MIB, 2, &more);
     let client = Client::connect(daemon.socket(), ClientOptions { queues: 2, ..Default::default() });
     let mut traffic = Traffic::new(client, seed, Mix::default());
+    traffic.backing = Some(workspace.path("disk.img"));
     for _ in 0..3 {
         // Fewer would not fill the cache.
         traffic.run((operations() / 20).max(8000));
@@ -152,6 +154,7 @@ fn requests_in_flight_at_a_kill_complete_exactly_once() {
         // Only reads and writes, as deep as it goes: each kill leaves many in flight.
         let mix = Mix { discards: 0, zeroes: 0, flushes: 0, depth_max: 64, ..Mix::default() };
         let mut traffic = Traffic::new(client, seed, mix);
+        traffic.backing = Some(workspace.path("disk.img"));
         let mut in_flight = 0;
         for _ in 0..10 {
             traffic.run(300);
@@ -172,6 +175,7 @@ fn a_server_killed_again_while_it_recovers_loses_nothing() {
     let mut daemon = Daemon::cached(&workspace, "64MiB", 256 * MIB, 2, &[]);
     let client = Client::connect(daemon.socket(), ClientOptions { queues: 2, ..Default::default() });
     let mut traffic = Traffic::new(client, seed, Mix::default());
+    traffic.backing = Some(workspace.path("disk.img"));
     for _ in 0..8 {
         traffic.run(500);
         daemon.kill();
