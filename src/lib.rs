@@ -16,6 +16,8 @@ pub mod cache;
 pub mod control;
 pub mod onmedia;
 pub mod pmem;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod tools;
 pub mod units;
 pub mod vhost;

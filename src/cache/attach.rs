@@ -6,9 +6,12 @@
 //! - The fingerprint is valid only between a clean detach and the next attach: it is struck out
 //!   durably before a guest can write.
 //! - Entering a mode that writes around the cache, and leaving `relaxed` for `strict`, drain first.
+//! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
+//!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
@@ -18,10 +21,11 @@ use super::stripes::lock;
 use super::syncer::Outcome;
 use super::volume::{Mode, Order, QueueShared, Volume, VolumeCore};
 use super::worker::DrainError;
-use crate::backing::{Backing, BackingIdentity};
+use crate::backing::{Backing, BackingIdentity, Channel, Op};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
 use crate::volume::DiskConfig;
+use crate::wake::Waker;
 
 /// How a volume is attached.
 pub struct AttachOptions<E: Env> {
@@ -148,7 +152,7 @@ pub enum AttachError {
     )]
     SyncFailed,
     /// The disk failed.
-    #[error("the disk `{path}` cannot be read: {error}")]
+    #[error("the disk `{path}` cannot be read or flushed: {error}")]
     Disk {
         /// The disk.
         path: String,
@@ -215,6 +219,10 @@ impl<E: Env> Cache<E> {
         }
         if self.syncer.has_failed() && !options.read_only {
             return Err(AttachError::SyncFailed);
+        }
+        if !options.backing.geometry().read_only {
+            flush(&*options.backing)
+                .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
         _ = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect());
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
@@ -406,6 +414,20 @@ impl<E: Env> Cache<E> {
     pub fn close(&self) -> Result<(), OpenError> {
         self.update_start(|page| page.clean = true)
     }
+}
+
+/// Flushes the disk, blocking.
+fn flush<B: Backing>(backing: &B) -> std::io::Result<()> {
+    let mut channel = backing.channel(&Waker::default(), 1)?;
+    if channel.submit(0, Op::Flush).is_err() {
+        return Err(std::io::Error::other("an idle channel takes no operation"));
+    }
+    let mut done = Vec::new();
+    while done.is_empty() {
+        channel.wait(Duration::from_secs(1));
+        channel.reap(&mut done);
+    }
+    done.remove(0).result
 }
 
 fn set_identity(descriptor: &mut VolumeDescriptor, identity: &BackingIdentity) {

@@ -4,11 +4,11 @@
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::Duration;
 
-use super::env::Env;
+use super::env::{Clock, Env};
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
@@ -53,6 +53,19 @@ pub enum OpenError {
     NotDurable,
 }
 
+/// How a cache's segments are used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Space {
+    /// All of them.
+    pub total: usize,
+    /// On the free list.
+    pub free: usize,
+    /// Holding something, or on their way to or from the free list.
+    pub used: usize,
+    /// Given up.
+    pub bad: usize,
+}
+
 /// The start page, as it stands, and where its next update goes.
 pub(crate) struct StartState {
     pub page: StartPage,
@@ -74,6 +87,10 @@ pub struct Cache<E: Env> {
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
     pub(crate) stopping: AtomicBool,
+    /// Milliseconds since 1970 at the housekeeper's last step: what records carry, for messages.
+    pub(crate) recent_ms: AtomicU64,
+    /// Clean segments at the last look for victims.
+    pub(crate) clean_count: AtomicUsize,
     free: Mutex<VecDeque<u32>>,
     free_count: AtomicUsize,
     /// Full, not yet sealed.
@@ -91,9 +108,13 @@ impl<E: Env> Cache<E> {
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
+        // What recovery is about to believe may never have been made durable (law 8): the last
+        // daemon was killed between a store and its fence, or a page has not left the page cache.
+        media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
         let start = begin_start(&media)?;
         let class = media.pmem.class();
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
+        let now_ms = clock.unix_ms();
         let mut cache = Cache {
             syncer: Syncer::new(class, start.page.sync_failed),
             start_counter: start.page.start_counter,
@@ -105,13 +126,14 @@ impl<E: Env> Cache<E> {
             volumes: RwLock::default(),
             start: Mutex::new(start),
             stopping: AtomicBool::new(false),
+            recent_ms: AtomicU64::new(now_ms),
+            clean_count: AtomicUsize::new(0),
             free: Mutex::default(),
             free_count: AtomicUsize::new(0),
             full: Mutex::default(),
             sealed: Mutex::default(),
         };
         let report = recovery::recover(&mut cache)?;
-        // What recovery relied on may never have been made durable (law 8).
         let ticket = cache.syncer.request(&*cache.media.pmem, None);
         if cache.syncer.wait(&*cache.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
@@ -137,6 +159,17 @@ impl<E: Env> Cache<E> {
     /// Free segments now.
     pub fn free_segments(&self) -> usize {
         self.free_count.load(Ordering::Relaxed)
+    }
+
+    /// How the segments are used now: the free list against the states of all the others.
+    pub fn space(&self) -> Space {
+        let count = |f: fn(State) -> bool| self.segments.iter().filter(|s| f(s.state())).count();
+        Space {
+            total: self.segments.len(),
+            free: lock(&self.free).len(),
+            used: count(|s| !matches!(s, State::Free | State::Bad)),
+            bad: count(|s| s == State::Bad),
+        }
     }
 
     /// Free segments that reclaim keeps in hand.
@@ -181,9 +214,12 @@ impl<E: Env> Cache<E> {
         self.housekeeper.raise();
     }
 
-    /// Whether the free list is so short that write-back should hurry.
+    /// Whether so much is dirty that write-back should hurry: a quarter of the segments is all that
+    /// is free or could be made free at once.
     pub(crate) fn is_pressed(&self) -> bool {
-        self.free_segments() < self.free_target() * 2
+        let free = self.free_segments();
+        free < self.free_target()
+            && free + self.clean_count.load(Ordering::Relaxed) < (self.segments.len() / 4).max(2)
     }
 
     pub(crate) fn volume_of(&self, incarnation: u64) -> Option<Arc<VolumeCore>> {

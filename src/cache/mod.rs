@@ -33,10 +33,10 @@ mod syncer;
 
 pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};
-pub use core::{Cache, OpenError};
+pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
 pub use judge::would_attach;
 pub use recovery::RecoveryReport;
-pub use volume::{Mode, Order, Volume};
+pub use volume::{Mode, Order, Volume, VolumeDisk};

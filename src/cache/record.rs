@@ -96,7 +96,8 @@ impl Draft {
         if result.is_err() {
             self.keys.truncate(before.0);
             self.checksums.truncate(before.1);
-            // The space stays taken: what was stored there has checksums in DRAM already.
+            // The draft does not go back: if all of it is given up, the next one begins where this
+            // one did, and takes blocks over together with their checksums.
         }
         result
     }

@@ -181,7 +181,7 @@ impl Segment {
         }
     }
 
-    /// Stores the checksum of a whole block.
+    /// Stores the checksum of a whole block. A draft that was given up may have packed it before.
     pub fn set_block_checksum(&self, block: u32, crc: u32) {
         let body = self.body();
         body.blocks[block as usize].store(crc, Ordering::Relaxed);

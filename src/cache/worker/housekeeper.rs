@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 
 use super::super::core::Cache;
 use super::super::counters::add;
-use super::super::env::Env;
+use super::super::env::{Clock, Env};
 use super::super::index::Extent;
 use super::super::segments::State;
 use super::super::stripes::lock;
@@ -43,24 +43,30 @@ enum Stage {
 pub(crate) struct Housekeeper<E: Env> {
     cache: Arc<Cache<E>>,
     stage: Stage,
+    /// Full segments, to be sealed once their records are durable.
+    sealing: Option<(Durable, Vec<u32>)>,
     noted_failure: bool,
 }
 
 impl<E: Env> Housekeeper<E> {
     pub fn new(cache: Arc<Cache<E>>) -> Self {
-        Self { cache, stage: Stage::Idle, noted_failure: false }
+        Self { cache, stage: Stage::Idle, sealing: None, noted_failure: false }
     }
 
     /// Does a bounded piece of work.
     pub fn step(&mut self) -> Progress {
+        self.cache.recent_ms.store(self.cache.clock.unix_ms(), Ordering::Relaxed);
         if self.cache.syncer.has_failed() {
             return self.note_failure();
         }
-        if self.seal_one() {
+        if self.seal_some() {
             return Progress::Did;
         }
         match std::mem::replace(&mut self.stage, Stage::Idle) {
-            Stage::Idle => self.choose(),
+            Stage::Idle => match self.choose() {
+                Progress::Idle if self.sealing.is_some() => Progress::Waiting,
+                progress => progress,
+            },
             Stage::Buried(ticket, victims) => match self.cache.syncer.outcome(ticket) {
                 Outcome::Reached => self.free_headers(victims),
                 _ => self.stay(Stage::Buried(ticket, victims)),
@@ -89,10 +95,30 @@ impl<E: Env> Housekeeper<E> {
         Progress::Idle
     }
 
-    /// Seals one full segment. What it holds is read back from its records.
-    fn seal_one(&mut self) -> bool {
+    /// Seals full segments whose records are durable. A sealed header promises all of them, and a
+    /// summary is believed without a look at the payload: neither may be there first.
+    fn seal_some(&mut self) -> bool {
+        let (ticket, ids) = match self.sealing.take() {
+            Some(sealing) => sealing,
+            None => {
+                let full: Vec<u32> = lock(&self.cache.full).drain(..).collect();
+                if full.is_empty() {
+                    return false;
+                }
+                (self.cache.syncer.request(&*self.cache.media.pmem, None), full)
+            }
+        };
+        if self.cache.syncer.outcome(ticket) != Outcome::Reached {
+            self.sealing = Some((ticket, ids));
+            return false;
+        }
+        ids.into_iter().for_each(|id| self.seal(id));
+        true
+    }
+
+    /// Seals one segment. What it holds is read back from its records.
+    fn seal(&self, id: u32) {
         let cache = &self.cache;
-        let Some(id) = lock(&cache.full).pop_front() else { return false };
         let segment = &cache.segments[id as usize];
         let header = self.life(id);
         let (mut keys, mut checksums) = (Vec::new(), Vec::new());
@@ -114,7 +140,6 @@ impl<E: Env> Housekeeper<E> {
         }
         segment.set_state(State::Sealed);
         lock(&cache.sealed).push_back(id);
-        true
     }
 
     fn life(&self, id: u32) -> SegmentHeader {
@@ -168,10 +193,13 @@ impl<E: Env> Housekeeper<E> {
         for (age, &id) in sealed.iter().enumerate() {
             let segment = &cache.segments[id as usize];
             let live = segment.live.load(Ordering::Relaxed);
-            if self.is_clean(id) && (live == 0 || clean.len() < LOOK_AHEAD) {
-                clean.push((live, age, id));
+            if self.is_clean(id) {
+                // Beyond the oldest only the empty ones are better than those.
+                let rank = if live > 0 && clean.len() >= LOOK_AHEAD { u32::MAX } else { live };
+                clean.push((rank, age, id));
             }
         }
+        cache.clean_count.store(clean.len().saturating_sub(count), Ordering::Relaxed);
         clean.sort_unstable();
         let victims: Vec<u32> = clean.into_iter().take(count).map(|(_, _, id)| id).collect();
         sealed.retain(|id| !victims.contains(id));

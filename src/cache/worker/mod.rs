@@ -29,6 +29,39 @@ pub enum Progress {
     Idle,
 }
 
+/// The workers of a cache without threads: whoever holds it calls their steps.
+pub struct Stepper<E: Env> {
+    cache: Arc<Cache<E>>,
+    housekeeper: Housekeeper<E>,
+    writebacks: Vec<Writeback<E>>,
+}
+
+impl<E: Env> Stepper<E> {
+    /// The workers of `cache` and of these volumes. No others may run.
+    pub fn new(cache: &Arc<Cache<E>>, volumes: &[Arc<Volume<E>>]) -> Self {
+        Self {
+            cache: cache.clone(),
+            housekeeper: Housekeeper::new(cache.clone()),
+            writebacks: volumes.iter().cloned().map(Writeback::new).collect(),
+        }
+    }
+
+    /// One `sync` if any is asked for; says whether it ran.
+    pub fn sync(&self) -> bool {
+        self.cache.syncer.step(&*self.cache.media.pmem)
+    }
+
+    /// One step of the housekeeper. It waits for queues that are between `submit` and `commit`.
+    pub fn housekeeper(&mut self) -> Progress {
+        self.housekeeper.step()
+    }
+
+    /// One step of the write-back of the volume with this index.
+    pub fn writeback(&mut self, volume: usize) -> Progress {
+        self.writebacks[volume].step()
+    }
+}
+
 /// How far a drain is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DrainProgress {

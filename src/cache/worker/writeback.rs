@@ -6,7 +6,8 @@
 //!    closed before the first look;
 //! 2. write them, sorted and merged, all of them (law 7: nothing of a later epoch before step 3);
 //! 3. flush the disk (law 6: evidence);
-//! 4. make the media durable: what was skipped as superseded must not be needed after a crash;
+//! 4. make the media and its liveness words durable: what was skipped as superseded must not be
+//!    needed after a crash, and what zeros have replaced must not outlive them;
 //! 5. write the tail's older copy and make that durable;
 //! 6. mark clean, only where the index still points at what was written.
 //!
@@ -434,8 +435,12 @@ impl<E: Env> Writeback<E> {
     }
 
     fn flushed(&mut self, round: Round) -> Progress {
-        let cache = &self.volume.cache;
-        let ticket = cache.syncer.request(&*cache.media.pmem, None);
+        // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
+        // and an older clean copy of those sectors would come back.
+        let ticket = match self.volume.cache.write_liveness(None) {
+            Ok(ticket) => ticket,
+            Err(error) => return self.fail(format!("liveness words cannot be written: {error}")),
+        };
         self.phase = Phase::MakingDurable(round, ticket);
         Progress::Did
     }

@@ -1,0 +1,43 @@
+//! A world without hardware, time or chance, in which the product's own engine runs and dies.
+//!
+//! `kill -9` proves nothing about the order in which bytes become durable: page cache and processor
+//! caches outlive the process. Here every store, fence, `sync` and disk write is known, so a run
+//! can be cut anywhere and continued from any state that hardware might have left:
+//!
+//! ```text
+//!  run      random requests and worker steps from one seed ─► crashes ─► checks ─► next life
+//!  machine  one life of the engine: cache, volumes, queues, workers, all stepped by hand
+//!  oracle   which values every sector may show, now and after a crash; what the disk alone may hold
+//!  world    what outlives a daemon: memory (fast side) and disks (slow side), and the snapshots
+//! ```
+//!
+//! Invariants:
+//! - One seed gives one run: no thread, no wall clock, no map order has a say.
+//! - The world is never kinder than its contract (`pmem::Pmem`, `backing::Channel`): what those do
+//!   not promise to survive, some image loses.
+//! - Content names the sector and the write it comes from, so that a wrong, mixed or foreign sector
+//!   cannot pass for a right one.
+
+mod backing;
+mod check;
+mod content;
+mod disk;
+mod machine;
+mod memory;
+mod oracle;
+mod rng;
+mod run;
+mod scenario;
+mod stats;
+mod world;
+
+pub use backing::{SimBacking, SimChannel};
+pub use disk::{DiskState, DiskSurvival};
+pub use machine::{Machine, SimBuffer, Style};
+pub use memory::{Memory, SimPmem, Survival};
+pub use oracle::Oracle;
+pub use rng::Rng;
+pub use run::{Run, Violation, run_seed};
+pub use scenario::Scenario;
+pub use stats::Stats;
+pub use world::{Faults, SimClock, SimEnv, Snapshot, World};

@@ -1,0 +1,79 @@
+//! What a seed decides before anything happens: media, geometry, volumes, and how they are served.
+
+use super::machine::Style;
+use super::rng::Rng;
+use crate::cache::{Mode, Order};
+use crate::onmedia::Geometry;
+use crate::pmem::MediaClass;
+
+/// The fixed part of a run.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// What everything follows from.
+    pub seed: u64,
+    /// Media.
+    pub class: MediaClass,
+    /// Layout, tiny: images are cheap and everything wraps soon.
+    pub geometry: Geometry,
+    /// Volumes on the cache.
+    pub volumes: usize,
+    /// Queues of each.
+    pub queues: u16,
+    /// Sectors of each.
+    pub sectors: u64,
+    /// How the volumes are served in the first life.
+    pub styles: Vec<Style>,
+    /// Whether later lives are served otherwise.
+    pub changes_style: bool,
+    /// Whether disks fail now and then.
+    pub has_faults: bool,
+    /// Whether the run ends with a `sync` that fails.
+    pub ends_unsynced: bool,
+    /// Longest request in sectors.
+    pub request_max: u64,
+}
+
+impl Scenario {
+    /// The scenario of a seed.
+    pub fn from_seed(seed: u64) -> Scenario {
+        let mut rng = Rng::new(seed);
+        let class = if rng.chance(3, 5) { MediaClass::AssumeDax } else { MediaClass::PageCache };
+        let volumes = if rng.chance(1, 5) { 2 } else { 1 };
+        let small = class.fence_is_durable() && rng.chance(1, 3);
+        let segment_size = if small { 32 << 10 } else { 64 << 10 };
+        let segments = rng.between(10, if small { 28 } else { 18 }) as u32;
+        let meta = (2 + 2 * volumes as u64) * 4096;
+        let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
+        let simple = rng.chance(1, 2);
+        let styles = (0..volumes).map(|_| if simple { Style::strict() } else { Style::random(&mut rng) });
+        let styles = styles.collect();
+        Scenario {
+            seed,
+            class,
+            geometry: geometry.expect("within the bounds of a geometry"),
+            volumes,
+            queues: rng.between(1, 3) as u16,
+            sectors: rng.pick(&[64, 200, 512, 900, 2304]),
+            styles,
+            changes_style: !simple && rng.chance(2, 3),
+            has_faults: rng.chance(1, 4),
+            ends_unsynced: class == MediaClass::PageCache && rng.chance(1, 4),
+            request_max: rng.pick(&[4, 16, 40, 100]),
+        }
+    }
+}
+
+impl Style {
+    /// Write-back in epoch order, with a write cache.
+    pub fn strict() -> Style {
+        Style { mode: Mode::Writeback, order: Order::Strict, write_cache: true, pass_discard: false }
+    }
+
+    /// Any: write-back mostly.
+    pub fn random(rng: &mut Rng) -> Style {
+        let others = [Mode::Writethrough, Mode::Writearound, Mode::Readonly, Mode::Passthrough];
+        let mode = if rng.chance(3, 5) { Mode::Writeback } else { rng.pick(&others) };
+        let order = if rng.chance(1, 3) { Order::Relaxed } else { Order::Strict };
+        Style { mode, order, write_cache: rng.chance(3, 4), pass_discard: rng.chance(1, 2) }
+    }
+}
