@@ -225,7 +225,7 @@ mod tests {
     fn segment() -> Segment {
         let geometry = Geometry::custom(16 << 10, 64 << 10, 4, 1).unwrap();
         let segment = Segment::default();
-        segment.begin(&geometry, 1, 1);
+        segment.begin(&geometry, 1, 1, 1);
         segment
     }
 
