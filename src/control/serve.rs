@@ -23,6 +23,7 @@ use super::exit::Exit;
 use super::log;
 use super::run::{RunError, of_cache};
 use super::signals::{Event, Running, Signals};
+use super::sys;
 use super::socket::{Bound, Claimed, Incoming};
 use crate::backing::{Backing, Disk};
 use crate::cache::volume::VolumeDisk;
@@ -65,6 +66,9 @@ struct FrontEnd {
 pub fn serve(config: &Config) -> Result<Exit, RunError> {
     let mut signals = Signals::block().map_err(RunError::os("waiting for signals"))?;
     let starting = signals.end_while_starting().map_err(RunError::os("waiting for signals"))?;
+    if let Err(error) = sys::raise_descriptor_limit() {
+        tracing::warn!(%error, "the limit of open files stays: many queues may not fit it");
+    }
     let mut created = Created::default();
     let claims = config
         .volumes()
