@@ -7,7 +7,8 @@
 //! The memory is a file on tmpfs opened as `assume-dax`; offsets are uniform over twice its size;
 //! source buffers rotate through more than the caches hold. Rounds of both sides alternate, write-
 //! back and reclaim run between them, and the medians' ratio is printed with its spread.
-//! `cargo bench --bench engine`; `ENGINE_BENCH_GIB` sets the memory's size (default 2).
+//! `cargo bench --bench engine`; `ENGINE_BENCH_GIB` sets the memory's size (default 2), and with
+//! `ENGINE_BENCH_PROFILE` set there is nothing but writes, for a profiler.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -230,6 +231,13 @@ fn main() {
     let dir = tempfile::tempdir_in("/dev/shm").expect("tmpfs at /dev/shm");
     let mut bench = Bench::new(dir.path(), gib << 30);
     println!("memory: {gib} GiB on tmpfs as dax, stores: {}", bench.bare.store_plan());
+    if std::env::var_os("ENGINE_BENCH_PROFILE").is_some() {
+        // For a profiler: nothing but durable writes of one block each, before write-back begins.
+        for _ in 0..5 {
+            println!("{:.0} ns a write", bench.engine(1, RequestKind::Write));
+        }
+        return;
+    }
     // A first fill, so that the rounds run with reclaim.
     for _ in 0..(gib << 30) / (WRITES * BLOCK) as u64 {
         bench.engine(32, RequestKind::Write);

@@ -173,7 +173,8 @@ impl Guest {
             accelerator: host.accelerator,
             kernel: &host.kernel,
             initramfs: Some(&initramfs),
-            append: "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off",
+            // A loaded host delivers the timer too late for the kernel's own check of it.
+            append: "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off no_timer_check",
             vcpus: options.vcpus,
             memory_mib: options.memory_mib,
             disks: &options.disks,

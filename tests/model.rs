@@ -30,7 +30,7 @@ impl Case {
 
     /// Whether a read of sector 0 may return the write of this number, 0 being zeros.
     fn read(&mut self, number: usize) -> Result<(), String> {
-        self.model.check(0, &self.contents[number])
+        self.model.check(0, &self.contents[number]).map_err(|wrong| wrong.why)
     }
 }
 
@@ -122,12 +122,12 @@ fn content_of_another_place_seed_or_half_a_write_is_refused() {
     let mut model = Model::new(8, 1);
     let (one, bytes) = model.begin_write(0, 2);
     model.end_write(one, true);
-    assert!(model.check(0, &bytes[SECTOR..]).unwrap_err().contains("the data of sector 1"));
+    assert!(model.check(0, &bytes[SECTOR..]).unwrap_err().why.contains("the data of sector 1"));
     let (_, other) = Model::new(8, 2).begin_write(0, 1);
-    assert!(model.check(0, &other).unwrap_err().contains("damaged"));
+    assert!(model.check(0, &other).unwrap_err().why.contains("damaged"));
     let mut torn = bytes.clone();
     torn[256..SECTOR].fill(0);
-    assert!(model.check(0, &torn[..SECTOR]).unwrap_err().contains("torn or damaged at byte 256"));
+    assert!(model.check(0, &torn[..SECTOR]).unwrap_err().why.contains("torn or damaged at byte 256"));
     let mut flipped = bytes.clone();
     for at in 0..SECTOR {
         flipped[at] ^= 0x10;

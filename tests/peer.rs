@@ -111,7 +111,7 @@ fn one_damaged_or_stale_sector_on_the_disk_is_found() {
     ] {
         file.write_all_at(bytes, 512 * 9).unwrap();
         let read = client.execute(&Request::read(0, 64 * 512));
-        let why = model.check(0, &read.data).unwrap_err();
+        let why = model.check(0, &read.data).unwrap_err().to_string();
         assert!(why.starts_with("sector 9: ") && why.contains(says), "{why}");
     }
     file.write_all_at(&new[512 * 9..512 * 10], 512 * 9).unwrap();

@@ -50,6 +50,7 @@ fn no_sector_is_wrong_after_random_traffic_and_twenty_kills() {
     let client = Client::connect(daemon.socket(), options);
     assert_eq!(client.capacity(), 1024 * MIB / 512, "the disk is as large as its backing");
     let mut traffic = Traffic::new(client, seed, Mix::default());
+    traffic.backing = Some(workspace.path("disk.img"));
 
     let mut lives = Vec::new();
     let share = operations() / (KILLS + 1);
@@ -77,7 +78,7 @@ fn no_sector_is_wrong_after_random_traffic_and_twenty_kills() {
     lives.push(daemon.read_life());
     let (reclaimed, written_back) =
         (count_lives(&lives, "reclaimed"), count_lives(&lives, "written_back_sectors"));
-    eprintln!("reclaimed={reclaimed} written_back={written_back}");
+    eprintln!("reclaimed={reclaimed} written_back_sectors={written_back}");
     assert!(reclaimed > 0, "a cache of 64 MiB under a disk of 1 GiB reclaims");
     assert!(written_back > 0, "a cache of 64 MiB under a disk of 1 GiB writes back");
 
@@ -98,6 +99,50 @@ fn drained_disk_agrees(workspace: &Workspace, traffic: &mut Traffic) {
     }
 }
 
+/// Traffic and clean restarts on one kind of media in one order; every sector compared.
+fn steady(order: &str, assume_dax: bool) {
+    let seed = Rng::seed_from_env("PCACHE_SEED");
+    let workspace = if assume_dax { Workspace::in_memory() } else { Workspace::new() };
+    let mut more = vec!["--order", order];
+    more.extend(assume_dax.then_some("--assume-dax"));
+    let mut daemon = Daemon::cached(&workspace, "64MiB", 256 * MIB, 2, &more);
+    let client = Client::connect(daemon.socket(), ClientOptions { queues: 2, ..Default::default() });
+    let mut traffic = Traffic::new(client, seed, Mix::default());
+    traffic.backing = Some(workspace.path("disk.img"));
+    for _ in 0..3 {
+        // Fewer would not fill the cache.
+        traffic.run((operations() / 20).max(8000));
+        traffic.quiesce();
+        daemon.stop();
+        assert!(Daemon::counter(&daemon.read_life(), "reclaimed") > Some(0), "the cache was never full");
+        daemon.restart();
+        traffic.client.reconnect();
+        traffic.verify(0..traffic.model.sectors());
+    }
+    daemon.stop();
+    drained_disk_agrees(&workspace, &mut traffic);
+}
+
+#[test]
+fn steady_traffic_in_strict_order_on_page_cache() {
+    steady("strict", false);
+}
+
+#[test]
+fn steady_traffic_in_relaxed_order_on_page_cache() {
+    steady("relaxed", false);
+}
+
+#[test]
+fn steady_traffic_in_strict_order_on_dax() {
+    steady("strict", true);
+}
+
+#[test]
+fn steady_traffic_in_relaxed_order_on_dax() {
+    steady("relaxed", true);
+}
+
 #[test]
 fn requests_in_flight_at_a_kill_complete_exactly_once() {
     let seed = Rng::seed_from_env("PCACHE_SEED");
@@ -109,6 +154,7 @@ fn requests_in_flight_at_a_kill_complete_exactly_once() {
         // Only reads and writes, as deep as it goes: each kill leaves many in flight.
         let mix = Mix { discards: 0, zeroes: 0, flushes: 0, depth_max: 64, ..Mix::default() };
         let mut traffic = Traffic::new(client, seed, mix);
+        traffic.backing = Some(workspace.path("disk.img"));
         let mut in_flight = 0;
         for _ in 0..10 {
             traffic.run(300);
@@ -129,6 +175,7 @@ fn a_server_killed_again_while_it_recovers_loses_nothing() {
     let mut daemon = Daemon::cached(&workspace, "64MiB", 256 * MIB, 2, &[]);
     let client = Client::connect(daemon.socket(), ClientOptions { queues: 2, ..Default::default() });
     let mut traffic = Traffic::new(client, seed, Mix::default());
+    traffic.backing = Some(workspace.path("disk.img"));
     for _ in 0..8 {
         traffic.run(500);
         daemon.kill();

@@ -4,11 +4,11 @@
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::Duration;
 
-use super::env::Env;
+use super::env::{Clock, Env};
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
@@ -87,6 +87,10 @@ pub struct Cache<E: Env> {
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
     pub(crate) stopping: AtomicBool,
+    /// Milliseconds since 1970 at the housekeeper's last step: what records carry, for messages.
+    pub(crate) recent_ms: AtomicU64,
+    /// Clean segments at the last look for victims.
+    pub(crate) clean_count: AtomicUsize,
     free: Mutex<VecDeque<u32>>,
     free_count: AtomicUsize,
     /// Full, not yet sealed.
@@ -110,6 +114,7 @@ impl<E: Env> Cache<E> {
         let start = begin_start(&media)?;
         let class = media.pmem.class();
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
+        let now_ms = clock.unix_ms();
         let mut cache = Cache {
             syncer: Syncer::new(class, start.page.sync_failed),
             start_counter: start.page.start_counter,
@@ -121,6 +126,8 @@ impl<E: Env> Cache<E> {
             volumes: RwLock::default(),
             start: Mutex::new(start),
             stopping: AtomicBool::new(false),
+            recent_ms: AtomicU64::new(now_ms),
+            clean_count: AtomicUsize::new(0),
             free: Mutex::default(),
             free_count: AtomicUsize::new(0),
             full: Mutex::default(),
@@ -207,9 +214,12 @@ impl<E: Env> Cache<E> {
         self.housekeeper.raise();
     }
 
-    /// Whether the free list is so short that write-back should hurry.
+    /// Whether so much is dirty that write-back should hurry: a quarter of the segments is all that
+    /// is free or could be made free at once.
     pub(crate) fn is_pressed(&self) -> bool {
-        self.free_segments() < self.free_target() * 2
+        let free = self.free_segments();
+        free < self.free_target()
+            && free + self.clean_count.load(Ordering::Relaxed) < (self.segments.len() / 4).max(2)
     }
 
     pub(crate) fn volume_of(&self, incarnation: u64) -> Option<Arc<VolumeCore>> {

@@ -84,7 +84,7 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
             cache.add_free(id);
             continue;
         }
-        segment.begin(&cache.media.geometry, header.incarnation, header.generation);
+        segment.begin(&cache.media.geometry, header.incarnation, header.generation, header.start_counter);
         report.segments_used += 1;
         if let Some(volume) = volumes.get(&header.incarnation) {
             let scan = scan_segment(cache, id, &header, volume, &mut report);
@@ -397,7 +397,7 @@ impl<E: Env> Cache<E> {
             h.stream = stream;
             h.incarnation = incarnation;
             h.generation = generation;
-            h.start_counter = self.start_counter;
+            h.start_counter = segment.start_counter.load(Ordering::Relaxed);
             h.last_sequence = last_sequence;
             h.log_low = log_low;
             h.payload_end = payload_end;

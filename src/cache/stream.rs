@@ -147,7 +147,7 @@ impl<E: Env> Cache<E> {
             let id = self.take_free(for_fill)?;
             let segment = &self.segments[id as usize];
             let generation = segment.generation.load(Ordering::Relaxed);
-            segment.begin(&self.media.geometry, owner, generation);
+            segment.begin(&self.media.geometry, owner, generation, self.start_counter);
             match self.begin_on_media(id, owner, stream, generation) {
                 Ok(()) => {
                     segment.set_state(State::Open);

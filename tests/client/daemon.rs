@@ -25,7 +25,15 @@ pub struct Workspace {
 impl Workspace {
     /// A new one in `PCACHE_TEST_DIR` or the system's temporary directory.
     pub fn new() -> Self {
-        let parent = std::env::var_os("PCACHE_TEST_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+        Self::inside(std::env::var_os("PCACHE_TEST_DIR").map_or_else(std::env::temp_dir, PathBuf::from))
+    }
+
+    /// A new one on a file system in memory, which `--assume-dax` takes for persistent.
+    pub fn in_memory() -> Self {
+        Self::inside(PathBuf::from("/dev/shm"))
+    }
+
+    fn inside(parent: PathBuf) -> Self {
         let dir = TempDir::with_prefix_in("pcache-test-", parent).expect("a temporary directory");
         Self { dir }
     }
@@ -224,6 +232,11 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        if std::thread::panicking() && self.child.is_some() {
+            // Ours tells its counters; the time to do so is the only thing to wait for.
+            self.signal(libc::SIGUSR1);
+            std::thread::sleep(Duration::from_millis(200));
+        }
         if let Some(mut child) = self.child.take() {
             // It may have ended already; either way there is nothing left to do about it.
             drop(child.kill());

@@ -310,8 +310,8 @@ impl Client {
         if !late.is_empty() {
             panic!("{why}: {} requests had completed, but the call for them never came", late.len());
         }
-        let tags: Vec<_> = self.queues.iter().map(|queue| (queue.index, queue.outstanding_tags())).collect();
-        panic!("{why} with requests outstanding, per ring: {tags:?}");
+        let hanging: Vec<_> = self.queues.iter().map(Queue::describe_outstanding).collect();
+        panic!("{why} with requests outstanding, per ring: {hanging:?}");
     }
 
     /// One request, start to end, on a queue with nothing else outstanding.

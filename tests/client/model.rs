@@ -15,6 +15,7 @@
 //! or of the server's death: what was acknowledged or once read survives a `kill -9`.
 
 use std::collections::HashMap;
+use std::fmt;
 
 const SECTOR: usize = 512;
 const MAGIC: u64 = 0x7063_6163_6865_2d31;
@@ -66,6 +67,19 @@ pub struct Reading {
     pub sector: u64,
     pub sectors: u64,
     began: Moment,
+}
+
+/// A sector that must not hold what was read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Wrong {
+    pub sector: u64,
+    pub why: String,
+}
+
+impl fmt::Display for Wrong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sector {}: {}", self.sector, self.why)
+    }
 }
 
 /// A disk as it may be.
@@ -191,8 +205,8 @@ impl Model {
     /// Ends a read with what it returned.
     ///
     /// # Errors
-    /// A sentence about the first sector that must not have held what was read.
-    pub fn end_read(&mut self, reading: Reading, bytes: &[u8]) -> Result<(), String> {
+    /// The first sector that must not have held what was read.
+    pub fn end_read(&mut self, reading: Reading, bytes: &[u8]) -> Result<(), Wrong> {
         assert_eq!(bytes.len() as u64, reading.sectors * SECTOR as u64, "a read returns what was asked for");
         let now = self.tick();
         let mut verdict = Ok(());
@@ -201,7 +215,7 @@ impl Model {
             let found = identify(self.seed, at, bytes);
             let busy = self.busy.get_mut(&at).expect("a sector under reading is busy");
             let explained = found.and_then(|content| busy.observe(content, reading.began, now));
-            verdict = verdict.and(explained.map_err(|why| format!("sector {at}: {why}")));
+            verdict = verdict.and(explained.map_err(|why| Wrong { sector: at, why }));
             let own = busy.reads.iter().position(|began| *began == reading.began);
             busy.reads.swap_remove(own.expect("a read under way is known"));
             self.settle(at);
@@ -224,11 +238,16 @@ impl Model {
         }
     }
 
+    /// What a sector's content is, whether it may be there or not.
+    pub fn describe(&self, sector: u64, bytes: &[u8]) -> String {
+        identify(self.seed, sector, bytes).map_or_else(|why| why, name)
+    }
+
     /// Checks a quiet disk, read some other way, from `sector` on.
     ///
     /// # Errors
     /// As [`Model::end_read`].
-    pub fn check(&mut self, sector: u64, bytes: &[u8]) -> Result<(), String> {
+    pub fn check(&mut self, sector: u64, bytes: &[u8]) -> Result<(), Wrong> {
         let reading = self.begin_read(sector, (bytes.len() / SECTOR) as u64);
         self.end_read(reading, bytes)
     }

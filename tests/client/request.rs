@@ -95,6 +95,17 @@ impl Request {
         Self { kind, sector: 0, out: bytes.collect(), in_len: 0 }
     }
 
+    /// Type and place in a few words.
+    pub fn describe(&self) -> String {
+        match self.kind {
+            Kind::In | Kind::Out => {
+                format!("{:?} {}+{}", self.kind, self.sector, (self.in_len + self.out.len()) as u64 / SECTOR)
+            }
+            Kind::Discard | Kind::WriteZeroes => format!("{:?} of {} ranges", self.kind, self.out.len() / 16),
+            _ => format!("{:?}", self.kind),
+        }
+    }
+
     /// Everything the device reads.
     pub fn readable(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(16 + self.out.len());

@@ -71,6 +71,8 @@ struct Piece {
 #[derive(Debug)]
 struct Outstanding {
     tag: u64,
+    /// What it is, for whoever has to find out why it hangs.
+    what: String,
     heads: Vec<u16>,
     readable: Vec<Piece>,
     writable: Vec<Piece>,
@@ -156,9 +158,9 @@ impl Queue {
         self.count
     }
 
-    /// Their tags.
-    pub fn outstanding_tags(&self) -> Vec<u64> {
-        self.outstanding.iter().flatten().map(|request| request.tag).collect()
+    /// What they are.
+    pub fn describe_outstanding(&self) -> Vec<String> {
+        self.outstanding.iter().flatten().map(|request| request.what.clone()).collect()
     }
 
     /// The index of the next entry of the available ring to fill, as the device knows it.
@@ -241,7 +243,8 @@ impl Queue {
             chain = vec![Descriptor::indirect(table, len as u32)];
         }
         let heads = self.place(&mut chain);
-        self.track(heads, Outstanding { tag, heads: Vec::new(), readable, writable, table });
+        let what = format!("{tag}: {}", request.describe());
+        self.track(heads, Outstanding { tag, what, heads: Vec::new(), readable, writable, table });
         true
     }
 
@@ -282,8 +285,9 @@ impl Queue {
     /// Puts a chain of the caller's own making into the available ring: nothing about it is checked.
     pub fn submit_raw(&mut self, tag: u64, chain: &[Descriptor]) {
         let heads = self.place(&mut chain.to_vec());
-        let nothing = Outstanding { tag, heads: vec![], readable: vec![], writable: vec![], table: None };
-        self.track(heads, nothing);
+        let what = format!("{tag}: made by hand");
+        let (readable, writable) = (Vec::new(), Vec::new());
+        self.track(heads, Outstanding { tag, what, heads: Vec::new(), readable, writable, table: None });
     }
 
     /// The same with a good header for `sector` in front and a status byte behind; returns where that is.

@@ -4,7 +4,10 @@
 //! hit and supersede each other; the rest fall anywhere, so that everything is evicted in its turn.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::ops;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use super::front::Client;
 use super::model::{Model, Reading, Writing};
@@ -70,6 +73,8 @@ pub struct Traffic {
     pub model: Model,
     pub rng: Rng,
     pub tally: Tally,
+    /// The backing file, to say in a failure what it holds.
+    pub backing: Option<PathBuf>,
     mix: Mix,
     depth: u64,
     window: u64,
@@ -84,7 +89,18 @@ impl Traffic {
         let model = Model::new(client.capacity(), seed);
         let rng = Rng::new(seed);
         let tally = Tally::default();
-        Self { client, model, rng, tally, mix, depth: 1, window: 0, pending: HashMap::new(), next_tag: 0 }
+        Self {
+            client,
+            model,
+            rng,
+            tally,
+            backing: None,
+            mix,
+            depth: 1,
+            window: 0,
+            pending: HashMap::new(),
+            next_tag: 0,
+        }
     }
 
     /// Submits `operations` more, leaving the last ones in flight.
@@ -202,8 +218,10 @@ impl Traffic {
                     assert_eq!(status, OK, "read {tag} on queue {queue}: {reading:?}");
                     self.tally.reads += 1;
                     self.tally.sectors += reading.sectors;
-                    let verdict = self.model.end_read(reading, &completion.data);
-                    verdict.unwrap_or_else(|why| panic!("read {tag} on queue {queue}: {why}"));
+                    if let Err(wrong) = self.model.end_read(reading, &completion.data) {
+                        let held = self.describe_backing(wrong.sector);
+                        panic!("read {tag} on queue {queue}: {wrong}{held}");
+                    }
                 }
                 Pending::Write(writings) => {
                     for writing in writings {
@@ -218,6 +236,16 @@ impl Traffic {
                     self.tally.flushes += 1;
                 }
             }
+        }
+    }
+
+    /// What the backing file holds where a read went wrong: it tells a stale cache from a lost write.
+    fn describe_backing(&self, sector: u64) -> String {
+        let Some(path) = &self.backing else { return String::new() };
+        let mut bytes = [0; 512];
+        match File::open(path).and_then(|file| file.read_exact_at(&mut bytes, sector * 512)) {
+            Ok(()) => format!("; the backing file: {}", self.model.describe(sector, &bytes)),
+            Err(error) => format!("; the backing file: {error}"),
         }
     }
 

@@ -7,7 +7,7 @@
 use std::sync::atomic::Ordering;
 
 use super::super::counters::add;
-use super::super::env::{Clock, Env};
+use super::super::env::Env;
 use super::super::index::Extent;
 use super::super::stream::Stamp;
 use super::super::stripes::{Ticket, lock};
@@ -117,7 +117,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             incarnation: core.incarnation,
             start_counter: cache.start_counter,
             epoch,
-            time_ms: cache.clock.unix_ms(),
+            time_ms: cache.recent_ms.load(Ordering::Relaxed),
         };
         if open.persist(&cache.media, segment, draft, &stamp).is_err() {
             drop(held);

@@ -86,6 +86,8 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             }
             RequestKind::Read | RequestKind::Flush => unreachable!("handled by submit"),
         };
+        // The index is needed after the copy: by then the line has come.
+        self.volume.core.index.prefetch(range.start);
         self.gather.push_back(Gathered::new(slot, range, kind));
     }
 
@@ -301,7 +303,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         incarnation: core.incarnation,
         start_counter: cache.start_counter,
         epoch,
-        time_ms: cache.clock.unix_ms(),
+        time_ms: cache.recent_ms.load(Ordering::Relaxed),
     };
     // Before the record exists, so that no one takes the segment for clean while it holds it.
     segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 
 use super::super::core::Cache;
 use super::super::counters::add;
-use super::super::env::Env;
+use super::super::env::{Clock, Env};
 use super::super::index::Extent;
 use super::super::segments::State;
 use super::super::stripes::lock;
@@ -55,6 +55,7 @@ impl<E: Env> Housekeeper<E> {
 
     /// Does a bounded piece of work.
     pub fn step(&mut self) -> Progress {
+        self.cache.recent_ms.store(self.cache.clock.unix_ms(), Ordering::Relaxed);
         if self.cache.syncer.has_failed() {
             return self.note_failure();
         }
@@ -147,6 +148,7 @@ impl<E: Env> Housekeeper<E> {
             segment: id,
             incarnation: segment.owner.load(Ordering::Relaxed),
             generation: segment.generation.load(Ordering::Relaxed),
+            start_counter: segment.start_counter.load(Ordering::Relaxed),
             ..SegmentHeader::default()
         }
     }
@@ -192,10 +194,13 @@ impl<E: Env> Housekeeper<E> {
         for (age, &id) in sealed.iter().enumerate() {
             let segment = &cache.segments[id as usize];
             let live = segment.live.load(Ordering::Relaxed);
-            if self.is_clean(id) && (live == 0 || clean.len() < LOOK_AHEAD) {
-                clean.push((live, age, id));
+            if self.is_clean(id) {
+                // Beyond the oldest only the empty ones are better than those.
+                let rank = if live > 0 && clean.len() >= LOOK_AHEAD { u32::MAX } else { live };
+                clean.push((rank, age, id));
             }
         }
+        cache.clean_count.store(clean.len().saturating_sub(count), Ordering::Relaxed);
         clean.sort_unstable();
         let victims: Vec<u32> = clean.into_iter().take(count).map(|(_, _, id)| id).collect();
         sealed.retain(|id| !victims.contains(id));

@@ -4,12 +4,14 @@
 //! 1. gather: *strict*, the keys of the lowest closed epoch above the tail, from records, newest
 //!    per sector; *relaxed*, every dirty extent of the index, with the tail to become the epoch
 //!    closed before the first look;
-//! 2. write them, sorted and merged, all of them (law 7: nothing of a later epoch before step 3);
-//! 3. flush the disk (law 6: evidence);
-//! 4. make the media and its liveness words durable: what was skipped as superseded must not be
-//!    needed after a crash, and what zeros have replaced must not outlive them;
-//! 5. write the tail's older copy and make that durable;
-//! 6. mark clean, only where the index still points at what was written.
+//! 2. make their records durable: the disk must not have what the cache may still lose, or an older
+//!    clean copy would be read until it is evicted, and the newer bytes after that;
+//! 3. write them, sorted and merged, all of them (law 7: nothing of a later epoch before step 4);
+//! 4. flush the disk (law 6: evidence);
+//! 5. make the liveness words of all that has died durable: what zeros have replaced must not
+//!    outlive them;
+//! 6. write the tail's older copy and make that durable;
+//! 7. mark clean, only where the index still points at what was written.
 //!
 //! A failure anywhere leaves tail and marks as they were; the round is repeated after a delay that
 //! grows. Overlapping writes are never in flight together: the extents of a round are disjoint,
@@ -50,6 +52,7 @@ const SWEEP: usize = 4096;
 /// What a round is doing.
 enum Phase {
     Idle,
+    Gathered(Round, Durable),
     Writing(Round),
     Flushing(Round),
     MakingDurable(Round, Durable),
@@ -116,6 +119,7 @@ impl<E: Env> Writeback<E> {
     pub fn step(&mut self) -> Progress {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => self.begin(),
+            Phase::Gathered(round, ticket) => self.records_durable(round, ticket),
             Phase::Writing(round) => self.write(round),
             Phase::Flushing(round) => self.flush_done(round),
             Phase::MakingDurable(round, ticket) => self.media_done(round, ticket),
@@ -145,10 +149,11 @@ impl<E: Env> Writeback<E> {
             Order::Strict => self.gather_strict(),
         };
         match round {
-            Ok(Some(round)) => {
+            Ok(Some(round)) if round.todo.is_empty() => {
                 self.phase = Phase::Writing(round);
                 Progress::Did
             }
+            Ok(Some(round)) => self.gathered(round),
             Ok(None) => Progress::Idle,
             Err(error) => {
                 // Records of dirty data are gone: only this volume stops.
@@ -184,21 +189,19 @@ impl<E: Env> Writeback<E> {
     fn gather_strict(&mut self) -> Result<Option<Round>, WalkError> {
         let core = self.volume.core.clone();
         let mut dirty = lock(&core.dirty);
-        let Some(epoch) = self.lowest_epoch(&mut dirty)? else {
-            // Nothing dirty below: the tail may follow the closed epochs.
-            drop(dirty);
-            core.raise_epoch();
-            let epoch = core.closed_epoch();
-            return Ok((epoch > core.tail.load(Ordering::SeqCst)).then(|| Round::empty(epoch)));
-        };
-        if epoch > core.closed_epoch() {
-            core.raise_epoch();
-            if epoch > core.closed_epoch() {
-                return Ok(None);
+        let mut is_raised = false;
+        let epoch = loop {
+            // Before the look: what is committed after it belongs to an epoch above this one.
+            let closed = core.closed_epoch();
+            match self.lowest_epoch(&mut dirty)? {
+                Some(epoch) if epoch <= closed => break epoch,
+                // Nothing is dirty below: the tail may follow the closed epochs.
+                None if closed > core.tail.load(Ordering::SeqCst) => return Ok(Some(Round::empty(closed))),
+                _ if is_raised => return Ok(None),
+                _ => core.raise_epoch(),
             }
-            // A queue may have committed more of this epoch since the look above.
-            self.lowest_epoch(&mut dirty)?;
-        }
+            is_raised = true;
+        };
         let mut keys = Vec::new();
         let mut cursors = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
@@ -271,6 +274,7 @@ impl<E: Env> Writeback<E> {
                 let header = SegmentHeader {
                     incarnation: self.volume.core.incarnation,
                     generation: segment.generation.load(Ordering::Relaxed),
+                    start_counter: segment.start_counter.load(Ordering::Relaxed),
                     ..SegmentHeader::default()
                 };
                 let low = segment.log_low.load(Ordering::Acquire);
@@ -284,14 +288,41 @@ impl<E: Env> Writeback<E> {
         }
     }
 
+    /// Makes durable what is about to be written: were the disk to have it and the cache to lose it,
+    /// an older clean copy would hide it for as long as it is cached, and no longer.
+    fn gathered(&mut self, round: Round) -> Progress {
+        let cache = &self.volume.cache;
+        let ticket = cache.syncer.request(&*cache.media.pmem, None);
+        self.phase = Phase::Gathered(round, ticket);
+        Progress::Did
+    }
+
+    fn records_durable(&mut self, round: Round, ticket: Durable) -> Progress {
+        match self.volume.cache.syncer.outcome(ticket) {
+            Outcome::Waiting => {
+                self.phase = Phase::Gathered(round, ticket);
+                Progress::Waiting
+            }
+            Outcome::Failed => self.abort("the cache cannot be made durable".to_owned()),
+            Outcome::Reached => {
+                self.phase = Phase::Writing(round);
+                Progress::Did
+            }
+        }
+    }
+
     /// Keeps the queue to the disk full.
     fn write(&mut self, mut round: Round) -> Progress {
         if let Err(error) = self.reap() {
             return self.abort(error);
         }
         loop {
-            if round.todo.is_empty() && !self.sweep_on(&mut round) {
-                break;
+            if round.todo.is_empty() {
+                if !self.sweep_on(&mut round) {
+                    break;
+                }
+                self.channel.as_mut().expect("opened before the round").kick();
+                return self.gathered(round);
             }
             let channel = self.channel.as_mut().expect("opened before the round");
             if channel.in_flight() >= DEPTH as usize {
