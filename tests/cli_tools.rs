@@ -329,6 +329,27 @@ fn what_the_disk_refused_stays_in_the_cache_and_drain_brings_it_later() {
 }
 
 #[test]
+fn a_read_only_server_leaves_what_is_dirty_in_the_cache() {
+    let place = Place::new();
+    let (cache, disk) = stuck(&place, 16, "");
+    let (socket, before) = (place.path("s.sock"), fs::read(&disk).unwrap());
+    let args = ["--socket", &socket, "--cache", &cache, "--backing", &disk, "--read-only"];
+    let server = Server::start(&place, &socket, &args);
+    let mut client = Client::connect(Path::new(&socket), ClientOptions::default());
+    for index in 0..16u64 {
+        let read = client.execute(&Request::read(FAR + index * 128, 65536));
+        assert_eq!((read.status, read.data), (0, vec![index as u8 + 1; 65536]));
+    }
+    drop(client);
+    let (code, log) = server.end("TERM");
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("its dirty data stays in the cache") && !log.contains("ERROR"), "{log}");
+    assert!(fs::read(&disk).unwrap() == before, "the disk of a read-only volume was written");
+    let ran = run(&["drain", "--cache", &cache]);
+    assert_eq!(ran.out, format!("volume  disk0: 1 MiB written to {disk}, clean\n"));
+}
+
+#[test]
 fn a_drain_that_the_disk_refuses_says_so_and_loses_nothing() {
     let place = Place::new();
     let (cache, disk) = stuck(&place, 16, "");

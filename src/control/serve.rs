@@ -128,6 +128,9 @@ fn open_all<'a>(
     for (config, options, is_new) in wanted {
         let on = &caches[config.cache];
         let volume = on.cache.attach(options).map_err(RunError::attach(on.config, config))?;
+        if config.read_only && !volume.is_clean() {
+            tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
+        }
         volumes.push(OpenVolume { config, volume, is_new });
     }
     Ok((caches, volumes))
@@ -196,7 +199,9 @@ fn spawn_workers(
 ) -> Result<Vec<Workers<Host>>, RunError> {
     let on = |index| {
         let of_cache = volumes.iter().filter(move |volume| volume.config.cache == index);
-        of_cache.map(|volume| Arc::clone(&volume.volume)).collect::<Vec<_>>()
+        // The disk of a read-only volume is not open for writing: what is dirty waits.
+        let writable = of_cache.filter(|volume| !volume.config.read_only);
+        writable.map(|volume| Arc::clone(&volume.volume)).collect::<Vec<_>>()
     };
     caches
         .iter()

@@ -203,7 +203,8 @@ impl Server {
         self.out().contains("volume  ")
     }
 
-    fn spawn(place: &Place, command: &mut Command) -> Self {
+    /// Starts one without waiting for anything.
+    pub fn spawn(place: &Place, command: &mut Command) -> Self {
         let unique = fs::read_dir(place.dir()).unwrap().count();
         let (out, err) = (format!("out-{unique}.log"), format!("err-{unique}.log"));
         let (out, err) = (PathBuf::from(place.path(&out)), PathBuf::from(place.path(&err)));
