@@ -3,7 +3,8 @@
 //! Laws: idempotent, and safe to be interrupted anywhere, because all it writes before it is done
 //! is the start counter, summaries and sealed headers of segments found open, and nothing of that
 //! changes what a second recovery finds. Keys are inserted in version order, so the newest wins.
-//! A dirty key counts as it is; a clean one where its liveness words allow. Loss of keys that may
+//! A dirty key counts as it is; a clean one where its liveness words allow; a fill only if the disk
+//! has been flushed since. Loss of keys that may
 //! have been dirty damages the volume they belonged to, and no other.
 
 use std::collections::HashMap;
@@ -273,6 +274,10 @@ fn take_keys<E: Env>(
                 kind: key.kind,
                 dirty: true,
             });
+        } else if key.kind == KeyKind::Fill && key.epoch > tail {
+            // The disk may have lost what this was filled from: dead, durably so before the tail
+            // can reach its epoch.
+            cache.mark_sectors_dead(id, key.payload, key.sectors);
         } else if key.kind.has_payload() {
             found.extend(live_runs(segment, key, id));
         }

@@ -170,13 +170,16 @@ impl Oracle {
         let Some(flush) = flush else { return Ok(()) };
         for (sector, &value) in values.iter().enumerate() {
             let writes = &self.sectors[sector];
-            let shown = writes.iter().rfind(|w| w.value == value).expect("found above");
-            if let Some(lost) =
+            let lost = |shown: &Write| {
                 writes.iter().find(|w| w.is_acked && w.ended < flush.began && shown.precedes(w))
-            {
+            };
+            let mut named = writes.iter().filter(|w| w.value == value);
+            if named.clone().all(|shown| lost(shown).is_some()) {
+                let shown = named.next_back();
                 return Err(format!(
                     "the disk alone shows a write begun at {newest_began}, after the flush {flush:?}, but at \
-                     sector {sector} {shown:?} and not {lost:?}"
+                     sector {sector} {shown:?} and not {:?}",
+                    shown.and_then(lost)
                 ));
             }
         }

@@ -111,7 +111,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             self.complete_committed();
         }
         if committed {
-            self.note_dirty();
+            self.volume.note_dirty();
         }
     }
 
@@ -156,10 +156,14 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         self.volume.cache.free_segments() > 0
     }
 
-    fn note_dirty(&self) {
-        let core = &self.volume.core;
+}
+
+impl<E: Env> Volume<E> {
+    /// Notes that write-back has something to do, and since when.
+    pub(super) fn note_dirty(&self) {
+        let core = &self.core;
         if core.dirty_since.load(Ordering::Relaxed) == 0 {
-            core.dirty_since.store(self.volume.cache.clock.now_ms().max(1), Ordering::Relaxed);
+            core.dirty_since.store(self.cache.clock.now_ms().max(1), Ordering::Relaxed);
             core.writeback.raise();
         }
     }

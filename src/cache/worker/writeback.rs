@@ -7,7 +7,8 @@
 //! 2. make their records durable: the disk must not have what the cache may still lose, or an older
 //!    clean copy would be read until it is evicted, and the newer bytes after that;
 //! 3. write them, sorted and merged, all of them (law 7: nothing of a later epoch before step 4);
-//! 4. flush the disk (law 6: evidence);
+//! 4. flush the disk (law 6: evidence; without writes of its own too: fills of modes that write
+//!    around the cache wait for it);
 //! 5. make the liveness words of all that has died durable: what zeros have replaced must not
 //!    outlive them;
 //! 6. write the tail's older copy and make that durable;
@@ -343,10 +344,6 @@ impl<E: Env> Writeback<E> {
         if channel.in_flight() > 0 {
             self.phase = Phase::Writing(round);
             return Progress::Waiting;
-        }
-        if round.written.is_empty() {
-            // Nothing went to the disk, so there is nothing to flush.
-            return self.flushed(round);
         }
         assert!(channel.submit(0, Op::Flush).is_ok(), "nothing is in flight");
         channel.kick();
