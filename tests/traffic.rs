@@ -201,7 +201,8 @@ fn the_smallest_cache_serves_256_started_queues() {
     let seed = Rng::seed_from_env("PCACHE_SEED");
     let workspace = Workspace::new();
     let mut daemon = Daemon::cached(&workspace, "64MiB", 512 * MIB, 256, &[]);
-    let options = ClientOptions { queues: 256, queue_size: 16, ..ClientOptions::default() };
+    let options =
+        ClientOptions { queues: 256, queue_size: 128, mem_size: 1024 * MIB, ..ClientOptions::default() };
     let client = Client::connect(daemon.socket(), options);
     let mix = Mix { depth_max: 4, ..Mix::default() };
     let mut traffic = Traffic::new(client, seed, mix);

@@ -155,7 +155,6 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         self.volume.cache.housekeeper.raise();
         self.volume.cache.free_segments() > 0
     }
-
 }
 
 impl<E: Env> Volume<E> {
@@ -179,6 +178,7 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
         stream.open = Some(open);
     }
     if let Some(open) = &mut stream.open {
+        open.witness_synced(&cache.media, cache.syncer.completed());
         open.align(cache.syncer.started());
     }
     true
@@ -316,6 +316,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         core.retract(q);
         return false;
     }
+    open.appended(cache.syncer.started());
     segment.max_version.store(version + draft.keys.len() as u64 - 1, Ordering::Relaxed);
     for key in &draft.keys {
         replaced.clear();
