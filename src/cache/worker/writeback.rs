@@ -71,7 +71,17 @@ struct Round {
     /// To be marked clean.
     written: Vec<Extent>,
     /// Where segments go on: what the round has consumed.
-    cursors: Vec<(u32, Cursor, Option<u64>)>,
+    cursors: Vec<Consumed>,
+}
+
+/// How far a round has read a segment's records.
+struct Consumed {
+    id: u32,
+    /// A segment without dirty data may be reclaimed, and used again, while the round goes on.
+    generation: u64,
+    cursor: Cursor,
+    /// The epoch of the record that comes next, if there is one.
+    next: Option<u64>,
 }
 
 pub(crate) struct Writeback<E: Env> {
@@ -207,9 +217,11 @@ impl<E: Env> Writeback<E> {
         let mut cursors = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
             let (cursor, next) = self.consume(*id, cursor.clone(), epoch, &mut keys)?;
-            cursors.push((*id, cursor, next));
+            let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
+            cursors.push(Consumed { id: *id, generation, cursor, next });
         }
         drop(dirty);
+        tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
         keys.sort_unstable_by_key(|(k, _): &(Key, u32)| k.version);
         let mut newest = ExtentMap::new();
         let mut replaced = Vec::new();
@@ -521,8 +533,15 @@ impl<E: Env> Writeback<E> {
     /// Files the segments a round has consumed from.
     fn settle(&self, round: Round) {
         let core = &self.volume.core;
+        let segments = &self.volume.cache.segments;
         let mut dirty = lock(&core.dirty);
-        for (id, cursor, next) in round.cursors {
+        for Consumed { id, generation, cursor, next } in round.cursors {
+            let segment = &segments[id as usize];
+            let is_gone = matches!(segment.state(), State::Free | State::Reclaiming | State::Bad);
+            if is_gone || segment.generation.load(Ordering::Relaxed) != generation {
+                // Reclaim has taken its entries away; those there are now are of its next life.
+                continue;
+            }
             dirty.known.remove(&(round.epoch, id));
             match (next, cursor) {
                 (Some(next), cursor) => _ = dirty.known.insert((next, id), cursor),
@@ -532,7 +551,6 @@ impl<E: Env> Writeback<E> {
         }
         // What relaxed rounds have cleaned wholly needs no cursor any more, once nothing more can
         // be appended to it.
-        let segments = &self.volume.cache.segments;
         let done = |id: u32| {
             let segment = &segments[id as usize];
             segment.state() != State::Open && segment.max_epoch.load(Ordering::SeqCst) <= round.epoch
