@@ -145,6 +145,9 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMa
                     report.findings.push(format!("volume slot {slot}: a copy of its tail is damaged"));
                 }
                 volume.tail.store(tail.epoch, Ordering::Relaxed);
+                // Also where no segment is left to say what was used: an epoch at or below the
+                // tail would count as clean.
+                volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
                 volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
                 *lock(&volume.tail_page) = (tail.sequence, next);
             }
