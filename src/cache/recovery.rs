@@ -145,6 +145,8 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMa
                     report.findings.push(format!("volume slot {slot}: a copy of its tail is damaged"));
                 }
                 volume.tail.store(tail.epoch, Ordering::Relaxed);
+                // Also where no segment of it is left to say so.
+                volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
                 volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
                 *lock(&volume.tail_page) = (tail.sequence, next);
             }
@@ -279,7 +281,7 @@ fn take_keys<E: Env>(
     segment.max_version.store(max_version, Ordering::Relaxed);
     segment.max_epoch.store(max_dirty, Ordering::Relaxed);
     volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
-    volume.epoch.fetch_max(max_epoch.max(tail) + 1, Ordering::Relaxed);
+    volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);
     if !dirty_keys.is_empty() {
         dirty_keys.sort_by_key(|k| (k.epoch, k.version));
