@@ -7,6 +7,9 @@
 //! (the default is what a minute allows), `PCACHE_SIM_TRACE=n` how many of its last steps a failure
 //! prints after seed and step.
 
+#[path = "crash/regressions.rs"]
+mod regressions;
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -54,7 +57,9 @@ fn no_crash_anywhere_breaks_a_promise() {
         tracing_subscriber::fmt().without_time().with_ansi(false).with_max_level(level).init();
     }
     let stats = match number("PCACHE_SIM_SEED") {
-        Some(seed) => run_seed(seed, IMAGES_PER_SEED, trace_len()).unwrap_or_else(|violation| panic!("{violation}")),
+        Some(seed) => {
+            run_seed(seed, IMAGES_PER_SEED, trace_len()).unwrap_or_else(|violation| panic!("{violation}"))
+        }
         None => run_seeds(1, number("PCACHE_SIM_IMAGES").unwrap_or(IMAGES)),
     };
     let seconds = began.elapsed().as_secs_f64();

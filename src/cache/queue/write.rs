@@ -153,7 +153,6 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         self.volume.cache.housekeeper.raise();
         self.volume.cache.free_segments() > 0
     }
-
 }
 
 impl<E: Env> Volume<E> {
