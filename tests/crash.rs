@@ -7,6 +7,9 @@
 //! (the default is what a minute allows), `PCACHE_SIM_TRACE=n` how many of its last steps a failure
 //! prints after seed and step.
 
+#[path = "crash/regressions.rs"]
+mod regressions;
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;

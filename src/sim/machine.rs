@@ -66,6 +66,31 @@ pub struct Served {
     pub is_inside: Vec<bool>,
 }
 
+impl SimBuffer {
+    /// What a guest writes: `count` sectors from `first` of a volume, all of write `value`.
+    pub fn of_write(volume: usize, first: u64, count: u64, value: u64) -> SimBuffer {
+        let mut bytes = vec![0; count as usize * BYTES];
+        for (i, out) in bytes.chunks_exact_mut(BYTES).enumerate() {
+            content::encode(volume, first + i as u64, value, out);
+        }
+        SimBuffer { bytes, gone_from: None }
+    }
+
+    /// Room for `count` sectors.
+    pub fn to_read(count: u64) -> SimBuffer {
+        SimBuffer { bytes: vec![0xee; count as usize * BYTES], gone_from: None }
+    }
+
+    /// Whose bytes these are, sector by sector from `first` of a volume on.
+    ///
+    /// # Errors
+    /// A sector is nobody's, or belongs elsewhere.
+    pub fn values(&self, volume: usize, first: u64) -> Result<Vec<u64>, String> {
+        let decode = |(i, bytes)| content::decode(volume, first + i as u64, bytes);
+        self.bytes.chunks_exact(BYTES).enumerate().map(decode).collect()
+    }
+}
+
 /// A running engine.
 pub struct Machine {
     world: Arc<World>,
@@ -119,10 +144,10 @@ impl Machine {
         Ok(Machine { world: world.clone(), clock, served, cache, report, stepper })
     }
 
-    /// Makes the volumes and ends in order. For a fresh cache.
+    /// Ends in order.
     ///
     /// # Errors
-    /// As [`Machine::open`].
+    /// A detach or the close failed, in words.
     pub fn close(mut self) -> Result<(), String> {
         self.world.act_as(CONTROL);
         for served in &mut self.served {
@@ -207,7 +232,7 @@ impl Machine {
         let mut left = 0u64;
         for first in (0..sectors).step_by(READ_SECTORS as usize) {
             let count = READ_SECTORS.min(sectors - first);
-            let data = SimBuffer { bytes: vec![0xee; count as usize * BYTES], gone_from: None };
+            let data = SimBuffer::to_read(count);
             let request = Request { tag: first as u32, kind: RequestKind::Read, sector: first, data };
             self.submit(volume, 0, request);
             left += 1;
@@ -218,10 +243,8 @@ impl Machine {
                 if done.status != Status::Ok {
                     return Err(format!("a read of volume {volume} from sector {} failed", done.tag));
                 }
-                for (i, bytes) in done.data.bytes.chunks_exact(BYTES).enumerate() {
-                    let sector = u64::from(done.tag) + i as u64;
-                    values[sector as usize] = content::decode(volume, sector, bytes)?;
-                }
+                let read = done.data.values(volume, done.tag.into())?;
+                values[done.tag as usize..][..read.len()].copy_from_slice(&read);
                 left -= 1;
             }
             if left == 0 {

@@ -9,6 +9,7 @@
 //!  machine  one life of the engine: cache, volumes, queues, workers, all stepped by hand
 //!  oracle   which values every sector may show, now and after a crash; what the disk alone may hold
 //!  world    what outlives a daemon: memory (fast side) and disks (slow side), and the snapshots
+//!  scene    the same by hand, for one claim at a time
 //! ```
 //!
 //! Invariants:
@@ -28,6 +29,7 @@ mod oracle;
 mod rng;
 mod run;
 mod scenario;
+mod scene;
 mod stats;
 mod world;
 
@@ -39,5 +41,6 @@ pub use oracle::Oracle;
 pub use rng::Rng;
 pub use run::{Run, Violation, run_seed};
 pub use scenario::Scenario;
+pub use scene::Scene;
 pub use stats::Stats;
 pub use world::{Faults, SimClock, SimEnv, Snapshot, World};

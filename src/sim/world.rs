@@ -115,6 +115,8 @@ pub struct State {
     pub rng: Rng,
     /// A snapshot is taken before one event in so many; 0 for none.
     pub rate: u64,
+    /// A snapshot is taken before the event with this number; 0 for none.
+    pub snapshot_at: u64,
     /// The snapshot, until somebody takes it.
     pub snapshot: Option<Snapshot>,
     /// Events so far.
@@ -125,7 +127,8 @@ impl State {
     /// Something is about to happen that a crash can come before.
     pub(super) fn event(&mut self, what: &'static str) {
         self.events += 1;
-        if self.rate > 0 && self.snapshot.is_none() && self.rng.chance(1, self.rate) {
+        let by_chance = self.rate > 0 && self.snapshot.is_none() && self.rng.chance(1, self.rate);
+        if by_chance || self.events == self.snapshot_at {
             self.snapshot = Some(self.photograph(what));
         }
     }
@@ -148,6 +151,7 @@ impl World {
             faults: Faults::default(),
             rng: Rng::new(seed),
             rate: 0,
+            snapshot_at: 0,
             snapshot: None,
             events: 0,
         })))

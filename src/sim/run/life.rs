@@ -1,0 +1,233 @@
+//! Lives: how one begins, how it ends by a crash or in order, and what is compared then.
+
+use std::collections::BTreeSet;
+
+use super::super::check::{Judge, Recovered, disk_survival, survival};
+use super::super::machine::{Machine, Style};
+use super::super::memory::Survival;
+use super::super::rng::Rng;
+use super::super::world::{Faults, Snapshot};
+use super::Run;
+use crate::cache::{Mode, Order};
+
+/// Rounds of everything after which a request counts as hung.
+const ROUNDS_MAX: u32 = 20_000;
+
+impl Run {
+    fn faults(&mut self) -> Faults {
+        match self.scenario.has_faults && self.rng.chance(1, 2) {
+            true => Faults { read: 150, write: 150, flush: 400, ..Faults::default() },
+            false => Faults::default(),
+        }
+    }
+
+    pub(super) fn begin_life(&mut self) {
+        let faults = self.faults();
+        self.world.with(|w| w.faults = faults);
+        self.forgives = faults.may_fail_requests();
+        for volume in 0..self.scenario.volumes {
+            let style = self.styles[volume];
+            let is_clean = self.machine().served[volume].volume.is_clean();
+            if style.mode == Mode::Writeback && style.order == Order::Relaxed {
+                self.oracles[volume].is_ordered = false;
+            } else if is_clean {
+                self.oracles[volume].is_ordered = true;
+            }
+        }
+        let text = format!("life begins: {:?}, faults {faults:?}", self.styles);
+        self.note(|| text);
+    }
+
+    /// Judges images of a crash at `snapshot`; says whether one of them became the next life.
+    pub(super) fn crash_at(&mut self, snapshot: &Snapshot) -> Result<bool, String> {
+        self.stats.points += 1;
+        let lines = snapshot.memory.pending_lines();
+        let survivals: Vec<Survival> = match lines {
+            0..=2 => (0..1 << lines).map(Survival::Lines).collect(),
+            _ => (0..5).map(|_| survival(lines, &mut self.rng)).collect(),
+        };
+        let mut seen = BTreeSet::new();
+        for survival in survivals {
+            let disk = disk_survival(&mut self.rng);
+            let mut rng = self.rng.fork();
+            let (image, hash) = snapshot.host_crash(&survival, disk, &mut rng);
+            if seen.insert(hash) {
+                self.judge(image, true, &mut rng).map_err(|e| {
+                    format!("host crash before {} ({survival:?}, {disk:?}): {e}", snapshot.what)
+                })?;
+            }
+        }
+        let mut rng = self.rng.fork();
+        let image = snapshot.daemon_crash(&mut rng);
+        self.judge(image, false, &mut rng)
+            .map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
+        if !self.rng.chance(1, 25) {
+            return Ok(false);
+        }
+        self.die(snapshot)?;
+        Ok(true)
+    }
+
+    fn judge(&mut self, image: Snapshot, host: bool, rng: &mut Rng) -> Result<Option<Recovered>, String> {
+        let Self { oracles, styles, stats, scenario, world, .. } = self;
+        let judge = Judge { oracles, styles, queues: scenario.queues, host, depth: 2 };
+        match judge.image(image, rng, stats) {
+            Ok(recovered) => Ok(Some(recovered)),
+            // A cache that could once not be made durable may refuse to serve.
+            Err(_) if world.with(|w| w.faults.sync_failed) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The crash is real: goes on with one of the images.
+    fn die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+        let mut rng = self.rng.fork();
+        let host = rng.chance(2, 3);
+        let image = if host {
+            let survival = survival(snapshot.memory.pending_lines(), &mut rng);
+            snapshot.host_crash(&survival, disk_survival(&mut rng), &mut rng).0
+        } else {
+            snapshot.daemon_crash(&mut rng)
+        };
+        let died = self.styles.clone();
+        self.harvest();
+        self.machine = None;
+        self.under_way.clear();
+        self.done.clear();
+        self.change_styles();
+        self.note(|| format!("{} crash before {}", if host { "host" } else { "daemon" }, snapshot.what));
+        let Some(recovered) = self.judge(image, host, &mut rng)? else { return Ok(()) };
+        for (volume, values) in recovered.values.iter().enumerate() {
+            // What a disk's write cache held when only the daemon died may still be lost.
+            self.oracles[volume].narrow(values, host || !died[volume].mode.bypasses());
+        }
+        (self.world, self.machine) = (recovered.world, Some(recovered.machine));
+        self.stats.crashes += 1;
+        self.begin_life();
+        Ok(())
+    }
+
+    fn change_styles(&mut self) {
+        if self.scenario.changes_style && self.rng.chance(1, 2) {
+            let rng = &mut self.rng;
+            self.styles.iter_mut().for_each(|s| *s = Style::random(rng));
+        }
+    }
+
+    fn harvest(&mut self) {
+        let Some(machine) = &self.machine else { return };
+        for served in &machine.served {
+            let c = served.volume.counters();
+            self.stats.records += c.records;
+            self.stats.reclaimed += c.reclaimed;
+            self.stats.evicted += c.evicted_sectors;
+            self.stats.written_back += c.written_back_sectors;
+            self.stats.epochs += c.tail_epoch;
+            self.stats.fills += c.fill_sectors;
+            self.stats.bypassed += c.bypass_sectors;
+            self.stats.hits += c.read_hit_sectors;
+            self.stats.misses += c.read_miss_sectors;
+            self.stats.writeback_errors += c.writeback_errors;
+            self.stats.space_waits += c.space_waits;
+        }
+        self.stats.steps = self.step;
+    }
+
+    /// Lets everything end that was begun, maybe drains, and closes.
+    pub(super) fn end_in_order(&mut self, drain: bool) -> Result<(), String> {
+        self.note(|| format!("the end, drained: {drain}"));
+        self.world.with(|w| (w.faults, w.rate, w.snapshot) = (Faults::default(), 0, None));
+        for volume in 0..self.scenario.volumes {
+            for queue in 0..usize::from(self.scenario.queues) {
+                self.machine().commit(volume, queue);
+            }
+        }
+        let mut rounds = 0;
+        // Requests that were under way may still fail by a fault of before.
+        while !self.under_way.is_empty() {
+            rounds += 1;
+            if rounds > ROUNDS_MAX {
+                let space = self.machine().cache.space();
+                let hung: Vec<_> =
+                    self.under_way.iter().map(|(k, u)| (k, u.kind, u.first, u.count)).collect();
+                return Err(format!("requests that never end: {hung:?}; {space:?}"));
+            }
+            self.machine().clock.advance(100);
+            self.machine().step_all();
+            for volume in 0..self.scenario.volumes {
+                for queue in 0..usize::from(self.scenario.queues) {
+                    self.poll(volume, queue);
+                }
+            }
+            self.see_completions()?;
+        }
+        if drain {
+            self.drain()?;
+        }
+        self.harvest();
+        self.machine.take().expect("it was running").close()?;
+        self.stats.clean_ends += 1;
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Result<(), String> {
+        let volumes = self.scenario.volumes;
+        for round in 0.. {
+            if (0..volumes).all(|v| self.machine().served[v].volume.is_clean()) {
+                break;
+            }
+            if round > ROUNDS_MAX {
+                return Err(format!("write-back never ends; {:?}", self.machine().cache.space()));
+            }
+            self.machine().clock.advance(500);
+            self.machine().step_all();
+        }
+        for volume in 0..volumes {
+            let style = self.styles[volume];
+            let disk = self.world.with(|w| w.disks[volume].clone());
+            let is_flushed = style.mode == Mode::Writeback;
+            let values = if is_flushed { disk.durable_values().to_vec() } else { disk.values() };
+            self.oracles[volume].judge_drained(&values).map_err(|e| format!("volume {volume}: {e}"))?;
+            if style.order == Order::Strict {
+                self.oracles[volume].is_ordered = true;
+            }
+            self.stats.drains += 1;
+        }
+        Ok(())
+    }
+
+    /// Opens again what was closed in order; everything must read as before.
+    pub(super) fn reopen(&mut self) -> Result<(), String> {
+        self.change_styles();
+        let queues = self.scenario.queues;
+        let mut machine = Machine::open(&self.world, &self.styles, queues)?;
+        for (volume, oracle) in self.oracles.iter().enumerate() {
+            for (sector, &value) in machine.read_all(volume)?.iter().enumerate() {
+                oracle
+                    .may_recover(sector as u64, value, false)
+                    .map_err(|e| format!("volume {volume}, reopened: {e}"))?;
+            }
+        }
+        self.machine = Some(machine);
+        self.begin_life();
+        Ok(())
+    }
+
+    /// Ends with a `sync` that fails: nothing after it may be promised.
+    pub(super) fn end_unsynced(&mut self) -> Result<(), String> {
+        self.note(|| "from here on a sync fails".to_owned());
+        let last = self.step + 60;
+        self.world.with(|w| w.faults = Faults { sync: 5000, ..Faults::default() });
+        while self.step < last && self.machine.is_some() {
+            self.step()?;
+            let faults = self.world.with(|w| w.faults);
+            if faults.sync == 0 && !faults.sync_failed {
+                // A crash has begun another life.
+                return self.end_in_order(true);
+            }
+        }
+        self.harvest();
+        self.machine = None;
+        Ok(())
+    }
+}
