@@ -640,6 +640,24 @@ fn a_disk_locked_by_another_program_is_refused_with_its_name() {
     assert!(!Path::new(&cache).exists());
 }
 
+#[test]
+fn a_stop_while_starting_ends_it_at_once() {
+    let place = Place::new();
+    let disk = place.zeros("d.img", MIB);
+    // A start waits some seconds for a killed predecessor's lock on the disk; this one is ours.
+    let holder = File::open(&disk).unwrap();
+    holder.lock().unwrap();
+    let (socket, cache) = (place.path("s.sock"), place.path("c.img"));
+    let args = ["--socket", &socket, "--cache", &cache, "--cache-size=64MiB", "--backing", &disk];
+    let mut server = Server::spawn(&place, &mut program(&args));
+    server.wait_for("waiting up to");
+    let (code, log) = server.end("TERM");
+    assert_eq!((code, log.contains("stopped while starting")), (Some(0), true), "{log}");
+    assert!(!Path::new(&cache).exists() && !Path::new(&socket).exists());
+    holder.unlock().unwrap();
+    Server::start(&place, &socket, &args).stop();
+}
+
 /// A loop device or a mount of a test, undone when dropped; `None` where it is not permitted.
 struct Undo(Vec<Vec<String>>);
 

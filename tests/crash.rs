@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use pcache_vhost::sim::{Stats, run_seed};
+use tracing::Level;
 
 /// Images in all, and for each seed.
 const IMAGES: u64 = 60_000;
@@ -49,7 +50,8 @@ fn run_seeds(first: u64, images: u64) -> Stats {
 fn no_crash_anywhere_breaks_a_promise() {
     let began = Instant::now();
     if number("PCACHE_SIM_SEED").is_some() {
-        tracing_subscriber::fmt().without_time().with_ansi(false).init();
+        let level = if number("PCACHE_SIM_TRACE").is_some() { Level::DEBUG } else { Level::WARN };
+        tracing_subscriber::fmt().without_time().with_ansi(false).with_max_level(level).init();
     }
     let stats = match number("PCACHE_SIM_SEED") {
         Some(seed) => {

@@ -197,3 +197,23 @@ fn a_server_killed_again_while_it_recovers_loses_nothing() {
     traffic.verify(0..traffic.model.sectors());
     daemon.stop();
 }
+
+#[test]
+fn the_smallest_cache_serves_256_started_queues() {
+    let seed = Rng::seed_from_env("PCACHE_SEED");
+    let workspace = Workspace::new();
+    let mut daemon = Daemon::cached(&workspace, "64MiB", 512 * MIB, 256, &[]);
+    let options =
+        ClientOptions { queues: 256, queue_size: 128, mem_size: 1024 * MIB, ..ClientOptions::default() };
+    let client = Client::connect(daemon.socket(), options);
+    let mix = Mix { depth_max: 4, ..Mix::default() };
+    let mut traffic = Traffic::new(client, seed, mix);
+    traffic.backing = Some(workspace.path("disk.img"));
+    traffic.run((operations() / 20).max(8000));
+    kill_in_flight(&mut traffic, &mut daemon);
+    traffic.run((operations() / 40).max(4000));
+    traffic.quiesce();
+    traffic.verify(0..traffic.model.sectors());
+    daemon.stop();
+    assert!(Daemon::counter(&daemon.read_life(), "reclaimed") > Some(0), "the cache was never full");
+}

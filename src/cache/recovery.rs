@@ -3,7 +3,8 @@
 //! Laws: idempotent, and safe to be interrupted anywhere, because all it writes before it is done
 //! is the start counter, summaries and sealed headers of segments found open, and nothing of that
 //! changes what a second recovery finds. Keys are inserted in version order, so the newest wins.
-//! A dirty key counts as it is; a clean one where its liveness words allow. Loss of keys that may
+//! A dirty key counts as it is; a clean one where its liveness words allow; a fill only if the disk
+//! has been flushed since. Loss of keys that may
 //! have been dirty damages the volume they belonged to, and no other.
 
 use std::collections::HashMap;
@@ -84,7 +85,7 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
             cache.add_free(id);
             continue;
         }
-        segment.begin(&cache.media.geometry, header.incarnation, header.generation);
+        segment.begin(&cache.media.geometry, header.incarnation, header.generation, header.start_counter);
         report.segments_used += 1;
         if let Some(volume) = volumes.get(&header.incarnation) {
             let scan = scan_segment(cache, id, &header, volume, &mut report);
@@ -196,7 +197,13 @@ fn scan_segment<E: Env>(
         }
     }
     if header.state == SegmentState::Open {
-        seal_found(cache, id, header, &scan, report);
+        // Sealed with what is left, the segment no longer shows that there was more: the volume's
+        // descriptor must say so first, or the next start would find nothing amiss.
+        let is_lost = scan.losses.iter().any(|(epoch, _)| *epoch > tail);
+        match if is_lost { cache.update_descriptor(volume, |d| d.damaged = true) } else { Ok(()) } {
+            Ok(()) => seal_found(cache, id, header, &scan, report),
+            Err(error) => report.findings.push(format!("segment {id} cannot be sealed: {error}")),
+        }
     }
     scan
 }
@@ -267,6 +274,10 @@ fn take_keys<E: Env>(
                 kind: key.kind,
                 dirty: true,
             });
+        } else if key.kind == KeyKind::Fill && key.epoch > tail {
+            // The disk may have lost what this was filled from: dead, durably so before the tail
+            // can reach its epoch.
+            cache.mark_sectors_dead(id, key.payload, key.sectors);
         } else if key.kind.has_payload() {
             found.extend(live_runs(segment, key, id));
         }
@@ -391,7 +402,7 @@ impl<E: Env> Cache<E> {
             h.stream = stream;
             h.incarnation = incarnation;
             h.generation = generation;
-            h.start_counter = self.start_counter;
+            h.start_counter = segment.start_counter.load(Ordering::Relaxed);
             h.last_sequence = last_sequence;
             h.log_low = log_low;
             h.payload_end = payload_end;

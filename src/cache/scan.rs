@@ -5,8 +5,8 @@
 //! record that must be there is not). What must be there: on media whose fence is durable, every
 //! record below a valid one; everywhere, every record up to the witness.
 //!
-//! All bytes read are hostile: a record counts only by its keyed check, its own position and its
-//! segment's generation; its fields have been bounded by the decoder.
+//! All bytes read are hostile: a record counts only by its keyed check, its own position, its
+//! segment's generation and the start that opened it; its fields have been bounded by the decoder.
 
 use super::media::Media;
 use crate::onmedia::{
@@ -134,6 +134,23 @@ impl<P: Pmem> Media<P> {
         })
     }
 
+    /// Reads the record at `offset`, if one that counts is there. A segment is written in one start
+    /// only: on page-cache media its header may be lost while records in it are not, and the next
+    /// start opens it again, in the same generation, over records that must not count any more.
+    fn read_record(
+        &self,
+        id: u32,
+        header: &SegmentHeader,
+        offset: u32,
+        bytes: &[u8],
+        record: &mut Record,
+    ) -> bool {
+        let SegmentHeader { generation, incarnation, .. } = *header;
+        let expect = RecordExpect { segment: id, generation, incarnation, offset };
+        decode_record_into(&self.secret, &self.geometry, bytes, &expect, record).is_ok()
+            && record.header.start_counter == header.start_counter
+    }
+
     /// Reads on from `cursor` (where an earlier record begins) down to `log_low`, as long as
     /// records are of epochs ≤ `upto`. Calls `f` for each record; returns the new cursor and, if a
     /// record of a later epoch comes next, its epoch.
@@ -155,9 +172,8 @@ impl<P: Pmem> Media<P> {
             self.pmem.read(self.in_segment(id, low), &mut bytes).map_err(WalkError::Media)?;
             let mut at = cursor - 256;
             loop {
-                let expect = expect(id, header, at);
                 let slice = &bytes[(at - low) as usize..];
-                if decode_record_into(&self.secret, &self.geometry, slice, &expect, &mut record).is_ok() {
+                if self.read_record(id, header, at, slice, &mut record) {
                     break;
                 }
                 if at < low + 256 {
@@ -182,10 +198,6 @@ pub(crate) enum WalkError {
     Media(MediaError),
     #[error("segment {segment} has no valid record below byte {below}, where one was written")]
     Missing { segment: u32, below: u32 },
-}
-
-fn expect(id: u32, header: &SegmentHeader, offset: u32) -> RecordExpect {
-    RecordExpect { segment: id, generation: header.generation, incarnation: header.incarnation, offset }
 }
 
 /// Steps down through a segment, from record to record, over whatever lies between.
@@ -219,9 +231,7 @@ impl<'a, P: Pmem> Walk<'a, P> {
         while self.at >= floor.max(start) + 256 {
             self.at -= 256;
             let slice = &self.bytes[(self.at - start) as usize..];
-            let expect = expect(self.id, self.header, self.at);
-            let (secret, geometry) = (&self.media.secret, &self.media.geometry);
-            if decode_record_into(secret, geometry, slice, &expect, &mut self.record).is_ok() {
+            if self.media.read_record(self.id, self.header, self.at, slice, &mut self.record) {
                 return Some(&self.record);
             }
         }

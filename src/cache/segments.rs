@@ -50,6 +50,8 @@ pub(crate) struct Segment {
     /// Incarnation of the volume that owns it, 0 for none.
     pub owner: AtomicU64,
     pub generation: AtomicU64,
+    /// The start in which it was opened, and all of its records were written.
+    pub start_counter: AtomicU64,
     /// Sequence number of its header on the media.
     pub header_sequence: AtomicU64,
     /// Highest epoch of any dirty key in it, 0 for none.
@@ -94,7 +96,7 @@ impl Segment {
     }
 
     /// Makes DRAM ready for a new life of the segment. Nobody else may know the segment.
-    pub fn begin(&self, geometry: &Geometry, owner: u64, generation: u64) {
+    pub fn begin(&self, geometry: &Geometry, owner: u64, generation: u64, start_counter: u64) {
         let sectors = geometry.segment_size as usize / 512;
         let fresh = || Body {
             dead: zeros(sectors.div_ceil(32)),
@@ -109,6 +111,7 @@ impl Segment {
         }
         self.owner.store(owner, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Relaxed);
+        self.start_counter.store(start_counter, Ordering::Relaxed);
         for n in [&self.max_epoch, &self.max_version, &self.last_sequence] {
             n.store(0, Ordering::Relaxed);
         }
@@ -222,7 +225,7 @@ mod tests {
     fn segment() -> Segment {
         let geometry = Geometry::custom(16 << 10, 64 << 10, 4, 1).unwrap();
         let segment = Segment::default();
-        segment.begin(&geometry, 1, 1);
+        segment.begin(&geometry, 1, 1, 1);
         segment
     }
 

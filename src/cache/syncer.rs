@@ -119,6 +119,11 @@ impl Syncer {
         }
     }
 
+    /// Number of the last `sync` that succeeded: what was appended under a lower `started` is durable.
+    pub fn completed(&self) -> u64 {
+        self.completed.load(Ordering::Acquire)
+    }
+
     /// Runs one `sync` if any is asked for; says whether it did.
     pub fn step<P: Pmem>(&self, pmem: &P) -> bool {
         let _one_at_a_time = lock(&self.stepping);

@@ -24,6 +24,7 @@ use super::log;
 use super::run::{RunError, of_cache};
 use super::signals::{Event, Running, Signals};
 use super::socket::{Bound, Claimed, Incoming};
+use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::volume::VolumeDisk;
 use crate::cache::worker::Workers;
@@ -65,6 +66,9 @@ struct FrontEnd {
 pub fn serve(config: &Config) -> Result<Exit, RunError> {
     let mut signals = Signals::block().map_err(RunError::os("waiting for signals"))?;
     let starting = signals.end_while_starting().map_err(RunError::os("waiting for signals"))?;
+    if let Err(error) = sys::raise_descriptor_limit() {
+        tracing::warn!(%error, "the limit of open files stays: many queues may not fit it");
+    }
     let mut created = Created::default();
     let claims = config
         .volumes()
@@ -124,6 +128,9 @@ fn open_all<'a>(
     for (config, options, is_new) in wanted {
         let on = &caches[config.cache];
         let volume = on.cache.attach(options).map_err(RunError::attach(on.config, config))?;
+        if config.read_only && !volume.is_clean() {
+            tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
+        }
         volumes.push(OpenVolume { config, volume, is_new });
     }
     Ok((caches, volumes))
@@ -192,7 +199,9 @@ fn spawn_workers(
 ) -> Result<Vec<Workers<Host>>, RunError> {
     let on = |index| {
         let of_cache = volumes.iter().filter(move |volume| volume.config.cache == index);
-        of_cache.map(|volume| Arc::clone(&volume.volume)).collect::<Vec<_>>()
+        // The disk of a read-only volume is not open for writing: what is dirty waits.
+        let writable = of_cache.filter(|volume| !volume.config.read_only);
+        writable.map(|volume| Arc::clone(&volume.volume)).collect::<Vec<_>>()
     };
     caches
         .iter()

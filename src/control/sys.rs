@@ -17,6 +17,26 @@ pub fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
+/// Raises the number of descriptors the process may have to the most it is allowed. A ring takes
+/// five and its io_uring one: 256 queues do not fit the usual 1024.
+///
+/// # Errors
+/// The kernel knows no limit, or refuses this one.
+#[expect(unsafe_code, reason = "rlimits have no safe wrapper among the dependencies")]
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a whole structure for the call to fill, and outlives it.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is initialised and only read.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// A descriptor that reads `signalfd_siginfo` of `signals`, which are blocked from now on in this
 /// thread and in all that it starts. Non-blocking, closed on exec.
 ///

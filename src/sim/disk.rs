@@ -109,6 +109,7 @@ impl DiskState {
         }
         let write = self.next_write;
         self.next_write += 1;
+        tracing::debug!(write, first, ?values, "disk write");
         self.flying.insert(write, Flying { first, values, landed: false });
         write
     }

@@ -170,13 +170,16 @@ impl Oracle {
         let Some(flush) = flush else { return Ok(()) };
         for (sector, &value) in values.iter().enumerate() {
             let writes = &self.sectors[sector];
-            let shown = writes.iter().rfind(|w| w.value == value).expect("found above");
-            if let Some(lost) =
+            let lost = |shown: &Write| {
                 writes.iter().find(|w| w.is_acked && w.ended < flush.began && shown.precedes(w))
-            {
+            };
+            let mut named = writes.iter().filter(|w| w.value == value);
+            if named.clone().all(|shown| lost(shown).is_some()) {
+                let shown = named.next_back();
                 return Err(format!(
                     "the disk alone shows a write begun at {newest_began}, after the flush {flush:?}, but at \
-                     sector {sector} {shown:?} and not {lost:?}"
+                     sector {sector} {shown:?} and not {:?}",
+                    shown.and_then(lost)
                 ));
             }
         }
@@ -200,11 +203,11 @@ impl Oracle {
                 continue;
             }
             let covers = |o: &&Write| o.is_acked && o.is_durable && o.ended < reading_since;
-            let is_past = |w: &Write| writes.iter().filter(covers).any(|o| w.precedes(o));
-            let counts = writes.iter().position(|w| !is_past(w)).unwrap_or(0);
+            let covered = writes.iter().filter(covers).map(|w| w.began).max().unwrap_or(0);
             let on_disk = possible(number as u64);
-            let shown = writes.iter().position(|w| on_disk.contains(&w.value)).unwrap_or(0);
-            writes.drain(..counts.min(shown));
+            let shown = |value: &u64| writes.iter().find(|w| w.value == *value).map_or(0, |w| w.began);
+            let shown = on_disk.iter().map(shown).min().unwrap_or(0);
+            writes.retain(|w| w.ended >= covered.min(shown));
         }
         let oldest = self.sectors.iter().filter_map(|w| w.first()).map(|w| w.began).min().unwrap_or(0);
         if self.flushes.len() > 64 {

@@ -77,6 +77,8 @@ pub struct Run {
     next_tag: u32,
     next_value: u64,
     stats: Stats,
+    /// Whether this life's disks fail: a request may then fail, also one that is seen later.
+    forgives: bool,
     trace: VecDeque<String>,
     /// Lines kept in the trace.
     pub trace_len: usize,
@@ -132,6 +134,7 @@ impl Run {
             done: Vec::new(),
             next_tag: 0,
             stats: Stats::default(),
+            forgives: false,
             trace: VecDeque::new(),
             trace_len: 80,
             step: 0,
@@ -189,6 +192,7 @@ impl Run {
     fn begin_life(&mut self) {
         let faults = self.faults();
         self.world.with(|w| w.faults = faults);
+        self.forgives = faults.may_fail_requests();
         for volume in 0..self.scenario.volumes {
             let style = self.styles[volume];
             let is_clean = self.machine().served[volume].volume.is_clean();
@@ -255,7 +259,7 @@ impl Run {
                     oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));
                 }
             }
-            _ if self.rng.chance(1, 4) => {
+            _ if self.rng.chance(1, 4) && !self.world.with(|w| w.faults.sync_failed) => {
                 let drain = self.rng.chance(1, 2);
                 self.end_in_order(drain)?;
                 self.reopen()?;
@@ -372,8 +376,8 @@ impl Run {
         let is_ok = done.status == Status::Ok;
         if !is_ok {
             self.stats.failed += 1;
-            let faults = self.world.with(|w| w.faults);
-            if !is_gone && !faults.may_fail_requests() {
+            let failed_now = self.world.with(|w| w.faults.may_fail_requests());
+            if !is_gone && !self.forgives && !failed_now {
                 return Err(format!("volume {volume}: {kind:?} of {first}+{count} failed for no reason"));
             }
         }

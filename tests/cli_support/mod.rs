@@ -40,7 +40,8 @@ pub fn run(args: &[&str]) -> Ran {
     ran(&mut program(args))
 }
 
-fn ran(command: &mut Command) -> Ran {
+/// Runs a command to its end.
+pub fn ran(command: &mut Command) -> Ran {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     // A program that should refuse and serves instead would never end.
     let watch = Watchdog::of(&child);
@@ -182,21 +183,28 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one and waits until `socket` answers.
+    /// Starts one and waits until `socket` answers and it has announced itself.
     pub fn start(place: &Place, socket: &str, args: &[&str]) -> Self {
         let mut server = Self::spawn(place, &mut program(args));
         server.wait(|_| UnixStream::connect(socket).is_ok());
+        server.wait(Self::has_announced);
         server
     }
 
     /// Starts one and waits until it has announced itself.
     pub fn start_by(place: &Place, command: &mut Command) -> Self {
         let mut server = Self::spawn(place, command);
-        server.wait(|server| server.out().contains("volume  "));
+        server.wait(Self::has_announced);
         server
     }
 
-    fn spawn(place: &Place, command: &mut Command) -> Self {
+    /// Written at once, and by the server's last step before it waits.
+    fn has_announced(&self) -> bool {
+        self.out().contains("volume  ")
+    }
+
+    /// Starts one without waiting for anything.
+    pub fn spawn(place: &Place, command: &mut Command) -> Self {
         let unique = fs::read_dir(place.dir()).unwrap().count();
         let (out, err) = (format!("out-{unique}.log"), format!("err-{unique}.log"));
         let (out, err) = (PathBuf::from(place.path(&out)), PathBuf::from(place.path(&err)));

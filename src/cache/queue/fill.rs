@@ -3,6 +3,11 @@
 //! Law: a fill is published only while its registration stands unbroken, checked with its stripes
 //! held, and only where the index shows nothing. So it never covers anything newer, and the version
 //! it carries, drawn before its disk I/O was issued, is below that of everything written since.
+//!
+//! Law: a fill outlives the host only if its bytes on the disk do. In modes that write around the
+//! cache the disk may not have been flushed since, so there a fill carries its epoch and counts in
+//! recovery once the tail has reached it; write-back's next round flushes the disk and moves the
+//! tail. In write-back mode what is not cached is flushed already: epoch 0, which always counts.
 
 use std::sync::atomic::Ordering;
 
@@ -112,7 +117,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             return Some(count);
         }
         let epoch = core.epoch.load(Ordering::SeqCst);
-        draft.keys.iter_mut().for_each(|k| k.epoch = epoch);
+        let is_flushed = !volume.mode().bypasses();
+        if !is_flushed {
+            core.stamped.fetch_max(epoch, Ordering::SeqCst);
+            volume.note_dirty();
+        }
+        draft.keys.iter_mut().for_each(|k| k.epoch = if is_flushed { 0 } else { epoch });
         let stamp = Stamp {
             incarnation: core.incarnation,
             start_counter: cache.start_counter,
@@ -124,6 +134,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             cache.close_segment(&mut stream);
             return Some(count);
         }
+        open.appended(cache.syncer.started());
         let mut inserted = std::mem::take(&mut scratch.replaced);
         for key in &draft.keys {
             inserted.clear();

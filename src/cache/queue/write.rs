@@ -111,7 +111,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             self.complete_committed();
         }
         if committed {
-            self.note_dirty();
+            self.volume.note_dirty();
         }
     }
 
@@ -155,11 +155,14 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         self.volume.cache.housekeeper.raise();
         self.volume.cache.free_segments() > 0
     }
+}
 
-    fn note_dirty(&self) {
-        let core = &self.volume.core;
+impl<E: Env> Volume<E> {
+    /// Notes that write-back has something to do, and since when.
+    pub(super) fn note_dirty(&self) {
+        let core = &self.core;
         if core.dirty_since.load(Ordering::Relaxed) == 0 {
-            core.dirty_since.store(self.volume.cache.clock.now_ms().max(1), Ordering::Relaxed);
+            core.dirty_since.store(self.cache.clock.now_ms().max(1), Ordering::Relaxed);
             core.writeback.raise();
         }
     }
@@ -175,6 +178,7 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
         stream.open = Some(open);
     }
     if let Some(open) = &mut stream.open {
+        open.witness_synced(&cache.media, cache.syncer.completed());
         open.align(cache.syncer.started());
     }
     true
@@ -312,6 +316,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         core.retract(q);
         return false;
     }
+    open.appended(cache.syncer.started());
     segment.max_version.store(version + draft.keys.len() as u64 - 1, Ordering::Relaxed);
     for key in &draft.keys {
         replaced.clear();

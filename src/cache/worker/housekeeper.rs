@@ -46,11 +46,13 @@ pub(crate) struct Housekeeper<E: Env> {
     /// Full segments, to be sealed once their records are durable.
     sealing: Option<(Durable, Vec<u32>)>,
     noted_failure: bool,
+    /// Number of the last `sync` that open segments know of.
+    witnessed: u64,
 }
 
 impl<E: Env> Housekeeper<E> {
     pub fn new(cache: Arc<Cache<E>>) -> Self {
-        Self { cache, stage: Stage::Idle, sealing: None, noted_failure: false }
+        Self { cache, stage: Stage::Idle, sealing: None, noted_failure: false, witnessed: 0 }
     }
 
     /// Does a bounded piece of work.
@@ -62,6 +64,7 @@ impl<E: Env> Housekeeper<E> {
         if self.seal_some() {
             return Progress::Did;
         }
+        self.witness();
         match std::mem::replace(&mut self.stage, Stage::Idle) {
             Stage::Idle => match self.choose() {
                 Progress::Idle if self.sealing.is_some() => Progress::Waiting,
@@ -75,6 +78,23 @@ impl<E: Env> Housekeeper<E> {
                 Outcome::Reached => self.hand_out(victims),
                 _ => self.stay(Stage::Freed(ticket, victims)),
             },
+        }
+    }
+
+    /// Notes in open segments what the last `sync` has made durable.
+    fn witness(&mut self) {
+        let completed = self.cache.syncer.completed();
+        if std::mem::replace(&mut self.witnessed, completed) == completed {
+            return;
+        }
+        for volume in self.cache.all_volumes() {
+            for stream in volume.streams.get().into_iter().flatten() {
+                // Whoever holds it is about to append, and does this first.
+                let Ok(mut stream) = stream.try_lock() else { continue };
+                if let Some(open) = &mut stream.open {
+                    open.witness_synced(&self.cache.media, completed);
+                }
+            }
         }
     }
 
@@ -148,6 +168,7 @@ impl<E: Env> Housekeeper<E> {
             segment: id,
             incarnation: segment.owner.load(Ordering::Relaxed),
             generation: segment.generation.load(Ordering::Relaxed),
+            start_counter: segment.start_counter.load(Ordering::Relaxed),
             ..SegmentHeader::default()
         }
     }

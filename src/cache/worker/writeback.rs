@@ -4,12 +4,15 @@
 //! 1. gather: *strict*, the keys of the lowest closed epoch above the tail, from records, newest
 //!    per sector; *relaxed*, every dirty extent of the index, with the tail to become the epoch
 //!    closed before the first look;
-//! 2. write them, sorted and merged, all of them (law 7: nothing of a later epoch before step 3);
-//! 3. flush the disk (law 6: evidence);
-//! 4. make the media and its liveness words durable: what was skipped as superseded must not be
-//!    needed after a crash, and what zeros have replaced must not outlive them;
-//! 5. write the tail's older copy and make that durable;
-//! 6. mark clean, only where the index still points at what was written.
+//! 2. make their records durable: the disk must not have what the cache may still lose, or an older
+//!    clean copy would be read until it is evicted, and the newer bytes after that;
+//! 3. write them, sorted and merged, all of them (law 7: nothing of a later epoch before step 4);
+//! 4. flush the disk (law 6: evidence; without writes of its own too: fills of modes that write
+//!    around the cache wait for it);
+//! 5. make the liveness words of all that has died durable: what zeros have replaced must not
+//!    outlive them;
+//! 6. write the tail's older copy and make that durable;
+//! 7. mark clean, only where the index still points at what was written.
 //!
 //! A failure anywhere leaves tail and marks as they were; the round is repeated after a delay that
 //! grows. Overlapping writes are never in flight together: the extents of a round are disjoint,
@@ -50,6 +53,7 @@ const SWEEP: usize = 4096;
 /// What a round is doing.
 enum Phase {
     Idle,
+    Gathered(Round, Durable),
     Writing(Round),
     Flushing(Round),
     MakingDurable(Round, Durable),
@@ -67,7 +71,17 @@ struct Round {
     /// To be marked clean.
     written: Vec<Extent>,
     /// Where segments go on: what the round has consumed.
-    cursors: Vec<(u32, Cursor, Option<u64>)>,
+    cursors: Vec<Consumed>,
+}
+
+/// How far a round has read a segment's records.
+struct Consumed {
+    id: u32,
+    /// A segment without dirty data may be reclaimed, and used again, while the round goes on.
+    generation: u64,
+    cursor: Cursor,
+    /// The epoch of the record that comes next, if there is one.
+    next: Option<u64>,
 }
 
 pub(crate) struct Writeback<E: Env> {
@@ -116,6 +130,7 @@ impl<E: Env> Writeback<E> {
     pub fn step(&mut self) -> Progress {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => self.begin(),
+            Phase::Gathered(round, ticket) => self.records_durable(round, ticket),
             Phase::Writing(round) => self.write(round),
             Phase::Flushing(round) => self.flush_done(round),
             Phase::MakingDurable(round, ticket) => self.media_done(round, ticket),
@@ -145,10 +160,11 @@ impl<E: Env> Writeback<E> {
             Order::Strict => self.gather_strict(),
         };
         match round {
-            Ok(Some(round)) => {
+            Ok(Some(round)) if round.todo.is_empty() => {
                 self.phase = Phase::Writing(round);
                 Progress::Did
             }
+            Ok(Some(round)) => self.gathered(round),
             Ok(None) => Progress::Idle,
             Err(error) => {
                 // Records of dirty data are gone: only this volume stops.
@@ -184,28 +200,28 @@ impl<E: Env> Writeback<E> {
     fn gather_strict(&mut self) -> Result<Option<Round>, WalkError> {
         let core = self.volume.core.clone();
         let mut dirty = lock(&core.dirty);
-        let Some(epoch) = self.lowest_epoch(&mut dirty)? else {
-            // Nothing dirty below: the tail may follow the closed epochs.
-            drop(dirty);
-            core.raise_epoch();
-            let epoch = core.closed_epoch();
-            return Ok((epoch > core.tail.load(Ordering::SeqCst)).then(|| Round::empty(epoch)));
-        };
-        if epoch > core.closed_epoch() {
-            core.raise_epoch();
-            if epoch > core.closed_epoch() {
-                return Ok(None);
+        let mut is_raised = false;
+        let epoch = loop {
+            // Before the look: what is committed after it belongs to an epoch above this one.
+            let closed = core.closed_epoch();
+            match self.lowest_epoch(&mut dirty)? {
+                Some(epoch) if epoch <= closed => break epoch,
+                // Nothing is dirty below: the tail may follow the closed epochs.
+                None if closed > core.tail.load(Ordering::SeqCst) => return Ok(Some(Round::empty(closed))),
+                _ if is_raised => return Ok(None),
+                _ => core.raise_epoch(),
             }
-            // A queue may have committed more of this epoch since the look above.
-            self.lowest_epoch(&mut dirty)?;
-        }
+            is_raised = true;
+        };
         let mut keys = Vec::new();
         let mut cursors = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
             let (cursor, next) = self.consume(*id, cursor.clone(), epoch, &mut keys)?;
-            cursors.push((*id, cursor, next));
+            let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
+            cursors.push(Consumed { id: *id, generation, cursor, next });
         }
         drop(dirty);
+        tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
         keys.sort_unstable_by_key(|(k, _): &(Key, u32)| k.version);
         let mut newest = ExtentMap::new();
         let mut replaced = Vec::new();
@@ -271,6 +287,7 @@ impl<E: Env> Writeback<E> {
                 let header = SegmentHeader {
                     incarnation: self.volume.core.incarnation,
                     generation: segment.generation.load(Ordering::Relaxed),
+                    start_counter: segment.start_counter.load(Ordering::Relaxed),
                     ..SegmentHeader::default()
                 };
                 let low = segment.log_low.load(Ordering::Acquire);
@@ -284,14 +301,41 @@ impl<E: Env> Writeback<E> {
         }
     }
 
+    /// Makes durable what is about to be written: were the disk to have it and the cache to lose it,
+    /// an older clean copy would hide it for as long as it is cached, and no longer.
+    fn gathered(&mut self, round: Round) -> Progress {
+        let cache = &self.volume.cache;
+        let ticket = cache.syncer.request(&*cache.media.pmem, None);
+        self.phase = Phase::Gathered(round, ticket);
+        Progress::Did
+    }
+
+    fn records_durable(&mut self, round: Round, ticket: Durable) -> Progress {
+        match self.volume.cache.syncer.outcome(ticket) {
+            Outcome::Waiting => {
+                self.phase = Phase::Gathered(round, ticket);
+                Progress::Waiting
+            }
+            Outcome::Failed => self.abort("the cache cannot be made durable".to_owned()),
+            Outcome::Reached => {
+                self.phase = Phase::Writing(round);
+                Progress::Did
+            }
+        }
+    }
+
     /// Keeps the queue to the disk full.
     fn write(&mut self, mut round: Round) -> Progress {
         if let Err(error) = self.reap() {
             return self.abort(error);
         }
         loop {
-            if round.todo.is_empty() && !self.sweep_on(&mut round) {
-                break;
+            if round.todo.is_empty() {
+                if !self.sweep_on(&mut round) {
+                    break;
+                }
+                self.channel.as_mut().expect("opened before the round").kick();
+                return self.gathered(round);
             }
             let channel = self.channel.as_mut().expect("opened before the round");
             if channel.in_flight() >= DEPTH as usize {
@@ -312,10 +356,6 @@ impl<E: Env> Writeback<E> {
         if channel.in_flight() > 0 {
             self.phase = Phase::Writing(round);
             return Progress::Waiting;
-        }
-        if round.written.is_empty() {
-            // Nothing went to the disk, so there is nothing to flush.
-            return self.flushed(round);
         }
         assert!(channel.submit(0, Op::Flush).is_ok(), "nothing is in flight");
         channel.kick();
@@ -493,8 +533,15 @@ impl<E: Env> Writeback<E> {
     /// Files the segments a round has consumed from.
     fn settle(&self, round: Round) {
         let core = &self.volume.core;
+        let segments = &self.volume.cache.segments;
         let mut dirty = lock(&core.dirty);
-        for (id, cursor, next) in round.cursors {
+        for Consumed { id, generation, cursor, next } in round.cursors {
+            let segment = &segments[id as usize];
+            let is_gone = matches!(segment.state(), State::Free | State::Reclaiming | State::Bad);
+            if is_gone || segment.generation.load(Ordering::Relaxed) != generation {
+                // Reclaim has taken its entries away; those there are now are of its next life.
+                continue;
+            }
             dirty.known.remove(&(round.epoch, id));
             match (next, cursor) {
                 (Some(next), cursor) => _ = dirty.known.insert((next, id), cursor),
@@ -504,7 +551,6 @@ impl<E: Env> Writeback<E> {
         }
         // What relaxed rounds have cleaned wholly needs no cursor any more, once nothing more can
         // be appended to it.
-        let segments = &self.volume.cache.segments;
         let done = |id: u32| {
             let segment = &segments[id as usize];
             segment.state() != State::Open && segment.max_epoch.load(Ordering::SeqCst) <= round.epoch
