@@ -109,7 +109,9 @@ fn steady(order: &str, assume_dax: bool) {
     let client = Client::connect(daemon.socket(), ClientOptions { queues: 2, ..Default::default() });
     let mut traffic = Traffic::new(client, seed, Mix::default());
     traffic.backing = Some(workspace.path("disk.img"));
-    for _ in 0..3 {
+    // Deep queues make large records, one request at a time makes many small ones.
+    for depth_max in [32, 1, 8] {
+        traffic.mix.depth_max = depth_max;
         // Fewer would not fill the cache.
         traffic.run((operations() / 20).max(8000));
         traffic.quiesce();

@@ -75,7 +75,8 @@ pub struct Traffic {
     pub tally: Tally,
     /// The backing file, to say in a failure what it holds.
     pub backing: Option<PathBuf>,
-    mix: Mix,
+    /// What to submit from now on.
+    pub mix: Mix,
     depth: u64,
     window: u64,
     pending: HashMap<u64, Pending>,
