@@ -742,3 +742,25 @@ fn the_block_device_of_persistent_memory_is_refused_in_favour_of_dax() {
     let (socket, disk) = (place.path("s.sock"), place.zeros("d.img", MIB));
     place.refuses(&["--socket", &socket, "--cache=/dev/pmem0", "--backing", &disk], 1, &["devdax", "dax"]);
 }
+
+#[test]
+fn a_disk_whose_guest_has_encrypted_it_is_served_again() {
+    let place = Place::new();
+    let (socket, server) = start_small(&place, &[]);
+    let mut client = connect(&socket);
+    let mut luks = vec![0; 4096];
+    luks[..8].copy_from_slice(b"LUKS\xba\xbe\x00\x02");
+    assert_eq!(client.execute(&Request::write(0, luks.clone())).status, 0);
+    assert_eq!(client.execute(&Request::flush()).status, 0);
+    drop(client);
+    server.stop();
+    let drained = run(&["drain", "--cache", &place.path("c.img")]);
+    assert_eq!(drained.code, 0, "{}", drained.err);
+    let (socket, server) = start_small(&place, &[]);
+    assert_eq!(connect(&socket).execute(&Request::read(0, 4096)).data, luks);
+    server.stop();
+    // To a cache that does not know the disk it is still an image of another format.
+    let (other, disk) = (place.path("other.img"), place.path("d.img"));
+    let args = ["--socket", &socket, "--cache", &other, "--cache-size=64MiB", "--backing", &disk];
+    place.refuses(&args, 1, &["LUKS", "its format is raw"]);
+}

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::attach::{AttachError, AttachOptions};
 use super::core::load_media;
 use super::env::Env;
+use super::media::Media;
 use super::volume::Mode;
 use crate::backing::{Backing, BackingIdentity};
 use crate::onmedia::{VolumeDescriptor, VolumeState, unpad};
@@ -24,22 +25,29 @@ use crate::pmem::{MediaClass, Pmem};
 pub fn would_attach<E: Env>(pmem: &Arc<E::Pmem>, options: &AttachOptions<E>) -> Result<(), AttachError> {
     judge_options(pmem.class(), options)?;
     let media = load_media(Arc::clone(pmem))?;
-    for slot in 0..media.geometry.volume_slots {
-        let descriptor = media
-            .load(
-                |copy| media.geometry.descriptor(slot, copy),
-                |bytes| VolumeDescriptor::decode(bytes, &media.uuid, slot),
-            )
-            .newest;
-        let named =
-            |d: &VolumeDescriptor| d.state == VolumeState::InUse && unpad(&d.name) == options.name.as_bytes();
-        let Some(descriptor) = descriptor.filter(named) else { continue };
-        judge_identity(&descriptor, &*options.backing, &options.backing.identity(), options)?;
-        if descriptor.damaged && !options.accept_loss && !options.read_only {
-            return Err(AttachError::Damaged(options.name.clone()));
-        }
+    let Some(descriptor) = find(&media, &options.name) else { return Ok(()) };
+    judge_identity(&descriptor, &*options.backing, &options.backing.identity(), options)?;
+    if descriptor.damaged && !options.accept_loss && !options.read_only {
+        return Err(AttachError::Damaged(options.name.clone()));
     }
     Ok(())
+}
+
+/// Whether media that are not open yet hold a volume of this name. Reads only; no if they are no
+/// cache.
+pub fn has_volume<P: Pmem>(pmem: &Arc<P>, name: &str) -> bool {
+    load_media(Arc::clone(pmem)).is_ok_and(|media| find(&media, name).is_some())
+}
+
+/// The descriptor of the volume of this name.
+fn find<P: Pmem>(media: &Media<P>, name: &str) -> Option<VolumeDescriptor> {
+    (0..media.geometry.volume_slots).find_map(|slot| {
+        let copies = media.load(
+            |copy| media.geometry.descriptor(slot, copy),
+            |bytes| VolumeDescriptor::decode(bytes, &media.uuid, slot),
+        );
+        copies.newest.filter(|d| d.state == VolumeState::InUse && unpad(&d.name) == name.as_bytes())
+    })
 }
 
 /// Whether the options are possible with this disk and this media. Returns the block size to offer.

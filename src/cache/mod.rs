@@ -37,6 +37,6 @@ pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
-pub use judge::would_attach;
+pub use judge::{has_volume, would_attach};
 pub use recovery::RecoveryReport;
 pub use volume::{Mode, Order, Volume, VolumeDisk};

@@ -98,19 +98,23 @@ fn open_all<'a>(
     if let Some(path) = config.state_dir() {
         created.make_directory(path).map_err(|source| RunError::Directory { path: path.into(), source })?;
     }
-    let mut disks = Vec::new();
-    for volume in config.volumes() {
-        let options = DiskOptions {
-            path: &volume.backing.path,
-            read_only: volume.read_only,
-            raw: volume.backing.raw,
-            size: volume.backing.size,
-        };
-        disks.push(disk::open_or_create(&options, created).map_err(RunError::Disk)?);
-    }
     let mut images = Vec::new();
     for cache in config.caches() {
         images.push(open_image(cache, created)?);
+    }
+    let mut disks = Vec::new();
+    for volume in config.volumes() {
+        // The disk of a volume that exists is raw whatever its guest has written on it: whether it
+        // is that disk is judged below.
+        let is_known =
+            !volume.force_identity && cache::has_volume(&images[volume.cache].pmem, volume.name.as_str());
+        let options = DiskOptions {
+            path: &volume.backing.path,
+            read_only: volume.read_only,
+            raw: volume.backing.raw || is_known,
+            size: volume.backing.size,
+        };
+        disks.push(disk::open_or_create(&options, created).map_err(RunError::Disk)?);
     }
     let mut wanted = Vec::new();
     for (volume, disk) in config.volumes().iter().zip(disks) {

@@ -11,7 +11,7 @@ use super::image::Sizing;
 use crate::backing::{self, Disk, OpenError, OpenOptions};
 
 /// How long a killed predecessor's last writes may keep the disk locked.
-const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(5);
+const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Which disk, and how.
 #[derive(Clone, Copy, Debug)]

@@ -89,7 +89,9 @@ pub fn drain(
     }
     let recorded = PathBuf::from(String::from_utf8_lossy(unpad(&descriptor.path)).into_owned());
     let path = options.backing.unwrap_or(&recorded);
-    let wanted = DiskOptions { path, read_only: false, raw: options.raw, size: Sizing::AsFound };
+    // The volume's own disk is raw whatever its guest has written on it; the attach sees that it is.
+    let raw = options.raw || !options.force_identity;
+    let wanted = DiskOptions { path, read_only: false, raw, size: Sizing::AsFound };
     // Nothing is made of what is missing, so there is nothing to remember.
     let disk = disk::open_or_create(&wanted, &mut Created::default())
         .map_err(|source| DrainFailure::Disk { name: name.into(), source })?
