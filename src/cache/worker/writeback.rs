@@ -396,7 +396,6 @@ impl<E: Env> Writeback<E> {
         }
         let offset = first.range.start * 512;
         let sectors = end - first.range.start;
-        add(&self.volume.core.tally.written_back_sectors, sectors);
         round.written.extend_from_slice(&run);
         if first.place.zero {
             let unmap = self.volume.pass_discard && first.place.position % 2 == 1;
@@ -516,9 +515,12 @@ impl<E: Env> Writeback<E> {
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
+        let mut written = 0;
         for extent in &round.written {
             core.index.mark_clean_if(*extent, true);
+            written += extent.range.len;
         }
+        add(&core.tally.written_back_sectors, written);
         // Last: from then on reclaim may take the segments, and with them their cursors.
         let epoch = round.epoch;
         self.settle(round);
