@@ -2,7 +2,8 @@
 //!
 //! The budget of a hit is the copy of 4 KiB out of persistent memory, a microsecond or so; finding
 //! it should cost a tenth of that with 64 GiB of random 4 KiB blocks in the index, far more than any
-//! CPU cache holds. Each figure stands next to the same work on a `BTreeMap` under one `RwLock`.
+//! CPU cache holds. Each figure stands next to the same work on a `BTreeMap` under one `RwLock`, and
+//! prefetching by batches next to not doing it.
 //!
 //! `cargo bench --bench index`. It needs about 1.5 GiB of RAM. Without `--bench`, as in
 //! `cargo test --benches`, it runs once over a small index, to see that it runs.
@@ -130,6 +131,20 @@ fn lookups(c: &mut Criterion) {
                 position += BLOCK + 1;
                 index.insert(block_at(random.below(blocks), position), &mut found);
                 black_box(&found);
+            }
+        })
+    });
+    group.bench_function("index, prefetched by 16", |b| {
+        b.iter(|| {
+            for _ in 0..BATCH / 16 {
+                let batch: [u64; 16] = std::array::from_fn(|_| random.below(blocks));
+                batch.iter().for_each(|block| index.prefetch(block * BLOCK));
+                for block in batch {
+                    found.clear();
+                    position += BLOCK + 1;
+                    index.insert(block_at(block, position), &mut found);
+                    black_box(&found);
+                }
             }
         })
     });

@@ -59,3 +59,48 @@ impl fmt::Display for SectorRange {
         write!(f, "sectors {}..{}", self.start, self.end())
     }
 }
+
+/// A number of bytes, shown for people: in the largest unit that keeps it exact, else with one
+/// decimal.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Bytes(pub u64);
+
+const BINARY_UNITS: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (unit, shift) in BINARY_UNITS {
+            let one = 1u64 << shift;
+            if self.0 >= one && self.0.is_multiple_of(one) {
+                return f.pad(&format!("{} {unit}", self.0 >> shift));
+            }
+            // Of many units a decimal says enough; few are more exact in the next smaller one.
+            if self.0 >= 10 * one {
+                return f.pad(&format!("{:.1} {unit}", self.0 as f64 / one as f64));
+            }
+        }
+        f.pad(&format!("{} bytes", self.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_is_shown_in_the_largest_unit_that_says_enough() {
+        let rows = [
+            (1, "1 bytes"),
+            (512, "512 bytes"),
+            (4096, "4 KiB"),
+            (1 << 30, "1 GiB"),
+            (3 << 29, "1536 MiB"),
+            ((10 << 30) + 1, "10.0 GiB"),
+            ((123 << 20) + 5, "123.0 MiB"),
+            (5 << 40, "5 TiB"),
+        ];
+        for (bytes, text) in rows {
+            assert_eq!(Bytes(bytes).to_string(), text);
+        }
+    }
+}

@@ -34,10 +34,10 @@ fn run_seeds(first: u64, images: u64) -> Stats {
     let next = AtomicU64::new(first);
     let total = Mutex::new(Stats::default());
     let work = || {
-        while total.lock().unwrap().images < images {
+        while total.lock().expect("no thread panicked with it").images < images {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             match run_seed(seed, IMAGES_PER_SEED, trace_len()) {
-                Ok(stats) => total.lock().unwrap().add(&stats),
+                Ok(stats) => total.lock().expect("no thread panicked with it").add(&stats),
                 Err(violation) => panic!("{violation}"),
             }
         }
@@ -46,7 +46,7 @@ fn run_seeds(first: u64, images: u64) -> Stats {
         scope.spawn(work);
         work();
     });
-    total.into_inner().unwrap()
+    total.into_inner().expect("no thread panicked with it")
 }
 
 #[test]

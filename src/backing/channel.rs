@@ -48,7 +48,9 @@ impl DiskChannel {
                 Ok(ring) => Some(ring),
                 Err(NoRing::Failed(e)) => return Err(e),
                 Err(NoRing::Unavailable(e)) => {
-                    tracing::warn!("io_uring is not available ({e}); helper threads do the disk's I/O");
+                    core.told_no_ring.call_once(|| {
+                        tracing::warn!("io_uring is not available ({e}); helper threads do the disk's I/O");
+                    });
                     None
                 }
             },

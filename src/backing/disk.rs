@@ -13,7 +13,7 @@ use std::hash::Hasher;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use siphasher::sip::SipHasher13;
@@ -94,6 +94,8 @@ pub(super) struct Core {
     pub(super) file: Arc<DiskFile>,
     pub(super) geometry: BackingGeometry,
     pub(super) engine: Engine,
+    /// Whether the log already says that this host has no io_uring for us.
+    pub(super) told_no_ring: Once,
 }
 
 /// An open raw image or block device.
@@ -129,13 +131,14 @@ impl Disk {
         if let Some(by) = used {
             return Err(OpenError::InUse { path: path.clone(), by });
         }
-        let (file, mut direct) = open_file(options, kind)?;
+        let mut wait = lock::Wait::new(path, options.wait_lock.unwrap_or_default());
+        let (file, mut direct) = open_file(options, kind, &mut wait)?;
         let meta = file.metadata().map_err(OpenError::io(path, "examining it"))?;
         if !is_same(&named, &meta) {
             return Err(OpenError::Replaced { path: path.clone() });
         }
         if options.lock {
-            lock::acquire(&file, path, options.read_only, options.wait_lock.unwrap_or_default())?;
+            lock::acquire(&file, options.read_only, &mut wait)?;
             // Whoever had it locked may have put another file in its place.
             if !fs::metadata(path).is_ok_and(|now| is_same(&now, &meta)) {
                 return Err(OpenError::Replaced { path: path.clone() });
@@ -155,7 +158,13 @@ impl Disk {
             && (kind == BackingKind::BlockDevice || !options.read_only && file.can_punch(geometry.size));
         let geometry = BackingGeometry { can_unmap, ..geometry };
         tracing::debug!(path = %path.display(), direct, ?align, ?geometry, "disk opened");
-        let core = Core { pool: Pool::default(), file: Arc::new(file), geometry, engine: options.engine };
+        let core = Core {
+            pool: Pool::default(),
+            file: Arc::new(file),
+            geometry,
+            engine: options.engine,
+            told_no_ring: Once::new(),
+        };
         Ok(Self { core: Arc::new(core), path: path.clone(), absolute, kind, meta })
     }
 
@@ -354,19 +363,38 @@ fn is_same(a: &Metadata, b: &Metadata) -> bool {
 }
 
 /// Opens it; says whether the descriptor goes around the page cache.
-fn open_file(options: &OpenOptions, kind: BackingKind) -> Result<(File, bool), OpenError> {
+fn open_file(
+    options: &OpenOptions,
+    kind: BackingKind,
+    wait: &mut lock::Wait,
+) -> Result<(File, bool), OpenError> {
     let open = |direct: bool| {
         let exclusive = if kind == BackingKind::BlockDevice { libc::O_EXCL } else { 0 };
         let flags = libc::O_CLOEXEC | libc::O_NOCTTY | exclusive | if direct { libc::O_DIRECT } else { 0 };
         fs::OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(&options.path)
     };
-    let direct = options.direct == Direct::Auto;
-    match open(direct) {
-        // This file system has no direct I/O.
-        Err(e) if direct && e.raw_os_error() == Some(libc::EINVAL) => open(false).map(|file| (file, false)),
-        opened => opened.map(|file| (file, direct)),
+    let mut direct = options.direct == Direct::Auto;
+    loop {
+        match open(direct) {
+            // This file system has no direct I/O.
+            Err(e) if direct && e.raw_os_error() == Some(libc::EINVAL) => direct = false,
+            // A killed predecessor keeps a device as long as it keeps a lock. Looking for that lock
+            // takes another descriptor, which is not exclusive and closed again at once.
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                let holder = || File::open(&options.path).ok().and_then(|file| lock::visible_holder(&file));
+                if wait.sleep(|| holder().unwrap_or("the kernel".into())) {
+                    continue;
+                }
+                return Err(match holder() {
+                    Some(holder) => OpenError::Locked { path: options.path.clone(), holder },
+                    None => refusal(options, "opening it", e),
+                });
+            }
+            opened => {
+                return opened.map(|file| (file, direct)).map_err(|e| refusal(options, "opening it", e));
+            }
+        }
     }
-    .map_err(|e| refusal(options, "opening it", e))
 }
 
 fn measure(

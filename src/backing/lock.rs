@@ -18,7 +18,7 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::error::OpenError;
@@ -33,26 +33,47 @@ const QEMU_WRITES: i64 = 101;
 /// QEMU's lock byte for "nobody else may write to it".
 const QEMU_FORBIDS_WRITES: i64 = 201;
 
-/// Locks `file` for reading or for writing, waiting up to `wait` for another holder to go away.
-pub(super) fn acquire(file: &File, path: &Path, read_only: bool, wait: Duration) -> Result<(), OpenError> {
-    let start = Instant::now();
-    let mut remind_at = Duration::ZERO;
+/// A bounded wait for another program, which says from time to time what it waits for.
+pub(super) struct Wait {
+    path: PathBuf,
+    start: Instant,
+    limit: Duration,
+    remind_at: Duration,
+}
+
+impl Wait {
+    /// Waits for `path`, up to `limit` from now in all.
+    pub(super) fn new(path: &Path, limit: Duration) -> Self {
+        Self { path: path.to_owned(), start: Instant::now(), limit, remind_at: Duration::ZERO }
+    }
+
+    /// Sleeps a little before the next attempt; false when there is no time for one.
+    pub(super) fn sleep(&mut self, holder: impl FnOnce() -> String) -> bool {
+        let waited = self.start.elapsed();
+        if waited >= self.limit {
+            return false;
+        }
+        let left = self.limit - waited;
+        if waited >= self.remind_at {
+            tracing::warn!("{} is held by {}; waiting up to {left:.0?}", self.path.display(), holder());
+            self.remind_at = waited + REMIND;
+        }
+        std::thread::sleep(RETRY.min(left));
+        true
+    }
+}
+
+/// Locks `file` for reading or for writing, as soon as no other holder is left.
+pub(super) fn acquire(file: &File, read_only: bool, wait: &mut Wait) -> Result<(), OpenError> {
     loop {
         match try_acquire(file, read_only) {
             Ok(true) => return Ok(()),
             Ok(false) => {}
-            Err(source) => return Err(OpenError::LockFailed { path: path.to_owned(), source }),
+            Err(source) => return Err(OpenError::LockFailed { path: wait.path.clone(), source }),
         }
-        let waited = start.elapsed();
-        if waited >= wait {
-            return Err(OpenError::Locked { path: path.to_owned(), holder: holder(file) });
+        if !wait.sleep(|| holder(file)) {
+            return Err(OpenError::Locked { path: wait.path.clone(), holder: holder(file) });
         }
-        if waited >= remind_at {
-            let left_s = (wait - waited).as_secs();
-            tracing::warn!("{} is locked by {}; waiting up to {left_s} s", path.display(), holder(file));
-            remind_at += REMIND;
-        }
-        std::thread::sleep(RETRY.min(wait - waited));
     }
 }
 
@@ -117,9 +138,17 @@ fn set_range(file: &File, command: i32, kind: i32, start: i64, len: i64) -> io::
     }
 }
 
-/// Names who locks `file`, as far as this process may see.
+/// Names who locks `file`.
 fn holder(file: &File) -> String {
-    let Ok(wanted) = file.metadata() else { return "another program".into() };
+    visible_holder(file).unwrap_or_else(|| {
+        "a program that cannot be seen from here (in another container, or killed with I/O still in flight)"
+            .into()
+    })
+}
+
+/// Names who locks `file`, as far as this process may see.
+pub(super) fn visible_holder(file: &File) -> Option<String> {
+    let wanted = file.metadata().ok()?;
     let mut holders = descriptors_locking(&wanted);
     if holders.is_empty() {
         // Others' descriptors may be hidden from us while the kernel's list is not.
@@ -128,12 +157,8 @@ fn holder(file: &File) -> String {
     }
     holders.sort_unstable();
     holders.dedup();
-    if holders.is_empty() {
-        return "a program that cannot be seen from here (another container, or one that was killed and \
-                still has I/O in flight)"
-            .into();
-    }
-    holders.into_iter().map(program).collect::<Vec<_>>().join(" and ")
+    let names: Vec<_> = holders.into_iter().map(program).collect();
+    (!names.is_empty()).then(|| names.join(" and "))
 }
 
 fn program(pid: u32) -> String {
@@ -186,6 +211,19 @@ fn pids_locking(list: &str, dev: u64, ino: u64) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_that_is_refused_and_not_held_by_another_is_an_error_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        fs::write(&path, [0; 512]).unwrap();
+        // A writer's lock needs a descriptor that can write.
+        let file = File::open(&path).unwrap();
+        let mut wait = Wait::new(&path, Duration::from_secs(3600));
+        let error = acquire(&file, false, &mut wait).unwrap_err();
+        assert!(matches!(error, OpenError::LockFailed { .. }), "{error:?}");
+        assert!(error.to_string().contains("cannot be locked"), "{error}");
+    }
 
     #[test]
     fn the_kernels_list_of_locks_names_holders_but_not_waiters() {

@@ -80,7 +80,8 @@ pub enum BackingKind {
     BlockDevice = 2,
 }
 
-/// One operation. Offsets and lengths are bytes and multiples of the disk's logical block.
+/// One operation. Offsets and lengths are bytes, positive multiples of the disk's logical block and
+/// within its size; what is not is a bug of the submitter, and panics.
 #[derive(Debug)]
 pub enum Op {
     /// Fills `buf` from `offset`.
@@ -97,7 +98,9 @@ pub enum Op {
         /// What; its whole length is written.
         buf: AlignedBuf,
     },
-    /// Makes every write that completed before this was submitted durable.
+    /// Makes every write that completed before this was submitted durable. If it fails, nothing that
+    /// completed on this channel since its last good one may be believed durable, even if a later
+    /// one succeeds: write it again.
     Flush,
     /// Makes a range read as zeros.
     Zero {

@@ -10,8 +10,8 @@
 //! happened that its submitter had not yet reaped when submitting it.
 //!
 //! Invariants:
-//! - A worker lets go of the disk before it delivers a completion, so once every completion has
-//!   been reaped, dropping disk and channels closes the descriptor and its locks.
+//! - Ending the pool waits for the helpers, so that when disk and channels are gone no helper still
+//!   keeps the descriptor, and its locks, open.
 //! - A helper in the middle of a system call keeps its process's descriptors open even when the
 //!   process is being killed, so the lock on the disk outlives the I/O.
 
@@ -207,7 +207,7 @@ impl Shared {
                     drop(tasks);
                     match task {
                         Task::Run(job) => job.run(),
-                        Task::Sync(file) => self.sync(file),
+                        Task::Sync(file) => self.sync(&file),
                     }
                     tasks = lock(&self.tasks);
                 }
@@ -222,21 +222,19 @@ impl Shared {
     }
 
     /// Runs `fdatasync` for everyone who waits, until nobody does.
-    fn sync(&self, file: Arc<DiskFile>) {
-        let mut file = Some(file);
-        while let Some(open) = &file {
+    fn sync(&self, file: &DiskFile) {
+        loop {
             let batch = std::mem::take(&mut lock(&self.flushes).waiting);
-            let result = open.sync();
+            let result = file.sync();
             if result.is_err() {
                 self.failures.fetch_add(1, Ordering::AcqRel);
             }
+            self.answer(batch, &result);
             let mut flushes = lock(&self.flushes);
             if flushes.waiting.is_empty() {
                 flushes.running = false;
-                file = None;
+                return;
             }
-            drop(flushes);
-            self.answer(batch, &result);
         }
     }
 
@@ -257,12 +255,10 @@ impl Shared {
     /// Answers a task that no thread can be had for.
     fn fail(&self, task: Task, e: &io::Error) {
         match task {
-            Task::Run(Job { file, inbox, token, op }) => {
-                drop(file);
+            Task::Run(Job { inbox, token, op, .. }) => {
                 inbox.push(Completion { token, op, result: Err(copy_error(e)) });
             }
-            Task::Sync(file) => {
-                drop(file);
+            Task::Sync(_) => {
                 let mut flushes = lock(&self.flushes);
                 flushes.running = false;
                 let batch = std::mem::take(&mut flushes.waiting);
@@ -277,7 +273,6 @@ impl Job {
     fn run(self) {
         let Job { file, inbox, token, mut op } = self;
         let result = file.run(&mut op);
-        drop(file);
         inbox.push(Completion { token, op, result });
     }
 }
@@ -289,4 +284,68 @@ fn copy_error(e: &io::Error) -> io::Error {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> Arc<DiskFile> {
+        Arc::new(DiskFile::new(tempfile::tempfile().unwrap(), 1))
+    }
+
+    #[test]
+    fn what_no_thread_can_be_had_for_comes_back_as_an_error() {
+        let shared = Shared::default();
+        let inbox = Arc::new(Inbox::new(&Waker::default(), 4).unwrap());
+        let refused = io::Error::from_raw_os_error(libc::EAGAIN);
+        let op = Op::Zero { offset: 0, len: 512, unmap: true };
+        shared.fail(Task::Run(Job { file: disk(), inbox: inbox.clone(), token: 1, op }), &refused);
+        let mut flushes = lock(&shared.flushes);
+        flushes.running = true;
+        flushes.waiting.push(Waiting { inbox: inbox.clone(), token: 2, known: 0 });
+        drop(flushes);
+        shared.fail(Task::Sync(disk()), &refused);
+        assert!(!lock(&shared.flushes).running, "the next flush starts anew");
+        let mut done = Vec::new();
+        inbox.drain(&mut done);
+        let codes: Vec<_> =
+            done.iter().map(|c| (c.token, c.result.as_ref().unwrap_err().raw_os_error())).collect();
+        assert_eq!(codes, [(1, Some(libc::EAGAIN)), (2, Some(libc::EAGAIN))]);
+        assert!(inbox.is_empty());
+    }
+
+    #[test]
+    fn helpers_are_few_however_many_operations_wait() {
+        let pool = Pool::default();
+        let (file, inbox) = (disk(), Arc::new(Inbox::new(&Waker::default(), 500).unwrap()));
+        file.file().set_len(4096).unwrap();
+        for token in 0..500 {
+            let buf = super::super::AlignedBuf::new(4096);
+            pool.run(&file, &inbox, token, Op::Read { offset: 0, buf });
+        }
+        assert!((1..=WORKERS_MAX).contains(&lock(&pool.shared.tasks).workers.len()));
+        // Ending the pool lets its helpers do what is queued first.
+        drop(pool);
+        let mut done = Vec::new();
+        inbox.drain(&mut done);
+        assert_eq!(done.len(), 500);
+        assert_eq!(Arc::strong_count(&file), 1, "no helper keeps the disk open");
+    }
+
+    #[test]
+    fn a_failed_flush_is_everybodys_until_they_know_of_it() {
+        let shared = Shared::default();
+        let inbox = Arc::new(Inbox::new(&Waker::default(), 4).unwrap());
+        shared.failures.store(3, Ordering::Release);
+        let eio = || Err(io::Error::from_raw_os_error(libc::EIO));
+        for (known, result, good) in
+            [(3, Ok(()), true), (2, Ok(()), false), (0, Ok(()), false), (3, eio(), false), (2, eio(), false)]
+        {
+            shared.answer(vec![Waiting { inbox: inbox.clone(), token: 0, known }], &result);
+            let mut done = Vec::new();
+            inbox.drain(&mut done);
+            assert_eq!(done[0].result.is_ok(), good, "known {known}, {result:?}");
+        }
+    }
 }

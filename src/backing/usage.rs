@@ -25,7 +25,7 @@ pub(super) fn of_device(dev: u64) -> Option<String> {
     {
         return Some(format!("{} is swap space", path.display()));
     }
-    devices.iter().find_map(|dev| holders(*dev))
+    devices.iter().find_map(|dev| holders(&sysfs(*dev)))
 }
 
 /// How a regular file is used, and by which loop device if that alone is so.
@@ -132,9 +132,9 @@ fn partitions(dev: u64) -> Vec<u64> {
     entries.filter(|e| e.path().join("partition").exists()).filter_map(|e| read_dev(&e.path())).collect()
 }
 
-/// Mapped devices (dm, md, bcache) built on a device.
-fn holders(dev: u64) -> Option<String> {
-    let entries = fs::read_dir(sysfs(dev).join("holders")).into_iter().flatten().flatten();
+/// Mapped devices (dm, md, bcache) built on the device with this folder in sysfs.
+fn holders(folder: &Path) -> Option<String> {
+    let entries = fs::read_dir(folder.join("holders")).into_iter().flatten().flatten();
     let names: Vec<_> = entries
         .map(|e| {
             let mapped = fs::read_to_string(e.path().join("dm/name"));
@@ -174,6 +174,20 @@ mod tests {
         let text = b"Filename\tType\tSize\n/dev/zram0   partition 1 0 100\n/a\\040b file 1 0 -2\n";
         assert_eq!(swap_paths(text).collect::<Vec<_>>(), [Path::new("/dev/zram0"), Path::new("/a b")]);
         assert_eq!(swap_paths(b"Filename\n").count(), 0);
+    }
+
+    #[test]
+    fn devices_built_on_a_disk_are_named_by_node_and_mapping() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(holders(dir.path()), None);
+        fs::create_dir_all(dir.path().join("holders")).unwrap();
+        assert_eq!(holders(dir.path()), None);
+        fs::create_dir_all(dir.path().join("holders/dm-3/dm")).unwrap();
+        fs::write(dir.path().join("holders/dm-3/dm/name"), "vg-root\n").unwrap();
+        assert_eq!(holders(dir.path()).unwrap(), "dm-3, vg-root, is built on it");
+        fs::remove_dir_all(dir.path().join("holders/dm-3")).unwrap();
+        fs::create_dir_all(dir.path().join("holders/md0")).unwrap();
+        assert_eq!(holders(dir.path()).unwrap(), "md0 is built on it");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
+use super::judge::{judge_identity, judge_options};
 use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
@@ -178,27 +179,9 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// [`AttachError`]; nothing has been changed but, at most, an empty volume made.
     pub fn attach(self: &Arc<Self>, options: AttachOptions<E>) -> Result<Arc<Volume<E>>, AttachError> {
+        let block = judge_options(self.media_class(), &options)?;
         let name = options.name.clone();
-        let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if name.is_empty() || name.len() > 64 || !name.chars().all(good) {
-            return Err(AttachError::BadName(name));
-        }
-        let geometry = options.backing.geometry();
         let identity = options.backing.identity();
-        if geometry.read_only && !options.read_only {
-            return Err(AttachError::ReadOnlyDisk(identity.path));
-        }
-        if self.media_class() == MediaClass::Volatile
-            && options.mode == Mode::Writeback
-            && !options.read_only
-            && !options.allow_volatile
-        {
-            return Err(AttachError::Volatile(self.media_class()));
-        }
-        let block = options.block_size.unwrap_or(geometry.logical_block);
-        if ![512, 4096].contains(&block) || block < geometry.logical_block {
-            return Err(AttachError::BlockSize { asked: block, disk: geometry.logical_block });
-        }
         self.check_room()?;
         let serial =
             pad::<20>(&options.serial).ok_or_else(|| AttachError::BadSerial(options.serial.clone()))?;
@@ -385,7 +368,7 @@ impl<E: Env> Cache<E> {
         let at = self.media.geometry.descriptor(core.slot, guard.1);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
         let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket, self.threaded) == Outcome::Failed {
+        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
             return Err(AttachError::SyncFailed);
         }
         *guard = (descriptor, 1 - guard.1);
@@ -453,40 +436,4 @@ fn set_identity(descriptor: &mut VolumeDescriptor, identity: &BackingIdentity) {
     descriptor.backing_device = identity.device;
     descriptor.backing_inode = identity.inode;
     descriptor.path = pad_cut(&identity.path);
-}
-
-/// Whether the disk is the volume's own, unchanged since the last clean detach.
-fn judge_identity<B: Backing>(
-    descriptor: &VolumeDescriptor,
-    backing: &B,
-    identity: &BackingIdentity,
-    options: &AttachOptions<impl Env>,
-) -> Result<(), AttachError> {
-    let (name, path) = (options.name.clone(), identity.path.clone());
-    if identity.size / 512 != descriptor.sectors {
-        let expected = descriptor.sectors * 512;
-        return Err(AttachError::SizeDiffers { name, path, expected, found: identity.size });
-    }
-    if options.force_identity {
-        return Ok(());
-    }
-    if descriptor.fingerprint_valid {
-        // Content speaks louder than names: a moved or copied disk is welcome if it is unchanged.
-        let fingerprint =
-            backing.fingerprint().map_err(|error| AttachError::Disk { path: path.clone(), error })?;
-        if fingerprint == descriptor.fingerprint {
-            return Ok(());
-        }
-    }
-    let same = descriptor.backing_kind == identity.kind as u32
-        && descriptor.backing_device == identity.device
-        && descriptor.backing_inode == identity.inode;
-    if !same {
-        let was = String::from_utf8_lossy(unpad(&descriptor.path)).into_owned();
-        return Err(AttachError::OtherDisk { name, path, was });
-    }
-    if descriptor.fingerprint_valid {
-        return Err(AttachError::ContentChanged { name, path });
-    }
-    Ok(())
 }

@@ -4,11 +4,11 @@
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::Duration;
 
-use super::env::Env;
+use super::env::{Clock, Env};
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
@@ -21,13 +21,6 @@ use crate::onmedia::{
     Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
 use crate::pmem::{MediaClass, MediaError, Pmem};
-
-/// How to open a cache.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct OpenOptions {
-    /// Whether worker threads will run: control then waits for them instead of working itself.
-    pub threaded: bool,
-}
 
 /// Why a cache cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -93,8 +86,11 @@ pub struct Cache<E: Env> {
     pub(crate) volumes: RwLock<HashMap<u64, Arc<VolumeCore>>>,
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
-    pub(crate) threaded: bool,
     pub(crate) stopping: AtomicBool,
+    /// Milliseconds since 1970 at the housekeeper's last step: what records carry, for messages.
+    pub(crate) recent_ms: AtomicU64,
+    /// Clean segments at the last look for victims.
+    pub(crate) clean_count: AtomicUsize,
     free: Mutex<VecDeque<u32>>,
     free_count: AtomicUsize,
     /// Full, not yet sealed.
@@ -110,11 +106,7 @@ impl<E: Env> Cache<E> {
     ///
     /// # Errors
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
-    pub fn open(
-        pmem: Arc<E::Pmem>,
-        clock: E::Clock,
-        options: OpenOptions,
-    ) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
+    pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
@@ -122,6 +114,7 @@ impl<E: Env> Cache<E> {
         let start = begin_start(&media)?;
         let class = media.pmem.class();
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
+        let now_ms = clock.unix_ms();
         let mut cache = Cache {
             syncer: Syncer::new(class, start.page.sync_failed),
             start_counter: start.page.start_counter,
@@ -132,8 +125,9 @@ impl<E: Env> Cache<E> {
             housekeeper: Signal::default(),
             volumes: RwLock::default(),
             start: Mutex::new(start),
-            threaded: options.threaded,
             stopping: AtomicBool::new(false),
+            recent_ms: AtomicU64::new(now_ms),
+            clean_count: AtomicUsize::new(0),
             free: Mutex::default(),
             free_count: AtomicUsize::new(0),
             full: Mutex::default(),
@@ -141,7 +135,7 @@ impl<E: Env> Cache<E> {
         };
         let report = recovery::recover(&mut cache)?;
         let ticket = cache.syncer.request(&*cache.media.pmem, None);
-        if cache.syncer.wait(&*cache.media.pmem, ticket, false) == Outcome::Failed {
+        if cache.syncer.wait(&*cache.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
         }
         Ok((Arc::new(cache), report))
@@ -220,9 +214,12 @@ impl<E: Env> Cache<E> {
         self.housekeeper.raise();
     }
 
-    /// Whether the free list is so short that write-back should hurry.
+    /// Whether so much is dirty that write-back should hurry: a quarter of the segments is all that
+    /// is free or could be made free at once.
     pub(crate) fn is_pressed(&self) -> bool {
-        self.free_segments() < self.free_target() * 2
+        let free = self.free_segments();
+        free < self.free_target()
+            && free + self.clean_count.load(Ordering::Relaxed) < (self.segments.len() / 4).max(2)
     }
 
     pub(crate) fn volume_of(&self, incarnation: u64) -> Option<Arc<VolumeCore>> {
@@ -243,7 +240,7 @@ impl<E: Env> Cache<E> {
         let at = self.media.geometry.start_page(start.next);
         self.media.pmem.write(at, &page.encode()[..])?;
         let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket, self.threaded) == Outcome::Failed {
+        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
         }
         *start = StartState { page, next: 1 - start.next, was_clean: start.was_clean };

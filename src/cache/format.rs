@@ -122,7 +122,7 @@ fn write_tables<P: Pmem>(pmem: &P, geometry: &Geometry, uuid: [u8; 16]) -> Resul
 fn settle<P: Pmem>(pmem: &P) -> Result<(), FormatError> {
     let syncer = Syncer::new(pmem.class(), false);
     let ticket = syncer.request(pmem, None);
-    match syncer.wait(pmem, ticket, false) {
+    match syncer.wait(pmem, ticket) {
         Outcome::Failed => Err(FormatError::NotDurable),
         _ => Ok(()),
     }

@@ -20,6 +20,7 @@ pub mod worker;
 
 mod attach;
 mod core;
+mod judge;
 mod liveness;
 mod media;
 mod record;
@@ -32,9 +33,10 @@ mod syncer;
 
 pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};
-pub use core::{Cache, OpenError, OpenOptions, Space};
+pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
+pub use judge::{has_volume, would_attach};
 pub use recovery::RecoveryReport;
 pub use volume::{Mode, Order, Volume, VolumeDisk};

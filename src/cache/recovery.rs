@@ -145,7 +145,8 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMa
                     report.findings.push(format!("volume slot {slot}: a copy of its tail is damaged"));
                 }
                 volume.tail.store(tail.epoch, Ordering::Relaxed);
-                // Also where no segment of it is left to say so.
+                // Also where no segment is left to say what was used: an epoch at or below the
+                // tail would count as clean.
                 volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
                 volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
                 *lock(&volume.tail_page) = (tail.sequence, next);
@@ -199,7 +200,13 @@ fn scan_segment<E: Env>(
         }
     }
     if header.state == SegmentState::Open {
-        seal_found(cache, id, header, &scan, report);
+        // Sealed with what is left, the segment no longer shows that there was more: the volume's
+        // descriptor must say so first, or the next start would find nothing amiss.
+        let is_lost = scan.losses.iter().any(|(epoch, _)| *epoch > tail);
+        match if is_lost { cache.update_descriptor(volume, |d| d.damaged = true) } else { Ok(()) } {
+            Ok(()) => seal_found(cache, id, header, &scan, report),
+            Err(error) => report.findings.push(format!("segment {id} cannot be sealed: {error}")),
+        }
     }
     scan
 }

@@ -188,7 +188,11 @@ impl Segment {
     pub fn set_block_checksum(&self, block: u32, crc: u32) {
         let body = self.body();
         body.blocks[block as usize].store(crc, Ordering::Relaxed);
-        body.packed[block as usize / 32].fetch_and(!(1 << (block % 32)), Ordering::Relaxed);
+        // A draft that was given up may have packed small pieces here before.
+        let (word, bit) = (&body.packed[block as usize / 32], 1 << (block % 32));
+        if word.load(Ordering::Relaxed) & bit != 0 {
+            word.fetch_and(!bit, Ordering::Relaxed);
+        }
     }
 
     /// Stores the checksum of one sector of a packed block.
@@ -211,5 +215,40 @@ impl Segment {
     pub fn sector_checksum(&self, sector: u32) -> u32 {
         let sectors = self.body().sectors.get();
         sectors.expect("a packed block has sector checksums")[sector as usize].load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment() -> Segment {
+        let geometry = Geometry::custom(16 << 10, 64 << 10, 4, 1).unwrap();
+        let segment = Segment::default();
+        segment.begin(&geometry, 1, 1, 1);
+        segment
+    }
+
+    #[test]
+    fn a_block_given_up_by_a_draft_takes_the_checksums_of_its_next_use() {
+        let segment = segment();
+        segment.set_sector_checksum(25, 7);
+        assert_eq!((segment.block_checksum(3), segment.sector_checksum(25)), (None, 7));
+        segment.set_block_checksum(3, 9);
+        assert_eq!(segment.block_checksum(3), Some(9));
+        segment.set_sector_checksum(24, 5);
+        assert_eq!((segment.block_checksum(3), segment.sector_checksum(24)), (None, 5));
+    }
+
+    #[test]
+    fn each_sector_dies_once_and_each_changed_word_is_taken_once() {
+        let segment = segment();
+        assert_eq!(segment.mark_dead(30, 40), 40);
+        assert_eq!(segment.mark_dead(25, 10), 5);
+        let mut words = Vec::new();
+        segment.take_changed(|word, bits| words.push((word, bits)));
+        assert_eq!(words, [(0, 0xfe00_0000), (1, u32::MAX), (2, 0x3f)]);
+        segment.take_changed(|_, _| panic!("nothing changed since"));
+        assert!(segment.is_dead(69) && !segment.is_dead(70));
     }
 }

@@ -47,8 +47,12 @@ pub(crate) struct Open {
     sequence: u64,
     keys: usize,
     checksums: usize,
-    /// `Syncer::started` when the last record was appended.
+    /// `Syncer::started` when the present pages were begun.
     sync_mark: u64,
+    /// `Syncer::started` after the last record was stored: a later `sync` makes it durable.
+    appended_at: u64,
+    /// Sequence number of the last record a witness was written for.
+    witnessed: u64,
     by_page: bool,
 }
 
@@ -127,9 +131,23 @@ impl Open {
         Ok(())
     }
 
+    /// Notes how many `sync`s had begun after the record was stored.
+    pub fn appended(&mut self, syncs_started: u64) {
+        self.appended_at = syncs_started;
+    }
+
+    /// On page-cache media, writes the witness of the last record once a `sync` that began after it
+    /// has succeeded; it becomes durable with the next one.
+    pub fn witness_synced<P: Pmem>(&mut self, media: &Media<P>, syncs_completed: u64) {
+        if self.by_page && self.witnessed < self.sequence - 1 && syncs_completed > self.appended_at {
+            self.write_witness(media);
+        }
+    }
+
     /// Remembers, beside the record, that it was whole; goes out with the next record's fence.
-    pub fn write_witness<P: Pmem>(&self, media: &Media<P>) {
+    pub fn write_witness<P: Pmem>(&mut self, media: &Media<P>) {
         let sequence = self.sequence - 1;
+        self.witnessed = sequence;
         let witness =
             Witness { generation: self.generation, sequence, log_low: self.log_low, segment: self.id };
         let at = media.in_segment(self.id, media.geometry.witness_offset((sequence % 2) as usize));
@@ -161,6 +179,8 @@ impl<E: Env> Cache<E> {
                         keys: 0,
                         checksums: 0,
                         sync_mark: self.syncer.started(),
+                        appended_at: 0,
+                        witnessed: 0,
                         by_page: !self.media.pmem.class().fence_is_durable(),
                     });
                 }

@@ -28,7 +28,8 @@ pub(crate) enum Outcome {
 #[derive(Default)]
 struct State {
     requested: u64,
-    waiters: Vec<Waker>,
+    /// Whom to wake when which ticket is decided.
+    waiters: Vec<(u64, Waker)>,
     stop: bool,
 }
 
@@ -39,6 +40,10 @@ pub(crate) struct Syncer {
     state: Mutex<State>,
     work: Condvar,
     done: Condvar,
+    /// Held for the length of a `sync`: there is one at a time.
+    stepping: Mutex<()>,
+    /// Whether a thread is in [`Syncer::run`].
+    running: AtomicBool,
     started: AtomicU64,
     completed: AtomicU64,
     failed: AtomicBool,
@@ -51,6 +56,8 @@ impl Syncer {
             state: Mutex::default(),
             work: Condvar::new(),
             done: Condvar::new(),
+            stepping: Mutex::default(),
+            running: AtomicBool::new(false),
             started: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             failed: AtomicBool::new(failed_before),
@@ -68,7 +75,7 @@ impl Syncer {
         let ticket = self.started.load(Ordering::SeqCst) + 1;
         state.requested = state.requested.max(ticket);
         if let Some(waker) = waker {
-            state.waiters.push(waker.clone());
+            state.waiters.push((ticket, waker.clone()));
         }
         self.work.notify_one();
         Durable(ticket)
@@ -95,13 +102,14 @@ impl Syncer {
         self.started.load(Ordering::Relaxed)
     }
 
-    /// Blocks until the ticket is decided. For workers and control, never for a queue.
-    pub fn wait<P: Pmem>(&self, pmem: &P, ticket: Durable, threaded: bool) -> Outcome {
+    /// Blocks until the ticket is decided, doing the work itself where no thread does. For workers
+    /// and control, never for a queue.
+    pub fn wait<P: Pmem>(&self, pmem: &P, ticket: Durable) -> Outcome {
         loop {
             match self.outcome(ticket) {
-                Outcome::Waiting if threaded => {
+                Outcome::Waiting if self.running.load(Ordering::SeqCst) => {
                     let state = lock(&self.state);
-                    drop(self.done.wait_timeout(state, Duration::from_millis(50)));
+                    drop(self.done.wait_timeout(state, Duration::from_millis(10)));
                 }
                 Outcome::Waiting => {
                     self.step(pmem);
@@ -111,37 +119,50 @@ impl Syncer {
         }
     }
 
+    /// Number of the last `sync` that succeeded: what was appended under a lower `started` is durable.
+    pub fn completed(&self) -> u64 {
+        self.completed.load(Ordering::Acquire)
+    }
+
     /// Runs one `sync` if any is asked for; says whether it did.
     pub fn step<P: Pmem>(&self, pmem: &P) -> bool {
-        {
+        let _one_at_a_time = lock(&self.stepping);
+        let this = {
             let state = lock(&self.state);
             if state.requested <= self.started.load(Ordering::SeqCst) || self.has_failed() {
                 return false;
             }
             // Under the lock: a ticket drawn after this line waits for the next one.
-            self.started.fetch_add(1, Ordering::SeqCst);
-        }
+            self.started.fetch_add(1, Ordering::SeqCst) + 1
+        };
         match pmem.sync() {
-            Ok(()) => {
-                self.completed.store(self.started.load(Ordering::SeqCst), Ordering::Release);
-            }
+            Ok(()) => self.completed.store(this, Ordering::Release),
             Err(error) => {
                 tracing::error!(%error, "the cache can no longer be made durable: it stops accepting writes");
                 self.failed.store(true, Ordering::Release);
             }
         }
-        let waiters = std::mem::take(&mut lock(&self.state).waiters);
-        waiters.iter().for_each(Waker::wake);
+        let failed = self.has_failed();
+        lock(&self.state).waiters.retain(|(ticket, waker)| {
+            // Those of the next `sync` stay: this one does not answer them.
+            let decided = failed || *ticket <= this;
+            if decided {
+                waker.wake();
+            }
+            !decided
+        });
         self.done.notify_all();
         true
     }
 
     /// The loop of the syncing thread, until [`Syncer::stop`].
     pub fn run<P: Pmem>(&self, pmem: &P) {
+        self.running.store(true, Ordering::SeqCst);
         loop {
             while self.step(pmem) {}
             let state = lock(&self.state);
             if state.stop {
+                self.running.store(false, Ordering::SeqCst);
                 return;
             }
             if state.requested <= self.started.load(Ordering::SeqCst) || self.has_failed() {
@@ -150,9 +171,79 @@ impl Syncer {
         }
     }
 
+    /// Makes a new [`Syncer::run`] possible after [`Syncer::stop`].
+    pub fn rearm(&self) {
+        lock(&self.state).stop = false;
+    }
+
     /// Ends [`Syncer::run`] once what was asked for is done.
     pub fn stop(&self) {
         lock(&self.state).stop = true;
         self.work.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::pmem::{MediaError, SyncError};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    /// Media whose `sync` runs a hook, as if somebody asked for the next one meanwhile.
+    struct Slow<F>(F);
+
+    impl<F: Fn() + Send + Sync + 'static> Pmem for Slow<F> {
+        fn len(&self) -> u64 {
+            4096
+        }
+
+        fn class(&self) -> MediaClass {
+            MediaClass::PageCache
+        }
+
+        fn read(&self, _: u64, _: &mut [u8]) -> Result<(), MediaError> {
+            Ok(())
+        }
+
+        fn write(&self, _: u64, _: &[u8]) -> Result<(), MediaError> {
+            Ok(())
+        }
+
+        fn fence(&self) {}
+
+        fn sync(&self) -> Result<(), SyncError> {
+            (self.0)();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn who_asks_during_a_sync_waits_for_the_next_and_is_woken_by_it() {
+        let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let waker = Waker::new(event.try_clone().unwrap());
+        let late = Arc::new(Mutex::new(None));
+        let hook = {
+            let (syncer, late) = (syncer.clone(), late.clone());
+            move || {
+                let mut late = lock(&late);
+                if late.is_none() {
+                    *late = Some(syncer.request(&Slow(|| {}), Some(&waker)));
+                }
+            }
+        };
+        let pmem = Slow(hook);
+        let early = syncer.request(&pmem, None);
+        assert!(syncer.step(&pmem));
+        let late = lock(&late).unwrap();
+        assert_eq!(syncer.outcome(early), Outcome::Reached);
+        assert_eq!(syncer.outcome(late), Outcome::Waiting);
+        assert!(event.read().is_err(), "woken before its ticket was decided");
+        assert!(syncer.step(&pmem));
+        assert_eq!(syncer.outcome(late), Outcome::Reached);
+        assert_eq!(event.read().unwrap(), 1);
+        assert!(!syncer.step(&pmem), "nobody asks for a third");
     }
 }

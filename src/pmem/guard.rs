@@ -3,11 +3,11 @@
 //! The cache file may be truncated, a page of it poisoned, a tmpfs full; the guest's memory belongs
 //! to another process, which may truncate it under us. Touching such memory raises SIGBUS, whose
 //! default is the end of every volume. Here it is the error of one copy: the handler recognises
-//! that the faulting instruction lies in one of the routines of [`super::routines`] and sends that
+//! that the faulting instruction lies in one of the routines of `routines.rs` and sends that
 //! routine to its error exit. Invariants:
 //!
-//! 1. **Only our routines are excused.** A SIGBUS anywhere else, or one that a process sent, goes
-//!    on to whoever handled it before us, by default to the death of the process.
+//! 1. **Only our routines are excused.** A fault anywhere else goes on to whoever handled it before
+//!    us, by default to the death of the process; a SIGBUS that a process sent is always that.
 //! 2. **The place is the proof; ranges are not registered.** A routine copies between private memory
 //!    and memory its caller says may vanish, so there is nothing a range would add, and nothing to
 //!    register, look up or forget at unmapping. Should the private side have failed (a defect of our

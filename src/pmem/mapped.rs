@@ -23,7 +23,7 @@ use std::ptr;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
-use super::store::fence_durable;
+use super::store::complete_stores;
 use super::{MediaClass, MediaError, Pmem, StorePlan, SyncError, guard, open};
 
 /// Alignment of the mapping's base: a huge page of every size that matters, so that a structure
@@ -163,13 +163,10 @@ impl Pmem for MappedPmem {
 
     #[inline]
     fn fence(&self) {
-        if self.class.fence_is_durable() {
-            fence_durable();
-        } else {
-            // Stable when executed: a killed process's stores are the page cache's. What is left to
-            // do is to keep the compiler and other threads from seeing later ones first.
-            fence(Ordering::Release);
-        }
+        // The compiler's part, then the processor's. Stable does not need the second, since a killed
+        // process's stores are the page cache's; publishing does (see `store`).
+        fence(Ordering::Release);
+        complete_stores();
     }
 
     fn sync(&self) -> Result<(), SyncError> {

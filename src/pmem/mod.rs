@@ -99,9 +99,12 @@ pub trait Pmem: Send + Sync + 'static {
     /// [`MediaError`] when any of them cannot be read; `dst` is then unspecified.
     fn read(&self, at: u64, dst: &mut [u8]) -> Result<(), MediaError>;
 
-    /// Stores `src` at `at` such that the calling thread's next [`Pmem::fence`] covers it. Not
-    /// atomic: a crash before that keeps any subset of its aligned 8-byte words (`dax`) or 512-byte
-    /// sectors (`page-cache`).
+    /// Stores `src` at `at` such that the calling thread's next [`Pmem::fence`] covers it. Until
+    /// then other threads may see any part of it.
+    ///
+    /// Not atomic: a crash before that keeps any subset of its aligned 8-byte words (`dax`) or
+    /// 512-byte sectors (`page-cache`); of these one may be half new, by words, when the kernel
+    /// happened to write its page back in the middle of the store.
     ///
     /// # Errors
     /// [`MediaError`] when any byte cannot be stored; the range is then unspecified.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use super::classify::{self, Medium, PersistenceDomain, Refusal};
 use super::lock::{self, Holder, LockError};
 use super::mapped::{MapFailure, MappedPmem, Mapping};
-use super::{MediaClass, StoreMethod, StorePlan, guard};
+use super::{MediaClass, StorePlan, guard};
 
 /// How to open a cache's media.
 #[derive(Clone, Debug)]
@@ -27,7 +27,7 @@ pub struct OpenOptions {
     pub lock: bool,
     /// Touch every page now, so that no request pays for a first touch.
     pub prefault: bool,
-    /// How to store on DAX; `None` measures. Panics at open if it is not durable.
+    /// How to store; `None` chooses. Opening DAX with one that is not durable panics.
     pub store: Option<StorePlan>,
 }
 
@@ -165,11 +165,9 @@ impl MappedPmem {
                 Ok(mapping)
             })
             .map_err(|MapFailure { step, source }| OpenError::Io { path: path(), step, source })?;
-        let store = if class.fence_is_durable() {
-            options.store.unwrap_or_else(StorePlan::measured)
-        } else {
-            StorePlan::uniform(StoreMethod::Cached)
-        };
+        let store = options.store.unwrap_or_else(|| {
+            if class.fence_is_durable() { StorePlan::measured() } else { StorePlan::plain() }
+        });
         Ok(Self::new(path(), found.file, mapping, class, reason, store))
     }
 }

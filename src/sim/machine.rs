@@ -8,7 +8,7 @@ use super::memory::SimPmem;
 use super::world::{SimClock, SimEnv, World};
 use crate::cache::queue::Queue;
 use crate::cache::worker::{Progress, Stepper};
-use crate::cache::{AttachOptions, Cache, Mode, OpenOptions, Order, RecoveryReport, Volume, VolumeDisk};
+use crate::cache::{AttachOptions, Cache, Mode, Order, RecoveryReport, Volume, VolumeDisk};
 use crate::volume::{Buffer, Disk, DiskQueue, Done, GuestFault, Request, RequestKind, Status};
 use crate::wake::Waker;
 
@@ -125,8 +125,8 @@ impl Machine {
         world.act_as(CONTROL);
         let clock = SimClock::default();
         let pmem = Arc::new(SimPmem::new(world));
-        let (cache, report) = Cache::open(pmem, clock.clone(), OpenOptions { threaded: false })
-            .map_err(|e| format!("the cache does not open: {e}"))?;
+        let (cache, report) =
+            Cache::open(pmem, clock.clone()).map_err(|e| format!("the cache does not open: {e}"))?;
         let mut served = Vec::new();
         for (number, style) in styles.iter().enumerate() {
             let options = attach_options(world, number, style, queues);

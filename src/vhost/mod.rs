@@ -1,1 +1,41 @@
 //! Requests in, used descriptors out: the vhost-user-blk front end.
+//!
+//! ```text
+//!  socket ─► server ─► message ─► session ─► vring ──── starts and stops ────┐
+//!            accepts   framing,   protocol   a ring as the                   ▼
+//!            in turn   fds        state      VMM set it up          queue: one thread
+//!                                   │                               ring ─► request ─► DiskQueue
+//!                                   └► memory: the guest's RAM ◄──── descriptors, data, status
+//! ```
+//!
+//! Everything that arrives here is hostile: messages, descriptors, ring contents and the in-flight
+//! area are bounded and checked before use. What fails, fails small: a request gets a status, a
+//! ring that cannot be believed any more is *broken* (it stops, its neighbours go on), a message
+//! that cannot be obeyed ends its connection, and nothing ends the process.
+//!
+//! The message loop and the ring are our own rather than `vhost-user-backend` and `virtio-queue`:
+//! those refuse the in-flight messages that make a restart harmless, accept only one connection
+//! per object, and cost about a hundred nanoseconds per request where a bounds-checked pointer
+//! costs five.
+
+mod config_space;
+mod copy;
+mod decode;
+mod fds;
+mod features;
+mod idle;
+mod inflight;
+mod memory;
+mod message;
+mod notify;
+mod queue;
+mod request;
+mod ring;
+mod server;
+mod session;
+mod vring;
+
+pub use server::{Endpoint, Options, Server, Stopper};
+
+#[cfg(test)]
+mod testing;

@@ -30,7 +30,7 @@ fn a_block_device_is_opened_with_its_own_block_sizes() {
             device(8 << 20, &["--sector-size", &sector.to_string()])
         );
         for engine in [Engine::Auto, Engine::Threads] {
-            let disk = Disk::open(&OpenOptions { engine, ..OpenOptions::new(&device.path) }).unwrap();
+            let disk = Disk::open(&OpenOptions { engine, ..patient(&device.path) }).unwrap();
             let geometry = disk.geometry();
             assert_eq!((geometry.size, geometry.logical_block), (8 << 20, sector));
             assert!(geometry.physical_block >= sector && disk.is_direct());
@@ -59,6 +59,18 @@ fn a_block_device_is_opened_with_its_own_block_sizes() {
 }
 
 #[test]
+fn a_block_size_that_no_guest_expects_is_refused() {
+    let test = "a_block_size_that_no_guest_expects_is_refused";
+    let (device, _dir) = need!(test, device(8 << 20, &["--sector-size", "2048"]));
+    match Disk::open(&patient(&device.path)) {
+        Err(error @ OpenError::BlockSize { block: 2048, .. }) => {
+            assert!(error.to_string().contains("blocks of 2048 bytes"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn sectors_smaller_than_the_file_systems_device_has_are_written_one_by_one() {
     let test = "sectors_smaller_than_the_file_systems_device_has_are_written_one_by_one";
     let (device, dir) = need!(test, device(64 << 20, &["--sector-size", "4096"]));
@@ -69,7 +81,7 @@ fn sectors_smaller_than_the_file_systems_device_has_are_written_one_by_one() {
     let path = on.join("disk.img");
     create_sparse(&path, 4 << 20).unwrap();
     for engine in [Engine::Auto, Engine::Threads] {
-        let disk = Disk::open(&OpenOptions { engine, ..OpenOptions::new(&path) }).unwrap();
+        let disk = Disk::open(&OpenOptions { engine, ..patient(&path) }).unwrap();
         assert_eq!(disk.core().file.align(), 4096, "this is a disk with blocks of 4096 bytes");
         assert_eq!(disk.geometry().logical_block, 512);
         let mut channel = disk.channel(&Waker::default(), 64).unwrap();
@@ -90,7 +102,7 @@ fn sectors_smaller_than_the_file_systems_device_has_are_written_one_by_one() {
     // Its last sector stands alone in a block: only the page cache can write that.
     let odd = on.join("odd.img");
     create_sparse(&odd, (1 << 20) + 512).unwrap();
-    let disk = Disk::open(&OpenOptions::new(&odd)).unwrap();
+    let disk = Disk::open(&patient(&odd)).unwrap();
     assert!(!disk.is_direct());
     let mut channel = disk.channel(&Waker::default(), 4).unwrap();
     write(&mut channel, 1 << 20, filled(512, 8)).unwrap();
@@ -100,7 +112,7 @@ fn sectors_smaller_than_the_file_systems_device_has_are_written_one_by_one() {
 
 /// The reason why `path` is in use.
 fn in_use(path: &Path) -> String {
-    match Disk::open(&OpenOptions::new(path)) {
+    match Disk::open(&patient(path)) {
         Err(OpenError::InUse { by, .. }) => by,
         other => panic!("{} is in use, but: {other:?}", path.display()),
     }
@@ -118,11 +130,11 @@ fn a_mounted_disk_is_refused_and_so_is_the_file_below_it() {
     let expected = format!("{} is mounted on {}", device.text(), on.display());
     assert_eq!(in_use(&device.path), expected);
     assert!(in_use(&file).ends_with(&expected));
-    let read_only = OpenOptions { read_only: true, ..OpenOptions::new(&device.path) };
+    let read_only = OpenOptions { read_only: true, ..patient(&device.path) };
     assert!(matches!(Disk::open(&read_only), Err(OpenError::InUse { .. })));
     drop(mounted);
-    Disk::open(&OpenOptions::new(&device.path)).unwrap();
-    Disk::open(&OpenOptions::new(&file)).unwrap();
+    Disk::open(&patient(&device.path)).unwrap();
+    Disk::open(&patient(&file)).unwrap();
 }
 
 #[test]
@@ -145,11 +157,14 @@ fn a_disk_with_a_mounted_partition_is_refused() {
     assert!(in_use(Path::new(&partition)).contains("is mounted on"));
     assert!(in_use(&path).contains("is mounted on"), "the file below the disk of the partition");
     drop(mounted);
-    let whole = Disk::open(&OpenOptions::new(&device.path)).unwrap();
+    let whole = Disk::open(&patient(&device.path)).unwrap();
     // The kernel knows that a partition and its disk are one.
-    assert!(in_use(Path::new(&partition)).contains("busy"));
+    match Disk::open(&OpenOptions::new(&partition)) {
+        Err(OpenError::InUse { by, .. }) => assert!(by.contains("busy"), "{by}"),
+        other => panic!("a partition opened beside its disk: {other:?}"),
+    }
     drop(whole);
-    let disk = Disk::open(&OpenOptions::new(&partition)).unwrap();
+    let disk = Disk::open(&patient(&partition)).unwrap();
     assert_eq!(disk.geometry().size, 63 << 20);
     assert!(disk.geometry().can_unmap, "a partition unmaps as its disk does");
 }
@@ -164,7 +179,7 @@ fn swap_space_is_refused() {
     assert_eq!(in_use(&device.path), format!("{} is swap space", device.text()));
     assert!(in_use(&dir.path().join("disk.img")).contains("is swap space"));
     drop(off);
-    Disk::open(&OpenOptions::new(&device.path)).unwrap();
+    Disk::open(&patient(&device.path)).unwrap();
     let file = dir.path().join("swap file");
     fs::write(&file, vec![0; 16 << 20]).unwrap();
     fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
@@ -191,6 +206,7 @@ fn a_device_below_a_mapped_one_is_refused() {
 fn a_device_opened_exclusively_by_another_is_refused() {
     let test = "a_device_opened_exclusively_by_another_is_refused";
     let (device, _dir) = need!(test, device(16 << 20, &[]));
+    let _no_forks = no_forks();
     let unlocked = OpenOptions { lock: false, ..OpenOptions::new(&device.path) };
     let first = Disk::open(&unlocked).unwrap();
     match Disk::open(&unlocked) {
@@ -198,7 +214,18 @@ fn a_device_opened_exclusively_by_another_is_refused() {
         other => panic!("opened twice: {other:?}"),
     }
     drop(first);
-    Disk::open(&unlocked).unwrap();
+    let first = Disk::open(&patient(&device.path)).unwrap();
+    match Disk::open(&OpenOptions::new(&device.path)) {
+        Err(OpenError::Locked { holder, .. }) => assert!(holder.contains("this process"), "{holder}"),
+        other => panic!("opened twice: {other:?}"),
+    }
+    let waiting = patient(&device.path);
+    let waiter = std::thread::spawn(move || Disk::open(&waiting).map(|_| ()));
+    let brief = OpenOptions { wait_lock: Some(Duration::from_millis(120)), ..patient(&device.path) };
+    assert!(matches!(Disk::open(&brief), Err(OpenError::Locked { .. })));
+    assert!(!waiter.is_finished());
+    drop(first);
+    waiter.join().unwrap().unwrap();
 }
 
 #[test]
@@ -206,11 +233,11 @@ fn a_write_protected_disk_opens_only_for_reading() {
     let test = "a_write_protected_disk_opens_only_for_reading";
     let (device, dir) = need!(test, device(16 << 20, &["--read-only"]));
     let check = |path: &Path| {
-        match Disk::open(&OpenOptions::new(path)) {
+        match Disk::open(&patient(path)) {
             Err(OpenError::WriteProtected { .. }) => {}
             other => panic!("{}: {other:?}", path.display()),
         }
-        let disk = Disk::open(&OpenOptions { read_only: true, ..OpenOptions::new(path) }).unwrap();
+        let disk = Disk::open(&OpenOptions { read_only: true, ..patient(path) }).unwrap();
         assert!(disk.geometry().read_only);
     };
     check(&device.path);
@@ -235,7 +262,7 @@ fn a_full_file_system_is_an_error_of_the_write_and_goes_away_with_its_cause() {
     for engine in [Engine::Auto, Engine::Threads] {
         let (_mounted, dir) = need!(test, small_tmpfs(2 << 20));
         let path = image(dir.path(), 8 << 20);
-        let disk = Disk::open(&OpenOptions { engine, ..OpenOptions::new(&path) }).unwrap();
+        let disk = Disk::open(&OpenOptions { engine, ..patient(&path) }).unwrap();
         let mut channel = disk.channel(&Waker::default(), 4).unwrap();
         let e = write(&mut channel, 0, filled(4 << 20, 1)).unwrap_err();
         assert_eq!(e.kind(), std::io::ErrorKind::StorageFull, "{engine:?}: {e}");
@@ -250,7 +277,7 @@ fn a_failing_device_is_an_error_of_the_operation() {
     for engine in [Engine::Auto, Engine::Threads] {
         let (_mounted, dir) = need!(test, small_tmpfs(2 << 20));
         let device = need!(test, Loop::attach(&image(dir.path(), 16 << 20), &[]));
-        let disk = Disk::open(&OpenOptions { engine, ..OpenOptions::new(&device.path) }).unwrap();
+        let disk = Disk::open(&OpenOptions { engine, ..patient(&device.path) }).unwrap();
         let mut channel = disk.channel(&Waker::default(), 4).unwrap();
         write(&mut channel, 0, filled(1 << 20, 1)).unwrap();
         let e = write(&mut channel, 8 << 20, filled(4 << 20, 1)).unwrap_err();
@@ -266,7 +293,7 @@ fn no_channel_takes_another_ones_failed_flush_for_its_own_success() {
     for engine in [Engine::Auto, Engine::Threads] {
         let (_mounted, dir) = need!(test, small_tmpfs(2 << 20));
         let device = need!(test, Loop::attach(&image(dir.path(), 16 << 20), &[]));
-        let options = OpenOptions { engine, direct: Direct::Off, ..OpenOptions::new(&device.path) };
+        let options = OpenOptions { engine, direct: Direct::Off, ..patient(&device.path) };
         let disk = Disk::open(&options).unwrap();
         let channel = || disk.channel(&Waker::default(), 4).unwrap();
         let (mut first, mut second) = (channel(), channel());
@@ -286,7 +313,7 @@ fn two_flushes_of_one_channel_share_the_failure() {
     let test = "two_flushes_of_one_channel_share_the_failure";
     let (_mounted, dir) = need!(test, small_tmpfs(2 << 20));
     let device = need!(test, Loop::attach(&image(dir.path(), 16 << 20), &[]));
-    let options = OpenOptions { direct: Direct::Off, ..OpenOptions::new(&device.path) };
+    let options = OpenOptions { direct: Direct::Off, ..patient(&device.path) };
     let disk = Disk::open(&options).unwrap();
     let mut channel = disk.channel(&Waker::default(), 4).unwrap();
     write(&mut channel, 8 << 20, filled(4 << 20, 1)).unwrap();
@@ -309,7 +336,7 @@ fn two_flushes_of_one_channel_share_the_failure() {
 #[test]
 fn a_host_that_forbids_io_uring_gets_helper_threads() {
     let dir = scratch();
-    let disk = Disk::open(&OpenOptions::new(image(dir.path(), 1 << 20))).unwrap();
+    let disk = Disk::open(&patient(image(dir.path(), 1 << 20))).unwrap();
     for errno in [libc::EPERM, libc::ENOSYS] {
         let disk = &disk;
         std::thread::scope(|scope| {

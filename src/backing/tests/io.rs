@@ -39,8 +39,7 @@ fn each_way(size: u64, test: impl Fn(Way, Disk, &Path)) {
         let dir = tempfile::tempdir_in(way.folder).unwrap();
         let path = image(dir.path(), size);
         let mut disk =
-            Disk::open(&OpenOptions { direct: way.direct, engine: way.engine, ..OpenOptions::new(&path) })
-                .unwrap();
+            Disk::open(&OpenOptions { direct: way.direct, engine: way.engine, ..patient(&path) }).unwrap();
         if let Some(align) = way.align {
             disk = disk.with_align(align);
         }
@@ -242,7 +241,7 @@ fn a_disk_without_fallocate_is_zeroed_by_writing() {
 #[test]
 fn tmpfs_cannot_zero_a_range_in_place_and_the_fallback_is_remembered() {
     let dir = tempfile::tempdir_in(RAM_FOLDER).unwrap();
-    let disk = Disk::open(&OpenOptions::new(image(dir.path(), 1 << 20))).unwrap();
+    let disk = Disk::open(&patient(image(dir.path(), 1 << 20))).unwrap();
     let mut channel = disk.channel(&Waker::default(), 4).unwrap();
     assert!(disk.core().file.fallocate_mode(false).is_some());
     write(&mut channel, 0, filled(1 << 20, 1)).unwrap();
@@ -278,6 +277,7 @@ fn dropping_a_channel_waits_for_everything_it_accepted() {
         for token in 0..16 {
             channel.submit(token, Op::Write { offset: token << 20, buf: filled(1 << 20, 7) }).unwrap();
         }
+        let _no_forks = no_forks();
         drop(channel);
         let found = fs::read(path).unwrap();
         assert!(found.iter().all(|b| *b == 7), "{way:?}");
@@ -356,7 +356,7 @@ fn a_disk_truncated_behind_our_back_gives_errors_and_is_noticed() {
 fn a_replaced_or_removed_disk_is_noticed_and_a_grown_one_is_the_same() {
     let dir = scratch();
     let path = image(dir.path(), 1 << 20);
-    let disk = Disk::open(&OpenOptions::new(&path)).unwrap();
+    let disk = Disk::open(&patient(&path)).unwrap();
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(2 << 20).unwrap();
     disk.still_same().unwrap();
     fs::rename(&path, dir.path().join("moved")).unwrap();
@@ -371,7 +371,7 @@ fn a_read_only_disk_reads_and_refuses_the_rest() {
         let dir = scratch();
         let path = image(dir.path(), 1 << 20);
         fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[3; 4096], 0).unwrap();
-        let disk = Disk::open(&OpenOptions { read_only: true, engine, ..OpenOptions::new(&path) }).unwrap();
+        let disk = Disk::open(&OpenOptions { read_only: true, engine, ..patient(&path) }).unwrap();
         let geometry = disk.geometry();
         assert!(geometry.read_only && !geometry.can_unmap);
         let mut channel = disk.channel(&Waker::default(), 4).unwrap();
@@ -392,7 +392,7 @@ fn a_read_only_disk_reads_and_refuses_the_rest() {
 #[test]
 fn operations_outside_the_disk_or_between_sectors_are_the_callers_bug() {
     let dir = scratch();
-    let disk = Disk::open(&OpenOptions::new(image(dir.path(), 1 << 20))).unwrap();
+    let disk = Disk::open(&patient(image(dir.path(), 1 << 20))).unwrap();
     for (offset, len) in
         [(1 << 20, 512), ((1 << 20) - 512, 1024), (100, 512), (0, 100), (0, 0), (u64::MAX - 511, 512)]
     {
@@ -407,7 +407,7 @@ fn operations_outside_the_disk_or_between_sectors_are_the_callers_bug() {
 #[test]
 fn a_channel_needs_a_sensible_depth() {
     let dir = scratch();
-    let disk = Disk::open(&OpenOptions::new(image(dir.path(), 1 << 20))).unwrap();
+    let disk = Disk::open(&patient(image(dir.path(), 1 << 20))).unwrap();
     for (depth, fine) in [(0, false), (1, true), (4096, true), (4097, false), (u32::MAX, false)] {
         assert_eq!(disk.channel(&Waker::default(), depth).is_ok(), fine, "{depth}");
     }
@@ -451,7 +451,7 @@ fn a_fingerprint_sees_its_samples_and_does_not_depend_on_the_way() {
             let dir = scratch();
             let path = dir.path().join("disk.img");
             fs::write(&path, &content).unwrap();
-            let options = OpenOptions { engine, direct, ..OpenOptions::new(&path) };
+            let options = OpenOptions { engine, direct, ..patient(&path) };
             seen.push(Disk::open(&options).unwrap().fingerprint().unwrap());
         }
     }
@@ -462,7 +462,7 @@ fn a_fingerprint_sees_its_samples_and_does_not_depend_on_the_way() {
     let path = dir.path().join("disk.img");
     let fingerprint = |content: &[u8]| {
         fs::write(&path, content).unwrap();
-        Disk::open(&OpenOptions::new(&path)).unwrap().fingerprint().unwrap()
+        Disk::open(&patient(&path)).unwrap().fingerprint().unwrap()
     };
     let middle_sample = (content.len() as u64 * 15 / 31) as usize / 4096 * 4096;
     for (at, changes) in [

@@ -1,7 +1,7 @@
 //! Locks against other programs, and against a predecessor that was killed.
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout};
+use std::process::{ChildStdin, ChildStdout};
 
 use super::*;
 
@@ -16,7 +16,7 @@ impl Other {
     fn start(line: &[&str]) -> Result<Self, String> {
         let mut command = Command::new(line[0]);
         command.args(&line[1..]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().map_err(|e| format!("{}: {e}", line[0]))?;
+        let mut child = spawn(&mut command).map_err(|e| format!("{}: {e}", line[0]))?;
         let (stdin, stdout) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
         Ok(Self { child, stdin, stdout })
     }
@@ -48,6 +48,12 @@ fn open(path: &Path, read_only: bool) -> Result<Disk, OpenError> {
     Disk::open(&OpenOptions { read_only, ..OpenOptions::new(path) })
 }
 
+/// Opens what no program holds any more.
+fn open_free(path: &Path, read_only: bool) -> Disk {
+    Disk::open(&OpenOptions { read_only, ..patient(path) })
+        .unwrap_or_else(|e| panic!("nobody holds it, but: {e}"))
+}
+
 fn assert_locked_by(result: Result<Disk, OpenError>, who: &str) {
     match result {
         Err(OpenError::Locked { holder, .. }) => assert!(holder.contains(who), "held by {holder}, not {who}"),
@@ -57,6 +63,7 @@ fn assert_locked_by(result: Result<Disk, OpenError>, who: &str) {
 
 #[test]
 fn one_writer_or_many_readers_in_one_process() {
+    let _no_forks = no_forks();
     let dir = scratch();
     let path = image(dir.path(), 1 << 20);
     let writer = open(&path, false).unwrap();
@@ -73,6 +80,7 @@ fn one_writer_or_many_readers_in_one_process() {
 
 #[test]
 fn a_lock_outlives_the_disk_as_long_as_a_channel_does() {
+    let _no_forks = no_forks();
     let dir = scratch();
     let path = image(dir.path(), 1 << 20);
     for engine in [Engine::Auto, Engine::Threads] {
@@ -109,7 +117,7 @@ fn every_kind_of_lock_is_respected_and_its_holder_named() {
         assert_locked_by(open(&path, false), "python3");
         assert_locked_by(open(&path, true), &format!("process {}", other.child.id()));
         other.finish();
-        open(&path, false).unwrap_or_else(|e| panic!("{kind}: {e}"));
+        open_free(&path, false);
     }
 }
 
@@ -118,7 +126,7 @@ fn our_lock_keeps_flock_and_fcntl_users_out() {
     let dir = scratch();
     let path = image(dir.path(), 1 << 20);
     let text = path.to_str().unwrap();
-    let disk = open(&path, false).unwrap();
+    let disk = open_free(&path, false);
     let flock = ["flock", "--nonblock", text, "true"];
     let posix = format!(
         "import fcntl\nf = open({text:?}, 'r+b')\nfcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 9)"
@@ -127,8 +135,8 @@ fn our_lock_keeps_flock_and_fcntl_users_out() {
     assert!(command(&flock).is_err());
     assert!(command(&python).is_err());
     drop(disk);
-    command(&flock).unwrap();
-    command(&python).unwrap();
+    until("our lock to go", || command(&flock).ok());
+    until("our lock to go", || command(&python).ok());
 }
 
 /// `qemu-storage-daemon` exporting the image, once it has it.
@@ -181,18 +189,19 @@ fn qemu_and_we_keep_each_other_out_but_share_reading() {
         }
         drop(theirs);
         std::fs::remove_file(path.with_extension("pid")).ok();
-        let _ours = open(&path, our_reading).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let _ours = open_free(&path, our_reading);
         assert_eq!(qemu(&path, !their_reading).is_ok(), fits, "{what}: they came second");
     }
 }
 
 #[test]
 fn waiting_for_a_lock_ends_when_its_holder_does() {
+    let _no_forks = no_forks();
     let dir = scratch();
     let path = image(dir.path(), 1 << 20);
     let held = open(&path, false).unwrap();
-    let patient = OpenOptions { wait_lock: Some(PATIENCE), ..OpenOptions::new(&path) };
-    let waiter = std::thread::spawn(move || Disk::open(&patient).map(|_| ()));
+    let waiting = patient(&path);
+    let waiter = std::thread::spawn(move || Disk::open(&waiting).map(|_| ()));
     let brief = OpenOptions { wait_lock: Some(Duration::from_millis(120)), ..OpenOptions::new(&path) };
     let start = Instant::now();
     assert!(matches!(Disk::open(&brief), Err(OpenError::Locked { .. })));
@@ -207,8 +216,8 @@ fn a_disk_put_in_place_of_the_one_waited_for_is_noticed() {
     let dir = scratch();
     let path = image(dir.path(), 1 << 20);
     let held = open(&path, false).unwrap();
-    let patient = OpenOptions { wait_lock: Some(PATIENCE), ..OpenOptions::new(&path) };
-    let waiter = std::thread::spawn(move || Disk::open(&patient).map(|_| ()));
+    let waiting = patient(&path);
+    let waiter = std::thread::spawn(move || Disk::open(&waiting).map(|_| ()));
     // The waiter has the old file open when a second descriptor of it exists in this process.
     let meta = std::fs::metadata(&path).unwrap();
     until("the waiter to open the old file", || (descriptors_of(&meta) >= 2).then_some(()));
@@ -270,13 +279,13 @@ fn a_successor_waits_for_the_writes_of_a_killed_predecessor() {
         let on = on.to_str().unwrap();
 
         let exe = std::env::current_exe().unwrap();
-        let mut child = Command::new(exe)
+        let mut predecessor = Command::new(exe);
+        predecessor
             .args(["--exact", "backing::tests::locks::predecessor", "--nocapture", "--test-threads=1"])
             .env(PREDECESSOR, &path)
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stdout(Stdio::piped());
+        let mut child = spawn(&mut predecessor).unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut wait_for = |word: &str| {
             assert!(
@@ -300,8 +309,8 @@ fn a_successor_waits_for_the_writes_of_a_killed_predecessor() {
             other => panic!("{file}: opened while a dead process still writes: {other:?}"),
         }
         drop(thaw);
-        let patient = OpenOptions { wait_lock: Some(PATIENCE), ..OpenOptions::new(&path) };
-        let disk = Disk::open(&patient).unwrap();
+        let waiting = patient(&path);
+        let disk = Disk::open(&waiting).unwrap();
         child.wait().unwrap();
         let mut channel = disk.channel(&Waker::default(), 4).unwrap();
         let found = read(&mut channel, 0, 4096).unwrap();

@@ -6,7 +6,8 @@ mod locks;
 mod open;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -34,6 +35,26 @@ impl Rng {
             chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
         }
     }
+}
+
+/// Held while a child process has copies of all our descriptors, and so of their locks: between its
+/// fork and its exec.
+static FORKING: RwLock<()> = RwLock::new(());
+
+/// While this lives, closing a descriptor gives up its locks at once.
+fn no_forks() -> RwLockReadGuard<'static, ()> {
+    FORKING.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts a child; returns when it no longer has copies of our descriptors.
+fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    let _forking = FORKING.write().unwrap_or_else(PoisonError::into_inner);
+    command.spawn()
+}
+
+/// Options that are not put off by a lock which a test's forked child still has a copy of.
+fn patient(path: impl Into<PathBuf>) -> OpenOptions {
+    OpenOptions { wait_lock: Some(PATIENCE), ..OpenOptions::new(path) }
 }
 
 fn scratch() -> tempfile::TempDir {
@@ -104,11 +125,10 @@ fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
 
 /// Runs a command; its output, or what it complained about.
 fn command(line: &[&str]) -> Result<String, String> {
-    let output = Command::new(line[0])
-        .args(&line[1..])
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|e| format!("{}: {e}", line[0]))?;
+    let mut command = Command::new(line[0]);
+    command.args(&line[1..]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = spawn(&mut command).and_then(Child::wait_with_output);
+    let output = output.map_err(|e| format!("{}: {e}", line[0]))?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     } else {

@@ -8,7 +8,7 @@ use super::*;
 
 /// The error of opening `path` for reading and writing.
 fn refused(path: &Path) -> OpenError {
-    Disk::open(&OpenOptions::new(path)).expect_err("it was opened")
+    Disk::open(&patient(path)).expect_err("it was opened")
 }
 
 /// Asserts a variant and that its sentence begins with the path and says `says`.
@@ -56,7 +56,7 @@ fn a_disk_has_a_positive_number_of_whole_sectors() {
     }
     for size in [512, 1024, 4096, 1 << 20] {
         fs::write(&path, vec![0; size]).unwrap();
-        assert_eq!(Disk::open(&OpenOptions::new(&path)).unwrap().geometry().size, size as u64);
+        assert_eq!(Disk::open(&patient(&path)).unwrap().geometry().size, size as u64);
     }
 }
 
@@ -93,9 +93,9 @@ fn images_of_other_formats_are_refused_unless_said_to_be_raw() {
         }
         let before = fs::read(&path).unwrap();
         assert_refused!(refused(&path), path, OpenError::Formatted { .. }, "looks like a");
-        let read_only = OpenOptions { read_only: true, ..OpenOptions::new(&path) };
+        let read_only = OpenOptions { read_only: true, ..patient(&path) };
         assert!(matches!(Disk::open(&read_only), Err(OpenError::Formatted { .. })));
-        let raw = OpenOptions { allow_format: true, ..OpenOptions::new(&path) };
+        let raw = OpenOptions { allow_format: true, ..patient(&path) };
         Disk::open(&raw).unwrap_or_else(|e| panic!("forced to be raw: {e}"));
         assert!(fs::read(&path).unwrap() == before, "looking at {} changed it", path.display());
     }
@@ -108,7 +108,7 @@ fn a_raw_image_is_opened_and_not_changed_by_it() {
     let mut content = vec![0x5A; 1 << 20];
     Rng(99).fill(&mut content);
     fs::write(&path, &content).unwrap();
-    let disk = Disk::open(&OpenOptions::new(&path)).unwrap();
+    let disk = Disk::open(&patient(&path)).unwrap();
     assert_eq!(disk.path(), path);
     assert!(disk.is_direct(), "the file system under the temporary directory has direct I/O");
     let geometry = disk.geometry();
@@ -116,7 +116,7 @@ fn a_raw_image_is_opened_and_not_changed_by_it() {
     assert!(geometry.can_unmap && !geometry.read_only);
     drop(disk);
     assert!(fs::read(&path).unwrap() == content);
-    let buffered = Disk::open(&OpenOptions { direct: Direct::Off, ..OpenOptions::new(&path) }).unwrap();
+    let buffered = Disk::open(&OpenOptions { direct: Direct::Off, ..patient(&path) }).unwrap();
     assert!(!buffered.is_direct());
 }
 
@@ -124,16 +124,16 @@ fn a_raw_image_is_opened_and_not_changed_by_it() {
 fn identities_tell_files_apart_and_ignore_their_names() {
     let dir = scratch();
     let path = image(dir.path(), 1 << 20);
-    let identity = Disk::open(&OpenOptions::new(&path)).unwrap().identity();
+    let identity = Disk::open(&patient(&path)).unwrap().identity();
     assert_eq!((identity.kind, identity.size), (BackingKind::File, 1 << 20));
     assert_eq!(identity.path, path.to_str().unwrap());
     let link = dir.path().join("link");
     std::os::unix::fs::symlink(&path, &link).unwrap();
-    let linked = Disk::open(&OpenOptions::new(&link)).unwrap().identity();
+    let linked = Disk::open(&patient(&link)).unwrap().identity();
     assert_eq!((linked.device, linked.inode), (identity.device, identity.inode));
     let copy = dir.path().join("copy");
     fs::copy(&path, &copy).unwrap();
-    assert_ne!(Disk::open(&OpenOptions::new(&copy)).unwrap().identity().inode, identity.inode);
+    assert_ne!(Disk::open(&patient(&copy)).unwrap().identity().inode, identity.inode);
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn permission_is_denied_in_so_many_words() {
     let path = image(dir.path(), 1 << 20);
     std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).unwrap();
     let path = &path;
-    let open = move |read_only| Disk::open(&OpenOptions { read_only, ..OpenOptions::new(path) });
+    let open = move |read_only| Disk::open(&OpenOptions { read_only, ..patient(path) });
     // File permissions are checked for a user that is the thread's own.
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -197,7 +197,7 @@ fn a_sparse_image_is_made_once_and_never_over_another_file() {
 fn opening_can_create_and_then_insists_on_the_size() {
     let dir = scratch();
     let path = dir.path().join("new.img");
-    let options = |size| OpenOptions { create_sparse: Some(size), ..OpenOptions::new(&path) };
+    let options = |size| OpenOptions { create_sparse: Some(size), ..patient(&path) };
     assert_eq!(Disk::open(&options(1 << 20)).unwrap().geometry().size, 1 << 20);
     fs::OpenOptions::new().write(true).open(&path).unwrap().write_all(b"precious").unwrap();
     Disk::open(&options(1 << 20)).unwrap();

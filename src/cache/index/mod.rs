@@ -13,8 +13,12 @@
 //! Neighbours that go on from one another are joined, up to a region's size, so sequential data
 //! costs next to nothing; whole regions of zeros live in runs, so a discard of the volume is one.
 //!
+//! RAM per random 4 KiB block, slack and tables included: 8.6 bytes where a region is full, under 12
+//! where an eighth of it is cached; a lone block in a region of its own costs about 80
+//! (`tests/footprint.rs`).
+//!
 //! Invariants:
-//! - a stored entry never crosses a region, and what it maps to is linear (see [`entry`](self::entry));
+//! - a stored entry never crosses a region, and what it maps to is linear (see `entry.rs`);
 //! - each operation is atomic per region; across regions it is not, and the engine's stripes order
 //!   what overlaps;
 //! - `replaced`, `removed`, `inserted` and `moved` name exactly the sectors concerned, once each, in

@@ -12,7 +12,7 @@
 use std::sync::atomic::Ordering;
 
 use super::super::counters::add;
-use super::super::env::{Clock, Env};
+use super::super::env::Env;
 use super::super::index::Extent;
 use super::super::stream::Stamp;
 use super::super::stripes::{Ticket, lock};
@@ -127,13 +127,14 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             incarnation: core.incarnation,
             start_counter: cache.start_counter,
             epoch,
-            time_ms: cache.clock.unix_ms(),
+            time_ms: cache.recent_ms.load(Ordering::Relaxed),
         };
         if open.persist(&cache.media, segment, draft, &stamp).is_err() {
             drop(held);
             cache.close_segment(&mut stream);
             return Some(count);
         }
+        open.appended(cache.syncer.started());
         let mut inserted = std::mem::take(&mut scratch.replaced);
         for key in &draft.keys {
             inserted.clear();

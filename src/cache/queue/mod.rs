@@ -136,7 +136,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     pub(crate) fn enter(&mut self) {
         if !self.inside {
             self.inside = true;
-            self.shared().section.fetch_add(1, Ordering::SeqCst);
+            // Only this thread writes it.
+            let section = &self.shared().section;
+            section.store(section.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             // The section is seen to be open before anything is looked up.
             fence(Ordering::SeqCst);
         }
@@ -146,7 +148,8 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     fn leave(&mut self) {
         if self.inside {
             self.inside = false;
-            self.shared().section.fetch_add(1, Ordering::Release);
+            let section = &self.shared().section;
+            section.store(section.load(Ordering::Relaxed) + 1, Ordering::Release);
         }
     }
 

@@ -86,6 +86,8 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             }
             RequestKind::Read | RequestKind::Flush => unreachable!("handled by submit"),
         };
+        // The index is needed after the copy: by then the line has come.
+        self.volume.core.index.prefetch(range.start);
         self.gather.push_back(Gathered::new(slot, range, kind));
     }
 
@@ -176,6 +178,7 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
         stream.open = Some(open);
     }
     if let Some(open) = &mut stream.open {
+        open.witness_synced(&cache.media, cache.syncer.completed());
         open.align(cache.syncer.started());
     }
     true
@@ -304,7 +307,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         incarnation: core.incarnation,
         start_counter: cache.start_counter,
         epoch,
-        time_ms: cache.clock.unix_ms(),
+        time_ms: cache.recent_ms.load(Ordering::Relaxed),
     };
     // Before the record exists, so that no one takes the segment for clean while it holds it.
     segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);
@@ -313,6 +316,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         core.retract(q);
         return false;
     }
+    open.appended(cache.syncer.started());
     segment.max_version.store(version + draft.keys.len() as u64 - 1, Ordering::Relaxed);
     for key in &draft.keys {
         replaced.clear();

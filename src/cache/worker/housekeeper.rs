@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 
 use super::super::core::Cache;
 use super::super::counters::add;
-use super::super::env::Env;
+use super::super::env::{Clock, Env};
 use super::super::index::Extent;
 use super::super::segments::State;
 use super::super::stripes::lock;
@@ -46,21 +46,25 @@ pub(crate) struct Housekeeper<E: Env> {
     /// Full segments, to be sealed once their records are durable.
     sealing: Option<(Durable, Vec<u32>)>,
     noted_failure: bool,
+    /// Number of the last `sync` that open segments know of.
+    witnessed: u64,
 }
 
 impl<E: Env> Housekeeper<E> {
     pub fn new(cache: Arc<Cache<E>>) -> Self {
-        Self { cache, stage: Stage::Idle, sealing: None, noted_failure: false }
+        Self { cache, stage: Stage::Idle, sealing: None, noted_failure: false, witnessed: 0 }
     }
 
     /// Does a bounded piece of work.
     pub fn step(&mut self) -> Progress {
+        self.cache.recent_ms.store(self.cache.clock.unix_ms(), Ordering::Relaxed);
         if self.cache.syncer.has_failed() {
             return self.note_failure();
         }
         if self.seal_some() {
             return Progress::Did;
         }
+        self.witness();
         match std::mem::replace(&mut self.stage, Stage::Idle) {
             Stage::Idle => match self.choose() {
                 Progress::Idle if self.sealing.is_some() => Progress::Waiting,
@@ -74,6 +78,23 @@ impl<E: Env> Housekeeper<E> {
                 Outcome::Reached => self.hand_out(victims),
                 _ => self.stay(Stage::Freed(ticket, victims)),
             },
+        }
+    }
+
+    /// Notes in open segments what the last `sync` has made durable.
+    fn witness(&mut self) {
+        let completed = self.cache.syncer.completed();
+        if std::mem::replace(&mut self.witnessed, completed) == completed {
+            return;
+        }
+        for volume in self.cache.all_volumes() {
+            for stream in volume.streams.get().into_iter().flatten() {
+                // Whoever holds it is about to append, and does this first.
+                let Ok(mut stream) = stream.try_lock() else { continue };
+                if let Some(open) = &mut stream.open {
+                    open.witness_synced(&self.cache.media, completed);
+                }
+            }
         }
     }
 
@@ -193,10 +214,13 @@ impl<E: Env> Housekeeper<E> {
         for (age, &id) in sealed.iter().enumerate() {
             let segment = &cache.segments[id as usize];
             let live = segment.live.load(Ordering::Relaxed);
-            if self.is_clean(id) && (live == 0 || clean.len() < LOOK_AHEAD) {
-                clean.push((live, age, id));
+            if self.is_clean(id) {
+                // Beyond the oldest only the empty ones are better than those.
+                let rank = if live > 0 && clean.len() >= LOOK_AHEAD { u32::MAX } else { live };
+                clean.push((rank, age, id));
             }
         }
+        cache.clean_count.store(clean.len().saturating_sub(count), Ordering::Relaxed);
         clean.sort_unstable();
         let victims: Vec<u32> = clean.into_iter().take(count).map(|(_, _, id)| id).collect();
         sealed.retain(|id| !victims.contains(id));

@@ -133,6 +133,7 @@ impl<E: Env> Workers<E> {
     pub fn spawn(cache: &Arc<Cache<E>>, volumes: &[Arc<Volume<E>>]) -> std::io::Result<Workers<E>> {
         cache.stopping.store(false, Ordering::SeqCst);
         let mut workers = Workers { cache: cache.clone(), threads: Vec::new() };
+        cache.syncer.rearm();
         let c = cache.clone();
         workers.add("pcache-sync", move || c.syncer.run(&*c.media.pmem))?;
         let c = cache.clone();

@@ -34,6 +34,7 @@ use super::super::volume::{Cursor, DirtySegments, Order, Volume};
 use super::Progress;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::onmedia::{Key, KeyKind, SegmentHeader};
+use crate::units::SectorRange;
 use crate::wake::Waker;
 
 /// Operations in flight.
@@ -229,7 +230,8 @@ impl<E: Env> Writeback<E> {
             let place = self.volume.cache.media.place(*id, key, true);
             newest.insert(Extent { range: key.range(), place }, &mut replaced);
         }
-        let todo = newest.iter().collect();
+        let mut todo = VecDeque::new();
+        newest.iter().for_each(|extent| cut(extent, &mut todo));
         Ok(Some(Round { epoch, todo, sweep: None, written: Vec::new(), cursors }))
     }
 
@@ -367,7 +369,7 @@ impl<E: Env> Writeback<E> {
         while let Some(from) = round.sweep {
             let mut found = Vec::new();
             round.sweep = self.volume.core.index.dirty_from(from, SWEEP, &mut found);
-            round.todo.extend(found);
+            found.into_iter().for_each(|extent| cut(extent, &mut round.todo));
             if !round.todo.is_empty() {
                 return true;
             }
@@ -555,6 +557,17 @@ impl<E: Env> Writeback<E> {
         };
         dirty.known.retain(|&(_, id), _| !done(id));
         dirty.drained.retain(|&id, _| !done(id));
+    }
+}
+
+/// Appends an extent in pieces that one operation can take.
+fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
+    let longest = if extent.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
+    let mut start = extent.range.start;
+    while start < extent.range.end() {
+        let range = SectorRange::new(start, (extent.range.end() - start).min(longest));
+        todo.push_back(Extent { range, place: extent.place_at(start) });
+        start = range.end();
     }
 }
 

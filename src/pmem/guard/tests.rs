@@ -260,6 +260,30 @@ fn a_fault_outside_the_routines_still_ends_the_process() {
 }
 
 #[test]
+fn news_of_bad_memory_that_nobody_touched_ends_nothing() {
+    if is_child("news") {
+        install().unwrap();
+        #[expect(unsafe_code, reason = "the signal under test")]
+        // SAFETY: a siginfo of plain numbers; a process may send itself any code.
+        let sent = unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            (info.si_signo, info.si_code) = (libc::SIGBUS, libc::BUS_MCEERR_AO);
+            libc::syscall(
+                libc::SYS_rt_tgsigqueueinfo,
+                libc::getpid(),
+                libc::gettid(),
+                libc::SIGBUS,
+                &raw const info,
+            )
+        };
+        assert_eq!(sent, 0);
+        std::process::exit(43);
+    }
+    let output = child("news_of_bad_memory_that_nobody_touched_ends_nothing", "news");
+    assert_eq!(output.status.code(), Some(43), "{output:?}");
+}
+
+#[test]
 fn a_sigbus_that_was_sent_still_ends_the_process() {
     if is_child("sent") {
         install().unwrap();
@@ -308,34 +332,27 @@ fn a_handler_that_was_there_before_gets_the_faults_that_are_not_ours() {
     assert_eq!(output.status.code(), Some(42), "{output:?}");
 }
 
+/// An access across two pages, the second of which is not there, faults as a whole: only pieces of
+/// it would leave something behind.
 #[test]
 fn two_four_and_eight_bytes_are_copied_by_one_access_each() {
-    let shared = Shared::new(1);
-    let base = shared.base.addr();
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let stop = &stop;
-        scope.spawn(move || {
-            let to = ptr::with_exposed_provenance_mut::<u8>(base);
-            for turn in 0..2_000_000u64 {
-                let word = [(turn & 0xff) as u8; 8];
-                #[expect(unsafe_code, reason = "copies to the mapping")]
-                // SAFETY: in the mapping, which outlives the scope.
-                unsafe {
-                    copy_out(&word, to).unwrap();
-                    copy_out(&word[..4], to.wrapping_add(64)).unwrap();
-                    copy_out(&word[..2], to.wrapping_add(128)).unwrap();
-                }
-            }
-            stop.store(true, Ordering::Relaxed);
-        });
-        // At an odd private address, so that the private side's alignment plays no part.
-        let mut copy = [0; 9];
-        while !stop.load(Ordering::Relaxed) {
-            for (at, len) in [(0, 8), (64, 4), (128, 2)] {
-                shared.read(at, &mut copy[1..1 + len]).unwrap();
-                assert!(copy[1..1 + len].iter().all(|byte| *byte == copy[1]), "torn: {copy:?}");
-            }
+    install().unwrap();
+    let shared = Shared::new(2);
+    shared.write(&[7; 2 * PAGE], 0).unwrap();
+    shared.truncate(1);
+    for len in [2, 4, 8] {
+        for before in 1..len {
+            let at = PAGE - before;
+            assert_eq!(
+                shared.write(&vec![9; len], at),
+                Err(Fault),
+                "{len} bytes, {before} in the first page"
+            );
+            let mut copy = vec![3; len];
+            assert_eq!(shared.read(at, &mut copy), Err(Fault), "{len} bytes, {before} in the first page");
+            assert_eq!(copy, vec![3; len], "{before} in the first page");
+            shared.read(at, &mut copy[..before]).unwrap();
+            assert_eq!(copy[..before], vec![7; before], "of {len} bytes");
         }
-    });
+    }
 }

@@ -52,7 +52,7 @@ fn what_is_written_is_read_back_by_whoever_opens_it_next() {
         let expected = if assume_dax { MediaClass::AssumeDax } else { MediaClass::Volatile };
         assert_eq!(pmem.class(), expected);
         assert_eq!(pmem.len(), 4 * MIB);
-        assert_eq!(pmem.store_plan().is_durable(), assume_dax);
+        assert!(!assume_dax || pmem.store_plan().is_durable());
         pmem.write(MIB + 3, b"a record").unwrap();
         pmem.fence();
         pmem.prefetch(4 * MIB - 1);
@@ -68,9 +68,9 @@ fn what_is_written_is_read_back_by_whoever_opens_it_next() {
 
 #[test]
 fn every_store_method_works_through_the_trait() {
-    for method in StoreMethod::available().into_iter().filter(|method| *method != StoreMethod::Cached) {
+    for method in StoreMethod::available() {
         let (_file, pmem) = volatile(2 * MIB, |options| {
-            options.assume_dax = true;
+            options.assume_dax = method != StoreMethod::Cached;
             options.store = Some(StorePlan::uniform(method));
         });
         let source: Vec<u8> = (0..100_000).map(|byte| (byte % 251) as u8).collect();
@@ -93,7 +93,6 @@ fn a_file_on_a_disk_is_page_cache_and_its_sync_is_a_real_one() {
         return;
     }
     assert_eq!((pmem.class(), pmem.len()), (MediaClass::PageCache, 2 * MIB));
-    assert_eq!(pmem.store_plan(), StorePlan::uniform(StoreMethod::Cached));
     pmem.write(5000, &[3; 10_000]).unwrap();
     pmem.fence();
     pmem.sync().unwrap();
@@ -122,12 +121,12 @@ fn the_base_is_aligned_so_that_huge_pages_fit() {
 fn a_truncated_file_is_a_media_error_at_the_access_and_the_rest_works_on() {
     for assume_dax in [false, true] {
         for method in StoreMethod::available() {
-            if assume_dax != (method != StoreMethod::Cached) {
+            if assume_dax && method == StoreMethod::Cached {
                 continue;
             }
             let (file, pmem) = volatile(4 * MIB, |options| {
                 options.assume_dax = assume_dax;
-                options.store = assume_dax.then(|| StorePlan::uniform(method));
+                options.store = Some(StorePlan::uniform(method));
             });
             file.set_len(2 * MIB).unwrap();
             let mut copy = vec![0; 8192];

@@ -8,6 +8,15 @@ use super::*;
 /// Bits of a data position that repeat the sector, so that any reader can tell a wrong mapping.
 const SECTOR_BITS: u32 = 20;
 
+/// Ends the readers when the writers are through, be it by a failed assertion.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn place_of(sector: u64, version: u64) -> Place {
     dirty((version % 1000) << SECTOR_BITS | sector)
 }
@@ -86,10 +95,10 @@ fn writers_of_disjoint_stripes_see_exactly_their_own_writes() {
                 })
             })
             .collect();
+        let _over = Over(&is_over);
         for writer in writers {
             writer.join().unwrap();
         }
-        is_over.store(true, Ordering::Relaxed);
     });
     assert_is_sane(&all(&index));
 }
@@ -105,6 +114,7 @@ fn a_dirty_sector_is_never_overlooked_while_its_region_changes_its_form() {
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
         let writer = scope.spawn(|| {
+            let _over = Over(&is_over);
             let mut random = Random::new(5);
             for _ in 0..30_000 {
                 let region = random.below(REGIONS);
@@ -119,7 +129,6 @@ fn a_dirty_sector_is_never_overlooked_while_its_region_changes_its_form() {
                     }
                 }
             }
-            is_over.store(true, Ordering::Relaxed);
         });
         while !is_over.load(Ordering::Relaxed) {
             let (mut found, mut from) = (Vec::new(), Some(0));

@@ -57,3 +57,23 @@ fn an_emptied_index_gives_its_memory_back() {
     let left = index.memory_bytes() - empty;
     assert!(left < full / 8, "{left} of {full} bytes are left");
 }
+
+#[test]
+fn scattered_blocks_cost_a_table_slot_each_and_give_it_back() {
+    const BLOCKS: u64 = 100_000;
+    let index = Index::new(256);
+    let empty = index.memory_bytes();
+    let mut random = Random::new(3);
+    let sectors: Vec<u64> = (0..BLOCKS).map(|_| random.below(1 << 48)).collect();
+    for (i, &sector) in sectors.iter().enumerate() {
+        index.insert(extent(sector, 1, dirty(2 * i as u64)), &mut Vec::new());
+    }
+    let cost = (index.memory_bytes() - empty) as f64 / BLOCKS as f64;
+    println!("one extent in each of {BLOCKS} far regions: {cost:.1} bytes each");
+    assert!(cost < 128.0, "{cost}");
+    for sector in sectors {
+        index.remove(SectorRange::new(sector, 1), &mut Vec::new());
+    }
+    let left = (index.memory_bytes() - empty) as f64 / BLOCKS as f64;
+    assert!(left < cost / 8.0, "{left} bytes each are left");
+}

@@ -1,0 +1,335 @@
+//! The command line: what can be said, and the help that explains it.
+//!
+//! Values are parsed by `value`, so they mean the same here and in the configuration file; what
+//! they mean together is decided by `config`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::config::{BackingFormat, Discard, Mode, Order};
+use super::value::{self, Name, Serial, SocketPath, ValueError};
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  0  done; for `check`: the cache is whole
+  1  it could not be done; a sentence on standard error says why and what to do
+  2  the command line or the configuration file is wrong; nothing was touched
+  3  `check` only: the cache is damaged
+  4  `check` only: this is not a cache of ours
+
+Signals:
+  SIGTERM, SIGINT  stop cleanly; dirty data stays in the cache, a second one stops at once
+  SIGUSR1          log one line of counters per volume";
+
+/// A vhost-user-blk server whose disks live in a write-back and read cache in persistent memory.
+///
+/// `pcache-vhost --socket /run/pcache.sock` alone serves a 10 GiB disk through a 1 GiB cache, both
+/// made in the state directory. For real use name the cache and the disk, or write a configuration
+/// file with one [[volume]] per disk.
+#[derive(Parser, Debug)]
+#[command(name = "pcache-vhost", version, args_conflicts_with_subcommands = true)]
+#[command(max_term_width = 100, after_help = EXIT_STATUS)]
+pub struct Cli {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub verb: Option<Verb>,
+    /// How to serve.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// What to do with a cache that nobody serves.
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    /// Make an empty cache. The file is created if there is none
+    Format(FormatArgs),
+    /// Verify a whole cache. Never writes; the exit status says clean, damaged, or not ours
+    Check(CheckArgs),
+    /// Print what the cache's metadata says. Never writes
+    Dump(DumpArgs),
+    /// Bring all dirty data to the backing disks and leave the cache clean
+    Drain(DrainArgs),
+}
+
+/// Options of serving.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// Serve what this TOML file describes: [[cache]] and [[volume]] tables
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["CacheArgs", "VolumeArgs"])]
+    pub config: Option<PathBuf>,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+    /// The volume in it.
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    /// Attach although the backing disk is not the one the cache belongs to
+    #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub force_identity: Vec<String>,
+    /// Open a damaged volume for writing: what the cache lost stays lost
+    #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub accept_loss: Vec<String>,
+    /// Least important events to log: one line each, on standard error
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+    /// Print what this back end can do, as JSON, and exit; all else is ignored
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// Which cache, when there is no configuration file.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Cache")]
+pub struct CacheArgs {
+    /// Cache: devdax device, file on a DAX file system, or any file or block device
+    /// [default: cache.img in the state directory]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub cache: Option<PathBuf>,
+    /// Create the cache with this size if it does not exist
+    #[arg(long, value_name = "SIZE", value_parser = value::cache_size)]
+    pub cache_size: Option<u64>,
+    /// Segment size of a cache created now [default: by the cache's size]
+    #[arg(long, value_name = "SIZE", value_parser = value::segment_size)]
+    pub segment_size: Option<u32>,
+    /// Treat a cache in RAM as if it were persistent: for tests and benchmarks only
+    #[arg(long)]
+    pub assume_dax: bool,
+    /// Allow write-back with a cache that does not survive the host
+    #[arg(long)]
+    pub allow_volatile: bool,
+    /// Where the default cache and disk are [default: /var/lib/pcache-vhost for root, else
+    /// $XDG_STATE_HOME/pcache-vhost]
+    #[arg(long, value_name = "DIR", value_parser = path_parser())]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Which volume, when there is no configuration file.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Volume")]
+pub struct VolumeArgs {
+    /// Socket that the VMM connects to
+    #[arg(long, visible_alias = "socket-path", value_name = "PATH", value_parser = socket_parser())]
+    #[arg(conflicts_with = "fd")]
+    pub socket: Option<SocketPath>,
+    /// Use this inherited descriptor, a listening or connected Unix socket, instead of a path
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    pub fd: Option<i32>,
+    /// Permission bits of the socket [default: 0600, with --socket-group 0660]
+    #[arg(long, value_name = "MODE", value_parser = value::file_mode, conflicts_with = "fd")]
+    pub socket_mode: Option<u32>,
+    /// Group of the socket, by name or number
+    #[arg(long, value_name = "GROUP", conflicts_with = "fd")]
+    pub socket_group: Option<String>,
+    /// Name of the volume in the cache [default: disk0]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<Name>,
+    /// Backing disk: a raw image file or a block device
+    /// [default: disk.img in the state directory]
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser())]
+    pub backing: Option<PathBuf>,
+    /// Take the backing disk as raw, even if it looks like another image format
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub backing_format: Option<BackingFormat>,
+    /// Create the backing disk as a sparse image of this size if it does not exist
+    #[arg(long, value_name = "SIZE", value_parser = value::disk_size)]
+    pub backing_size: Option<u64>,
+    /// Most queues a VM may use [default: 256]
+    #[arg(long, value_name = "N", value_parser = value::queues)]
+    pub queues: Option<u16>,
+    /// Largest ring a VM may use [default: 256]
+    #[arg(long, value_name = "N", value_parser = value::queue_size)]
+    pub queue_size: Option<u16>,
+    /// What is cached and when a write is done [default: writeback]
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub cache_mode: Option<Mode>,
+    /// Order in which write-back reaches the backing disk [default: strict]
+    #[arg(long, value_name = "ORDER", value_enum)]
+    pub order: Option<Order>,
+    /// Verify the checksum of every read hit
+    #[arg(long)]
+    pub data_crc: bool,
+    /// Logical block size the VM sees, 512 or 4096 [default: the backing disk's]
+    #[arg(long, value_name = "SIZE", value_parser = value::block_size)]
+    pub block_size: Option<u32>,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// What the VM reads as the disk's serial, up to 20 characters [default: the volume's name]
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<Serial>,
+    /// Whether a discard also frees space on the backing disk [default: pass]
+    #[arg(long, value_name = "POLICY", value_enum)]
+    pub discard: Option<Discard>,
+    /// How long an idle queue looks for work before it sleeps, in microseconds [default: 32]
+    #[arg(long, value_name = "MICROSECONDS", value_parser = value::poll_us)]
+    pub poll_us: Option<u32>,
+}
+
+/// Options of `format`.
+#[derive(Args, Debug)]
+pub struct FormatArgs {
+    /// Cache to format [default: cache.img in the state directory]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub cache: Option<PathBuf>,
+    /// Size of the file to create; an existing one keeps its size
+    #[arg(long, value_name = "SIZE", value_parser = value::cache_size)]
+    pub cache_size: Option<u64>,
+    /// Segment size [default: by the cache's size]
+    #[arg(long, value_name = "SIZE", value_parser = value::segment_size)]
+    pub segment_size: Option<u32>,
+    /// Treat a cache in RAM as if it were persistent: for tests and benchmarks only
+    #[arg(long)]
+    pub assume_dax: bool,
+    /// Overwrite what is there, be it a cache with dirty data or somebody else's file system
+    #[arg(long)]
+    pub force: bool,
+    /// Where the default cache is
+    #[arg(long, value_name = "DIR", value_parser = path_parser())]
+    pub state_dir: Option<PathBuf>,
+    /// Least important events to log
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+/// Options of `check`.
+#[derive(Args, Debug)]
+pub struct CheckArgs {
+    /// Cache to read [default: cache.img in the state directory]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub cache: Option<PathBuf>,
+    /// Where the default cache is
+    #[arg(long, value_name = "DIR", value_parser = path_parser())]
+    pub state_dir: Option<PathBuf>,
+    /// Least important events to log
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+/// Options of `dump`.
+#[derive(Args, Debug)]
+pub struct DumpArgs {
+    /// Cache to read [default: cache.img in the state directory]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub cache: Option<PathBuf>,
+    /// Also print every key of every segment
+    #[arg(long)]
+    pub keys: bool,
+    /// Where the default cache is
+    #[arg(long, value_name = "DIR", value_parser = path_parser())]
+    pub state_dir: Option<PathBuf>,
+    /// Least important events to log
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+/// Options of `drain`.
+#[derive(Args, Debug)]
+pub struct DrainArgs {
+    /// Drain the caches of this configuration file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["cache", "backing", "state_dir"])]
+    pub config: Option<PathBuf>,
+    /// Cache to drain [default: cache.img in the state directory]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub cache: Option<PathBuf>,
+    /// Drain this volume only
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<Name>,
+    /// Backing disk of the volume [default: where it was when last served]
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser())]
+    pub backing: Option<PathBuf>,
+    /// Take the backing disk as raw, even if it looks like another image format
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub backing_format: Option<BackingFormat>,
+    /// Treat a cache in RAM as if it were persistent: for tests and benchmarks only
+    #[arg(long)]
+    pub assume_dax: bool,
+    /// Drain although the backing disk is not the one the cache belongs to
+    #[arg(long)]
+    pub force_identity: bool,
+    /// Drain a damaged volume: what the cache lost stays lost
+    #[arg(long)]
+    pub accept_loss: bool,
+    /// Where the default cache is
+    #[arg(long, value_name = "DIR", value_parser = path_parser())]
+    pub state_dir: Option<PathBuf>,
+    /// Least important events to log
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+/// Importance of an event.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LogLevel {
+    /// Something was lost or refused.
+    Error,
+    /// Something will be, unless somebody acts.
+    Warn,
+    /// What happened.
+    Info,
+    /// Why it happened.
+    Debug,
+    /// How it happened.
+    Trace,
+}
+
+impl Cli {
+    /// The log level, whatever the verb.
+    pub fn log_level(&self) -> LogLevel {
+        match &self.verb {
+            None => self.serve.log_level,
+            Some(Verb::Format(args)) => args.log_level,
+            Some(Verb::Check(args)) => args.log_level,
+            Some(Verb::Dump(args)) => args.log_level,
+            Some(Verb::Drain(args)) => args.log_level,
+        }
+    }
+}
+
+/// Whether the arguments ask for the capabilities: then every other one is to be ignored, also one
+/// that does not parse (QEMU's vhost-user specification, "Backend program conventions").
+pub fn asks_for_capabilities(arguments: &[OsString]) -> bool {
+    arguments.iter().skip(1).any(|argument| argument == "--print-capabilities")
+}
+
+/// What [`asks_for_capabilities`] is answered: the keys of QEMU's `vhost-user.json` schema.
+pub const CAPABILITIES: &str = r#"{
+  "type": "block",
+  "features": [
+    "read-only",
+    "blk-file"
+  ]
+}
+"#;
+
+fn path_parser() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(|text| match text.is_empty() {
+        true => Err(ValueError::EmptyPath),
+        false => Ok(PathBuf::from(text)),
+    })
+}
+
+fn socket_parser() -> impl TypedValueParser<Value = SocketPath> {
+    OsStringValueParser::new().try_map(|text| SocketPath::new(&text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn capabilities_are_asked_for_by_one_word_among_any() {
+        let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        assert!(asks_for_capabilities(&words("pcache-vhost --nonsense --print-capabilities --fd=9")));
+        assert!(!asks_for_capabilities(&words("pcache-vhost --socket s")));
+        assert!(!asks_for_capabilities(&words("--print-capabilities --socket s")));
+    }
+}

@@ -1,0 +1,685 @@
+//! What is to be served, valid by construction.
+//!
+//! A [`Config`] comes from the command line (`Config::from_args`) or from a file (`file::load`);
+//! both end in `Config::new`, which refuses what does not fit together, so nobody after it asks
+//! again. The only look at the file system is to see through two names of one thing.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+
+use super::cli::ServeArgs;
+use super::suggest;
+use super::value::{Name, Serial, SocketPath};
+use crate::tools::image::Sizing;
+
+/// Size of the embedded default's cache.
+pub const DEFAULT_CACHE_SIZE: u64 = 1 << 30;
+/// Size of the embedded default's disk.
+pub const DEFAULT_DISK_SIZE: u64 = 10 << 30;
+/// Queues offered unless told: QEMU opens one per virtual CPU and does not start with fewer.
+pub const DEFAULT_QUEUES: u16 = 256;
+/// Largest ring unless told: what Firecracker and crosvm use; QEMU and Cloud Hypervisor use 128.
+pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+/// Busy-wait unless told: about one round trip of a guest's vCPU, so that depth 1 seldom sleeps.
+pub const DEFAULT_POLL_US: u32 = 32;
+/// Name of the volume, and of the cache, when there is only one and it was given none.
+pub const DEFAULT_VOLUME: &str = "disk0";
+
+/// What is cached and when a write is done.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Mode {
+    /// A write is done when the cache has it
+    #[default]
+    Writeback,
+    /// A write is done when the disk has it; the cache keeps a copy
+    Writethrough,
+    /// A write is done when the disk has it; the cache keeps only what is read
+    Writearound,
+    /// A write is done when the disk has it; what is cached serves, and nothing is added
+    Readonly,
+    /// The cache is neither read nor filled
+    Passthrough,
+}
+
+/// In which order write-back reaches the backing disk.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Order {
+    /// Flush by flush, as the guest wrote: the disk alone is always a state the guest's disk was in
+    #[default]
+    Strict,
+    /// By address, newest only: faster, and the disk alone is nothing without the cache
+    Relaxed,
+}
+
+/// What a discard does on the backing disk.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Discard {
+    /// The space is given back
+    #[default]
+    Pass,
+    /// The space stays allocated
+    Keep,
+}
+
+/// How the backing disk is to be read.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BackingFormat {
+    /// Byte for byte, whatever it looks like
+    Raw,
+}
+
+/// One cache.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CacheConfig {
+    /// What volumes call it.
+    pub name: Name,
+    /// Device or file.
+    pub path: PathBuf,
+    /// How large.
+    pub size: Sizing,
+    /// Segment size if it is created.
+    pub segment_size: Option<u32>,
+    /// Whether RAM passes as persistent.
+    pub assume_dax: bool,
+    /// Whether write-back is allowed on media that do not survive the host.
+    pub allow_volatile: bool,
+}
+
+/// Where a front end finds a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Endpoint {
+    /// A socket made at a path.
+    Socket {
+        /// Where.
+        path: SocketPath,
+        /// Its permission bits.
+        mode: u32,
+        /// Its group, by name or number, if not the process's.
+        group: Option<String>,
+    },
+    /// An inherited descriptor.
+    Inherited(i32),
+}
+
+impl Endpoint {
+    /// A socket at `path`. Unless told, its group may connect exactly if one was chosen.
+    pub fn socket(path: SocketPath, mode: Option<u32>, group: Option<String>) -> Self {
+        let mode = mode.unwrap_or(if group.is_some() { 0o660 } else { 0o600 });
+        Endpoint::Socket { path, mode, group }
+    }
+}
+
+/// The disk behind a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackingConfig {
+    /// Raw image or block device.
+    pub path: PathBuf,
+    /// Whether it is raw whatever it looks like.
+    pub raw: bool,
+    /// How large.
+    pub size: Sizing,
+}
+
+/// One volume: a disk that one VM sees.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VolumeConfig {
+    /// Its name in the cache, in logs and in counters.
+    pub name: Name,
+    /// Index of its cache in [`Config::caches`].
+    pub cache: usize,
+    /// Where a front end finds it.
+    pub endpoint: Endpoint,
+    /// The disk behind it.
+    pub backing: BackingConfig,
+    /// Queues offered.
+    pub queues: u16,
+    /// Largest ring.
+    pub queue_size: u16,
+    /// What is cached.
+    pub mode: Mode,
+    /// In which order write-back goes.
+    pub order: Order,
+    /// Whether hits verify their checksums.
+    pub data_crc: bool,
+    /// Block size the guest sees, if not the disk's.
+    pub block_size: Option<u32>,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// What GET_ID answers.
+    pub serial: Serial,
+    /// What a discard does behind the cache.
+    pub discard: Discard,
+    /// Busy-wait of an idle queue, in microseconds.
+    pub poll_us: u32,
+    /// Whether another disk than the cache belongs to is accepted.
+    pub force_identity: bool,
+    /// Whether the operator gives up what a damaged volume lost.
+    pub accept_loss: bool,
+}
+
+impl VolumeConfig {
+    /// A volume with every choice at its default.
+    pub fn new(name: Name, cache: usize, endpoint: Endpoint, backing: BackingConfig) -> Self {
+        let serial = Serial::of(&name);
+        Self {
+            name,
+            cache,
+            endpoint,
+            backing,
+            queues: DEFAULT_QUEUES,
+            queue_size: DEFAULT_QUEUE_SIZE,
+            mode: Mode::default(),
+            order: Order::default(),
+            data_crc: false,
+            block_size: None,
+            read_only: false,
+            serial,
+            discard: Discard::default(),
+            poll_us: DEFAULT_POLL_US,
+            force_identity: false,
+            accept_loss: false,
+        }
+    }
+}
+
+/// What an operator has agreed to for this one start. Never in a file: it would be agreed to again
+/// at every later start.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Consents {
+    /// Volumes whose backing disk may be another one; empty text for the only volume.
+    pub force_identity: Vec<String>,
+    /// Volumes that may lose what is damaged; empty text for the only volume.
+    pub accept_loss: Vec<String>,
+}
+
+/// Why values that are fine one by one do not go together.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Nowhere to listen.
+    #[error("nothing to serve: give --socket PATH, --fd N or --config FILE (see --help)")]
+    NoEndpoint,
+    /// A cache without its disk.
+    #[error("--cache needs --backing PATH: which disk does this cache stand in front of?")]
+    CacheWithoutBacking,
+    /// An empty file.
+    #[error("there is no [[volume]]: nothing to serve")]
+    NoVolume,
+    /// Two of a kind share what they cannot share.
+    #[error("volumes `{first}` and `{second}` have the same {what} {value}: each needs its own")]
+    Shared {
+        /// The earlier one.
+        first: Name,
+        /// The later one.
+        second: Name,
+        /// What they share.
+        what: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// Two caches share what they cannot share.
+    #[error("two caches have the same {what} {value}: each needs its own")]
+    SharedCache {
+        /// What they share.
+        what: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// One thing in two roles.
+    #[error("{path} is both a cache and the backing disk of volume `{volume}`")]
+    CacheIsBacking {
+        /// The thing.
+        path: String,
+        /// Whose disk it is.
+        volume: Name,
+    },
+    /// A disk to be created that the guest could not address to its end.
+    #[error("volume `{volume}`: a disk of {size} bytes is not a multiple of its block size {block_size}")]
+    DiskNotWholeBlocks {
+        /// Which.
+        volume: Name,
+        /// Size asked for.
+        size: u64,
+        /// Block size asked for.
+        block_size: u32,
+    },
+    /// A consent for nobody.
+    #[error("--{option}={given}: there is no such volume{}", .nearest.as_ref().map_or(String::new(), |near| format!(": did you mean {near}?")))]
+    NoSuchVolume {
+        /// The option.
+        option: &'static str,
+        /// What it said.
+        given: String,
+        /// What may have been meant.
+        nearest: Option<String>,
+    },
+    /// A consent for anybody.
+    #[error("--{option} must name its volume when there are several: --{option}=NAME")]
+    WhichVolume {
+        /// The option.
+        option: &'static str,
+    },
+    /// No place for the default files.
+    #[error("neither XDG_STATE_HOME nor HOME is set: give --state-dir DIR, or --cache and --backing")]
+    NoStateDir,
+}
+
+/// Everything to be served.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    caches: Vec<CacheConfig>,
+    volumes: Vec<VolumeConfig>,
+    state_dir: Option<PathBuf>,
+}
+
+impl Config {
+    /// Joins what fits together.
+    ///
+    /// # Errors
+    /// The first thing that does not.
+    pub fn new(
+        caches: Vec<CacheConfig>,
+        mut volumes: Vec<VolumeConfig>,
+        consents: &Consents,
+    ) -> Result<Self, ConfigError> {
+        if volumes.is_empty() {
+            return Err(ConfigError::NoVolume);
+        }
+        assert!(volumes.iter().all(|volume| volume.cache < caches.len()), "a volume without its cache");
+        refuse_shared_caches(&caches)?;
+        refuse_shared_volumes(&volumes)?;
+        for volume in &volumes {
+            let path = canonical(&volume.backing.path);
+            if caches.iter().any(|cache| canonical(&cache.path) == path) {
+                let path = volume.backing.path.display().to_string();
+                return Err(ConfigError::CacheIsBacking { path, volume: volume.name.clone() });
+            }
+            if let (Some(block_size), Some(size)) = (volume.block_size, volume.backing.size.to_create())
+                && !size.is_multiple_of(block_size.into())
+            {
+                let volume = volume.name.clone();
+                return Err(ConfigError::DiskNotWholeBlocks { volume, size, block_size });
+            }
+        }
+        for index in consents_for("force-identity", &consents.force_identity, &volumes)? {
+            volumes[index].force_identity = true;
+        }
+        for index in consents_for("accept-loss", &consents.accept_loss, &volumes)? {
+            volumes[index].accept_loss = true;
+        }
+        Ok(Self { caches, volumes, state_dir: None })
+    }
+
+    /// The configuration that a command line without `--config` describes.
+    ///
+    /// # Errors
+    /// What is missing or does not fit together.
+    pub fn from_args(args: &ServeArgs, default_state_dir: Option<PathBuf>) -> Result<Self, ConfigError> {
+        let (cache, volume) = (&args.cache, &args.volume);
+        let endpoint = match (&volume.socket, volume.fd) {
+            (Some(path), _) => {
+                Endpoint::socket(path.clone(), volume.socket_mode, volume.socket_group.clone())
+            }
+            (None, Some(fd)) => Endpoint::Inherited(fd),
+            (None, None) => return Err(ConfigError::NoEndpoint),
+        };
+        if cache.cache.is_some() && volume.backing.is_none() {
+            return Err(ConfigError::CacheWithoutBacking);
+        }
+        let state = StateDir::new(cache.state_dir.clone(), default_state_dir);
+        let cache_default = cache.cache.is_none().then_some(DEFAULT_CACHE_SIZE);
+        let cache = CacheConfig {
+            name: default_name(),
+            path: state.or_in(cache.cache.as_ref(), CACHE_FILE)?,
+            size: Sizing::of(cache.cache_size, cache_default),
+            segment_size: cache.segment_size,
+            assume_dax: cache.assume_dax,
+            allow_volatile: cache.allow_volatile,
+        };
+        let disk_default = volume.backing.is_none().then_some(DEFAULT_DISK_SIZE);
+        let backing = BackingConfig {
+            path: state.or_in(volume.backing.as_ref(), DISK_FILE)?,
+            raw: volume.backing_format == Some(BackingFormat::Raw),
+            size: Sizing::of(volume.backing_size, disk_default),
+        };
+        let name = volume.name.clone().unwrap_or_else(default_name);
+        let mut config = VolumeConfig::new(name, 0, endpoint, backing);
+        config.queues = volume.queues.unwrap_or(config.queues);
+        config.queue_size = volume.queue_size.unwrap_or(config.queue_size);
+        config.mode = volume.cache_mode.unwrap_or(config.mode);
+        config.order = volume.order.unwrap_or(config.order);
+        config.data_crc = volume.data_crc;
+        config.block_size = volume.block_size;
+        config.read_only = volume.read_only;
+        config.serial = volume.serial.unwrap_or(config.serial);
+        config.discard = volume.discard.unwrap_or(config.discard);
+        config.poll_us = volume.poll_us.unwrap_or(config.poll_us);
+        let consents =
+            Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
+        let mut config = Self::new(vec![cache], vec![config], &consents)?;
+        let by_default = args.cache.cache.is_none() || volume.backing.is_none();
+        config.state_dir = state.0.filter(|_| by_default);
+        Ok(config)
+    }
+
+    /// The directory of the files that are there by default, if any is: it may be made.
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.state_dir.as_deref()
+    }
+
+    /// The caches.
+    pub fn caches(&self) -> &[CacheConfig] {
+        &self.caches
+    }
+
+    /// The volumes, at least one.
+    pub fn volumes(&self) -> &[VolumeConfig] {
+        &self.volumes
+    }
+}
+
+/// File of the embedded default's cache.
+const CACHE_FILE: &str = "cache.img";
+/// File of the embedded default's disk.
+const DISK_FILE: &str = "disk.img";
+
+/// The cache of a verb that was given none, or the one it was given.
+///
+/// # Errors
+/// There is no place where the default could be.
+pub fn cache_path(
+    cache: &Option<PathBuf>,
+    state_dir: &Option<PathBuf>,
+    default_state_dir: Option<PathBuf>,
+) -> Result<PathBuf, ConfigError> {
+    StateDir::new(state_dir.clone(), default_state_dir).or_in(cache.as_ref(), CACHE_FILE)
+}
+
+/// Where state is kept by convention: the user's own place, or for root the system's.
+pub fn default_state_dir(
+    is_root: bool,
+    xdg_state_home: Option<PathBuf>,
+    home: Option<PathBuf>,
+) -> Option<PathBuf> {
+    if is_root {
+        return Some("/var/lib/pcache-vhost".into());
+    }
+    // The XDG base directory specification: a relative path is to be ignored.
+    let xdg = xdg_state_home.filter(|path| path.is_absolute());
+    let base = xdg.or_else(|| Some(home.filter(|path| path.is_absolute())?.join(".local/state")));
+    Some(base?.join("pcache-vhost"))
+}
+
+struct StateDir(Option<PathBuf>);
+
+impl StateDir {
+    fn new(given: Option<PathBuf>, default: Option<PathBuf>) -> Self {
+        Self(given.or(default))
+    }
+
+    fn or_in(&self, given: Option<&PathBuf>, file: &str) -> Result<PathBuf, ConfigError> {
+        match (given, &self.0) {
+            (Some(path), _) => Ok(path.clone()),
+            (None, Some(dir)) => Ok(dir.join(file)),
+            (None, None) => Err(ConfigError::NoStateDir),
+        }
+    }
+}
+
+fn default_name() -> Name {
+    DEFAULT_VOLUME.parse().expect("the default name is a name")
+}
+
+fn refuse_shared_caches(caches: &[CacheConfig]) -> Result<(), ConfigError> {
+    for (index, cache) in caches.iter().enumerate() {
+        let earlier = &caches[..index];
+        if earlier.iter().any(|other| other.name == cache.name) {
+            return Err(ConfigError::SharedCache { what: "name", value: cache.name.to_string() });
+        }
+        if earlier.iter().any(|other| canonical(&other.path) == canonical(&cache.path)) {
+            return Err(ConfigError::SharedCache { what: "path", value: cache.path.display().to_string() });
+        }
+    }
+    Ok(())
+}
+
+fn refuse_shared_volumes(volumes: &[VolumeConfig]) -> Result<(), ConfigError> {
+    let mut seen: HashMap<(&'static str, PathBuf), &Name> = HashMap::new();
+    for volume in volumes {
+        let mut traits = vec![
+            ("name", PathBuf::from(volume.name.as_str())),
+            ("backing disk", canonical(&volume.backing.path)),
+        ];
+        if let Endpoint::Socket { path, .. } = &volume.endpoint {
+            traits.push(("socket", canonical(path.as_path())));
+        }
+        for (what, value) in traits {
+            let shown = value.display().to_string();
+            if let Some(first) = seen.insert((what, value), &volume.name) {
+                let (first, second) = (first.clone(), volume.name.clone());
+                return Err(ConfigError::Shared { first, second, what, value: shown });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The path with its links followed as far as it exists, so that two names of one thing meet.
+fn canonical(path: &Path) -> PathBuf {
+    if let Ok(path) = path.canonicalize() {
+        return path;
+    }
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.into());
+    match (absolute.parent().and_then(|parent| parent.canonicalize().ok()), absolute.file_name()) {
+        (Some(parent), Some(file)) => parent.join(file),
+        _ => absolute,
+    }
+}
+
+fn consents_for(
+    option: &'static str,
+    given: &[String],
+    volumes: &[VolumeConfig],
+) -> Result<Vec<usize>, ConfigError> {
+    let names = || volumes.iter().map(|volume| volume.name.as_str());
+    given
+        .iter()
+        .map(|name| match (name.as_str(), volumes.len()) {
+            ("", 1) => Ok(0),
+            ("", _) => Err(ConfigError::WhichVolume { option }),
+            (name, _) => names().position(|candidate| candidate == name).ok_or_else(|| {
+                let nearest = suggest::nearest(name, names()).map(str::to_owned);
+                ConfigError::NoSuchVolume { option, given: name.into(), nearest }
+            }),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cli::Cli;
+    use super::*;
+    use clap::Parser;
+
+    fn serve(line: &str) -> Result<Config, ConfigError> {
+        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+        Config::from_args(&cli.serve, Some("/state".into()))
+    }
+
+    #[test]
+    fn a_socket_alone_is_the_embedded_default() {
+        let config = serve("pcache-vhost --socket /run/s").unwrap();
+        assert_eq!(config.state_dir(), Some(Path::new("/state")));
+        let cache = &config.caches()[0];
+        assert_eq!(
+            (cache.path.as_path(), cache.size),
+            (Path::new("/state/cache.img"), Sizing::AsFoundOr(1 << 30))
+        );
+        let volume = &config.volumes()[0];
+        assert_eq!(volume.backing.path, Path::new("/state/disk.img"));
+        assert_eq!(volume.backing.size, Sizing::AsFoundOr(10 << 30));
+        assert_eq!(
+            (volume.mode, volume.order, volume.discard),
+            (Mode::Writeback, Order::Strict, Discard::Pass)
+        );
+        assert_eq!((volume.queues, volume.queue_size, volume.poll_us), (256, 256, 32));
+        assert_eq!(&volume.serial.bytes()[..6], b"disk0\0");
+        let path = "/run/s".parse().unwrap();
+        assert_eq!(volume.endpoint, Endpoint::Socket { path, mode: 0o600, group: None });
+        assert!(!volume.read_only && !volume.data_crc && !volume.force_identity && !volume.accept_loss);
+    }
+
+    #[test]
+    fn every_option_reaches_its_field() {
+        let config = serve(
+            "pcache-vhost --socket-path /run/s --socket-group kvm --cache /c --cache-size 2GiB \
+             --segment-size 1MiB --assume-dax --allow-volatile --name web --blk-file /b \
+             --backing-format raw --backing-size 8GiB --queues 4 --queue-size 64 \
+             --cache-mode writearound --order relaxed --data-crc --block-size 4096 --read-only \
+             --serial S9 --discard keep --poll-us 7 --force-identity --accept-loss=web",
+        )
+        .unwrap();
+        let cache = CacheConfig {
+            name: default_name(),
+            path: "/c".into(),
+            size: Sizing::Exactly(2 << 30),
+            segment_size: Some(1 << 20),
+            assume_dax: true,
+            allow_volatile: true,
+        };
+        let path = "/run/s".parse().unwrap();
+        let volume = VolumeConfig {
+            name: "web".parse().unwrap(),
+            cache: 0,
+            endpoint: Endpoint::Socket { path, mode: 0o660, group: Some("kvm".into()) },
+            backing: BackingConfig { path: "/b".into(), raw: true, size: Sizing::Exactly(8 << 30) },
+            queues: 4,
+            queue_size: 64,
+            mode: Mode::Writearound,
+            order: Order::Relaxed,
+            data_crc: true,
+            block_size: Some(4096),
+            read_only: true,
+            serial: "S9".parse().unwrap(),
+            discard: Discard::Keep,
+            poll_us: 7,
+            force_identity: true,
+            accept_loss: true,
+        };
+        assert_eq!((config.caches(), config.volumes()), (&[cache][..], &[volume][..]));
+        assert_eq!(config.state_dir(), None);
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_refused() {
+        let rows = [
+            ("pcache-vhost", ConfigError::NoEndpoint),
+            ("pcache-vhost --socket /s --cache /c", ConfigError::CacheWithoutBacking),
+            (
+                "pcache-vhost --socket /s --cache /x --backing /x",
+                ConfigError::CacheIsBacking { path: "/x".into(), volume: default_name() },
+            ),
+            (
+                "pcache-vhost --socket /s --block-size 4096 --backing /b --backing-size 512",
+                ConfigError::DiskNotWholeBlocks { volume: default_name(), size: 512, block_size: 4096 },
+            ),
+            (
+                "pcache-vhost --socket /s --accept-loss=disk1",
+                ConfigError::NoSuchVolume {
+                    option: "accept-loss",
+                    given: "disk1".into(),
+                    nearest: Some("disk0".into()),
+                },
+            ),
+        ];
+        for (line, error) in rows {
+            assert_eq!(serve(line), Err(error), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_blk_file_without_a_cache_uses_the_default_cache_and_is_never_created() {
+        let config = serve("pcache-vhost --fd 3 --blk-file /disk --read-only").unwrap();
+        assert_eq!(config.caches()[0].path, Path::new("/state/cache.img"));
+        assert_eq!(config.volumes()[0].backing.size, Sizing::AsFound);
+        assert_eq!(config.volumes()[0].endpoint, Endpoint::Inherited(3));
+    }
+
+    #[test]
+    fn options_that_contradict_each_other_do_not_parse() {
+        for line in [
+            "pcache-vhost --socket /s --fd 3",
+            "pcache-vhost --fd 3 --socket-mode 0600",
+            "pcache-vhost --config /f --socket /s",
+            "pcache-vhost --config /f --cache /c",
+            "pcache-vhost --config /f --state-dir /d",
+            "pcache-vhost --config /f --queues 2",
+            "pcache-vhost --socket /s --socket-path /t",
+            "pcache-vhost --socket /s check",
+        ] {
+            let error = Cli::try_parse_from(line.split_whitespace()).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict, "{line}");
+        }
+    }
+
+    #[test]
+    fn volumes_may_not_share_a_name_a_socket_or_a_disk() {
+        let cache = serve("pcache-vhost --socket /s").unwrap().caches()[0].clone();
+        let volume = |name: &str, socket: &str, disk: &str| {
+            let endpoint = Endpoint::socket(socket.parse().unwrap(), None, None);
+            let backing = BackingConfig { path: disk.into(), raw: false, size: Sizing::AsFound };
+            VolumeConfig::new(name.parse().unwrap(), 0, endpoint, backing)
+        };
+        let new = |volumes| Config::new(vec![cache.clone()], volumes, &Consents::default());
+        assert!(new(vec![volume("a", "/1", "/x"), volume("b", "/2", "/y")]).is_ok());
+        let rows = [
+            (volume("a", "/2", "/y"), "name"),
+            (volume("b", "/./1", "/y"), "socket"),
+            (volume("b", "/2", "/../x"), "backing disk"),
+        ];
+        for (second, shared) in rows {
+            let Err(ConfigError::Shared { what, .. }) = new(vec![volume("a", "/1", "/x"), second]) else {
+                panic!("sharing a {shared} was accepted");
+            };
+            assert_eq!(what, shared);
+        }
+        assert_eq!(new(vec![]), Err(ConfigError::NoVolume));
+    }
+
+    #[test]
+    fn a_consent_among_several_volumes_names_its_own() {
+        let cache = serve("pcache-vhost --socket /s").unwrap().caches()[0].clone();
+        let volumes: Vec<_> = ["a", "b"]
+            .map(|name| {
+                let backing =
+                    BackingConfig { path: format!("/{name}").into(), raw: false, size: Sizing::AsFound };
+                VolumeConfig::new(name.parse().unwrap(), 0, Endpoint::Inherited(3), backing)
+            })
+            .into();
+        let new = |force: &str| {
+            let consents = Consents { force_identity: vec![force.into()], accept_loss: vec![] };
+            Config::new(vec![cache.clone()], volumes.clone(), &consents)
+        };
+        assert_eq!(new(""), Err(ConfigError::WhichVolume { option: "force-identity" }));
+        let config = new("b").unwrap();
+        assert!(!config.volumes()[0].force_identity && config.volumes()[1].force_identity);
+    }
+
+    #[test]
+    fn the_state_directory_follows_the_user() {
+        let dir = |root, xdg: Option<&str>, home: Option<&str>| {
+            default_state_dir(root, xdg.map(PathBuf::from), home.map(PathBuf::from))
+        };
+        let rows = [
+            (dir(true, Some("/x"), Some("/h")), Some("/var/lib/pcache-vhost")),
+            (dir(false, Some("/x"), Some("/h")), Some("/x/pcache-vhost")),
+            (dir(false, Some("x"), Some("/h")), Some("/h/.local/state/pcache-vhost")),
+            (dir(false, None, Some("/h")), Some("/h/.local/state/pcache-vhost")),
+            (dir(false, None, None), None),
+        ];
+        for (found, expected) in rows {
+            assert_eq!(found, expected.map(PathBuf::from));
+        }
+    }
+}

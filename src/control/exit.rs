@@ -1,0 +1,32 @@
+//! How the program ends: one exit status per kind of answer, as `--help` lists them.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+/// An answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Exit {
+    /// It is done; for `check`, the cache is whole.
+    Done = 0,
+    /// It could not be done.
+    Failed = 1,
+    /// It was asked for wrongly; nothing was touched.
+    Usage = 2,
+    /// `check`: the cache is damaged.
+    Damaged = 3,
+    /// `check`: there is no cache of ours.
+    NotOurs = 4,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// Says on standard error why it was not done.
+pub fn complain(why: &dyn std::fmt::Display) {
+    // A closed standard error has no reader; the exit status speaks.
+    drop(writeln!(std::io::stderr(), "pcache-vhost: {why}"));
+}

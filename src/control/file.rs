@@ -1,0 +1,525 @@
+//! The configuration file: TOML with one `[[cache]]` per cache and one `[[volume]]` per VM disk.
+//!
+//! The file is walked by hand rather than derived, for its errors' sake: every refusal names file,
+//! line and column, values are parsed by the very functions of the command line, and the keys that
+//! exist are exactly those that were asked for, so a suggestion can never name one that does not.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::config::{
+    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, Endpoint, VolumeConfig,
+};
+use super::suggest;
+use super::value::{self, Name, ValueError};
+use crate::tools::image::Sizing;
+
+/// Why a file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It could not be read.
+    #[error("configuration {}: {source}", .path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Something at a place in it.
+    #[error("{}:{line}:{column}: {what}", .path.display())]
+    At {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column in characters, from 1.
+        column: usize,
+        /// What is wrong there.
+        what: Box<Complaint>,
+    },
+    /// What it says does not fit together.
+    #[error("{}: {source}", .path.display())]
+    Together {
+        /// The file.
+        path: PathBuf,
+        /// What.
+        source: Box<ConfigError>,
+    },
+}
+
+/// What is wrong at a place of a file.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Complaint {
+    /// Not TOML.
+    #[error("{0}")]
+    Syntax(String),
+    /// A key that does not exist.
+    #[error("unknown key `{key}` in {section}{}", .nearest.map_or(String::new(), |near| format!(": did you mean `{near}`?")))]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// Where.
+        section: &'static str,
+        /// What may have been meant.
+        nearest: Option<&'static str>,
+    },
+    /// A key that must be there.
+    #[error("{section} has no `{key}`")]
+    Missing {
+        /// The key.
+        key: &'static str,
+        /// Where.
+        section: &'static str,
+    },
+    /// A value of the wrong type.
+    #[error("`{key}` is {found}, it must be {expected}")]
+    Type {
+        /// The key.
+        key: &'static str,
+        /// What is there.
+        found: &'static str,
+        /// What should be.
+        expected: &'static str,
+    },
+    /// A value that is impossible.
+    #[error("`{key}`: {source}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Why.
+        source: ValueError,
+    },
+    /// A cache that does not exist.
+    #[error("there is no cache `{given}`{}", .nearest.as_ref().map_or(String::new(), |near| format!(": did you mean `{near}`?")))]
+    NoSuchCache {
+        /// What was written.
+        given: String,
+        /// What may have been meant.
+        nearest: Option<String>,
+    },
+    /// Several caches and a volume that names none.
+    #[error("this [[volume]] must say its `cache`: there are {0}")]
+    WhichCache(usize),
+}
+
+/// Reads and checks the file at `path`.
+///
+/// # Errors
+/// The first thing wrong with it.
+pub fn load(path: &Path, consents: &Consents) -> Result<Config, FileError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| FileError::Unreadable { path: path.into(), source })?;
+    parse(path, &text, consents)
+}
+
+fn parse(path: &Path, text: &str, consents: &Consents) -> Result<Config, FileError> {
+    let at = |Fault(span, what): Fault| {
+        let (line, column) = position(text, span.start);
+        FileError::At { path: path.into(), line, column, what: Box::new(what) }
+    };
+    let (caches, volumes) = sections(text).map_err(at)?;
+    Config::new(caches, volumes, consents)
+        .map_err(|source| FileError::Together { path: path.into(), source: Box::new(source) })
+}
+
+/// What is wrong, and where in the text.
+struct Fault(Range<usize>, Complaint);
+
+fn sections(text: &str) -> Result<(Vec<CacheConfig>, Vec<VolumeConfig>), Fault> {
+    let document = DeTable::parse(text).map_err(|error| {
+        let message = error.message().replace('\n', ", ");
+        Fault(error.span().unwrap_or(0..0), Complaint::Syntax(message))
+    })?;
+    let mut top = Section::new("the file", 0..0, document.get_ref());
+    let caches = top.sections("cache", "[[cache]]")?;
+    let volumes = top.sections("volume", "[[volume]]")?;
+    top.finish()?;
+    let caches = caches.into_iter().map(cache).collect::<Result<Vec<_>, _>>()?;
+    if caches.is_empty() {
+        return Err(Fault(0..0, Complaint::Missing { key: "[[cache]]", section: "the file" }));
+    }
+    let volumes =
+        volumes.into_iter().map(|section| volume(section, &caches)).collect::<Result<Vec<_>, _>>()?;
+    Ok((caches, volumes))
+}
+
+fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
+    let name = section.text("name", str::parse)?;
+    let path = section.text("path", value::path)?;
+    let size = section.size("size", value::cache_size)?;
+    let segment_size = section.size("segment_size", value::segment_size)?;
+    let assume_dax = section.flag("assume_dax")?;
+    let allow_volatile = section.flag("allow_volatile")?;
+    let name = section.required("name", name)?;
+    let path = section.required("path", path)?;
+    section.finish()?;
+    let size = size.map_or(Sizing::AsFound, Sizing::Exactly);
+    Ok(CacheConfig { name, path, size, segment_size, assume_dax, allow_volatile })
+}
+
+fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConfig, Fault> {
+    let name = section.text("name", str::parse::<Name>)?;
+    let cache = section.located("cache")?;
+    let socket = section.text("socket", str::parse)?;
+    let socket_mode = section.text("socket_mode", value::file_mode)?;
+    let socket_group = section.text("socket_group", |text| Ok(text.to_owned()))?;
+    let backing = section.text("backing", value::path)?;
+    let format = section.text("backing_format", value::choice::<BackingFormat>)?;
+    let backing_size = section.size("backing_size", value::disk_size)?;
+    let queues = section.number("queues", value::queues)?;
+    let queue_size = section.number("queue_size", value::queue_size)?;
+    let mode = section.text("mode", value::choice)?;
+    let order = section.text("order", value::choice)?;
+    let data_crc = section.flag("data_crc")?;
+    let block_size = section.number("block_size", value::block_size)?;
+    let read_only = section.flag("read_only")?;
+    let serial = section.text("serial", str::parse)?;
+    let discard = section.text("discard", value::choice)?;
+    let poll_us = section.number("poll_us", value::poll_us)?;
+
+    let name = section.required("name", name)?;
+    let path = section.required("socket", socket)?;
+    let backing = section.required("backing", backing)?;
+    let cache = which_cache(cache, caches, &section.at)?;
+    section.finish()?;
+
+    let endpoint = Endpoint::socket(path, socket_mode, socket_group);
+    let raw = format == Some(BackingFormat::Raw);
+    let size = backing_size.map_or(Sizing::AsFound, Sizing::Exactly);
+    let mut volume = VolumeConfig::new(name, cache, endpoint, BackingConfig { path: backing, raw, size });
+    volume.queues = queues.unwrap_or(volume.queues);
+    volume.queue_size = queue_size.unwrap_or(volume.queue_size);
+    volume.mode = mode.unwrap_or(volume.mode);
+    volume.order = order.unwrap_or(volume.order);
+    volume.data_crc = data_crc;
+    volume.block_size = block_size;
+    volume.read_only = read_only;
+    volume.serial = serial.unwrap_or(volume.serial);
+    volume.discard = discard.unwrap_or(volume.discard);
+    volume.poll_us = poll_us.unwrap_or(volume.poll_us);
+    Ok(volume)
+}
+
+fn which_cache(
+    given: Option<(&str, Range<usize>)>,
+    caches: &[CacheConfig],
+    volume: &Range<usize>,
+) -> Result<usize, Fault> {
+    let names = || caches.iter().map(|cache| cache.name.as_str());
+    match given {
+        None if caches.len() == 1 => Ok(0),
+        None => Err(Fault(volume.clone(), Complaint::WhichCache(caches.len()))),
+        Some((name, span)) => names().position(|candidate| candidate == name).ok_or_else(|| {
+            let nearest = suggest::nearest(name, names()).map(str::to_owned);
+            Fault(span, Complaint::NoSuchCache { given: name.into(), nearest })
+        }),
+    }
+}
+
+/// One table of the file, and which of its keys have been asked for.
+struct Section<'a> {
+    title: &'static str,
+    at: Range<usize>,
+    table: &'a DeTable<'a>,
+    known: Vec<&'static str>,
+}
+
+impl<'a> Section<'a> {
+    fn new(title: &'static str, at: Range<usize>, table: &'a DeTable<'a>) -> Self {
+        Self { title, at, table, known: Vec::new() }
+    }
+
+    fn get(&mut self, key: &'static str) -> Option<&'a Spanned<DeValue<'a>>> {
+        self.known.push(key);
+        self.table.get(key)
+    }
+
+    /// The tables of an array of tables.
+    fn sections(&mut self, key: &'static str, title: &'static str) -> Result<Vec<Section<'a>>, Fault> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let expected = match key {
+            "cache" => "written as [[cache]]",
+            _ => "written as [[volume]]",
+        };
+        let wrong = |value: &Spanned<DeValue<'_>>| wrong_type(key, value, expected);
+        let array = value.get_ref().as_array().ok_or_else(|| wrong(value))?;
+        array
+            .iter()
+            .map(|item| match item.get_ref().as_table() {
+                Some(table) => Ok(Section::new(title, item.span(), table)),
+                None => Err(wrong(item)),
+            })
+            .collect()
+    }
+
+    /// A string and where it is.
+    fn located(&mut self, key: &'static str) -> Result<Option<(&'a str, Range<usize>)>, Fault> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match value.get_ref().as_str() {
+            Some(text) => Ok(Some((text, value.span()))),
+            None => Err(wrong_type(key, value, "a string")),
+        }
+    }
+
+    fn text<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, ValueError>,
+    ) -> Result<Option<T>, Fault> {
+        let Some((text, span)) = self.located(key)? else { return Ok(None) };
+        parse(text).map(Some).map_err(|source| Fault(span, Complaint::Value { key, source }))
+    }
+
+    /// A string with a unit. A bare number is refused: nobody counts the digits of 4294967296.
+    fn size<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, ValueError>,
+    ) -> Result<Option<T>, Fault> {
+        match self.table.get(key) {
+            Some(value) if value.get_ref().is_integer() => {
+                Err(wrong_type(key, value, "a string with a unit, like \"4GiB\""))
+            }
+            _ => self.text(key, parse),
+        }
+    }
+
+    fn number<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, ValueError>,
+    ) -> Result<Option<T>, Fault> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let integer = value.get_ref().as_integer().ok_or_else(|| wrong_type(key, value, "an integer"))?;
+        let text = i64::from_str_radix(integer.as_str(), integer.radix())
+            .map_or_else(|_| integer.as_str().to_owned(), |number| number.to_string());
+        parse(&text).map(Some).map_err(|source| Fault(value.span(), Complaint::Value { key, source }))
+    }
+
+    fn flag(&mut self, key: &'static str) -> Result<bool, Fault> {
+        let Some(value) = self.get(key) else { return Ok(false) };
+        value.get_ref().as_bool().ok_or_else(|| wrong_type(key, value, "true or false"))
+    }
+
+    fn required<T>(&self, key: &'static str, value: Option<T>) -> Result<T, Fault> {
+        // A missing key is often a misspelt one, and then the misspelling is the better message.
+        self.refuse_unknown()?;
+        value.ok_or_else(|| Fault(self.at.clone(), Complaint::Missing { key, section: self.title }))
+    }
+
+    fn finish(self) -> Result<(), Fault> {
+        self.refuse_unknown()
+    }
+
+    fn refuse_unknown(&self) -> Result<(), Fault> {
+        let unknown = self.table.keys().filter(|key| !self.known.contains(&key.get_ref().as_ref()));
+        let Some(first) = unknown.min_by_key(|key| key.span().start) else { return Ok(()) };
+        let key = first.get_ref().to_string();
+        let nearest = suggest::nearest(&key, self.known.iter().copied());
+        let nearest = self.known.iter().copied().find(|known| Some(*known) == nearest);
+        Err(Fault(first.span(), Complaint::UnknownKey { key, section: self.title, nearest }))
+    }
+}
+
+fn wrong_type(key: &'static str, value: &Spanned<DeValue<'_>>, expected: &'static str) -> Fault {
+    let found = match value.get_ref() {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "a number",
+        DeValue::Float(_) => "a fraction",
+        DeValue::Boolean(_) => "a truth value",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "an array",
+        DeValue::Table(_) => "a table",
+    };
+    Fault(value.span(), Complaint::Type { key, found, expected })
+}
+
+/// Line and column, both from 1, of a byte of the text.
+fn position(text: &str, byte: usize) -> (usize, usize) {
+    let before = &text[..text.floor_char_boundary(byte)];
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: &str = r#"
+[[cache]]
+name = "pmem"
+path = "/mnt/pmem/cache.img"
+size = "64GiB"
+segment_size = "16MiB"
+assume_dax = true
+allow_volatile = true
+
+[[volume]]
+name = "web"
+cache = "pmem"
+socket = "/run/pcache/web.sock"
+socket_mode = "0640"
+socket_group = "kvm"
+backing = "/dev/vg/web"
+backing_format = "raw"
+backing_size = "8GiB"
+queues = 4
+queue_size = 64
+mode = "writethrough"
+order = "relaxed"
+data_crc = true
+block_size = 4096
+read_only = true
+serial = "WEB-1"
+discard = "keep"
+poll_us = 0x10
+
+[[volume]]
+name = "db"
+socket = "/run/pcache/db.sock"
+backing = "/dev/vg/db"
+"#;
+
+    fn read(text: &str) -> Result<Config, FileError> {
+        parse(Path::new("pcache.toml"), text, &Consents::default())
+    }
+
+    #[test]
+    fn every_key_reaches_its_field() {
+        use super::super::config::{Discard, Mode, Order};
+        let config = read(WHOLE).unwrap();
+        let cache = &config.caches()[0];
+        assert_eq!((cache.name.as_str(), cache.size), ("pmem", Sizing::Exactly(64 << 30)));
+        assert_eq!(cache.segment_size, Some(16 << 20));
+        assert!(cache.assume_dax && cache.allow_volatile);
+        let web = &config.volumes()[0];
+        let endpoint =
+            Endpoint::socket("/run/pcache/web.sock".parse().unwrap(), Some(0o640), Some("kvm".into()));
+        assert_eq!(web.endpoint, endpoint);
+        let backing = BackingConfig { path: "/dev/vg/web".into(), raw: true, size: Sizing::Exactly(8 << 30) };
+        assert_eq!(web.backing, backing);
+        assert_eq!((web.queues, web.queue_size, web.poll_us), (4, 64, 16));
+        assert_eq!((web.mode, web.order, web.discard), (Mode::Writethrough, Order::Relaxed, Discard::Keep));
+        assert!(web.data_crc && web.read_only);
+        assert_eq!((web.block_size, web.serial), (Some(4096), "WEB-1".parse().unwrap()));
+        let db = &config.volumes()[1];
+        let endpoint = Endpoint::socket("/run/pcache/db.sock".parse().unwrap(), None, None);
+        let backing = BackingConfig { path: "/dev/vg/db".into(), raw: false, size: Sizing::AsFound };
+        assert_eq!(*db, VolumeConfig::new("db".parse().unwrap(), 0, endpoint, backing));
+    }
+
+    #[test]
+    fn a_mistake_is_answered_with_its_place_and_what_to_write() {
+        let cache = "[[cache]]\nname = \"c\"\npath = \"/c\"\n";
+        let volume = "[[volume]]\nname = \"v\"\nsocket = \"/s\"\nbacking = \"/b\"\n";
+        let rows = [
+            ("[[cache]\n".into(), "1:9: unclosed array table, expected `]`\n"),
+            (String::new(), "1:1: the file has no `[[cache]]`"),
+            (cache.into(), "pcache.toml: there is no [[volume]]: nothing to serve"),
+            (
+                format!("{cache}{volume}[[volumes]]\n"),
+                "8:3: unknown key `volumes` in the file: did you mean `volume`?",
+            ),
+            (
+                format!("{cache}sise = \"1GiB\"\n{volume}"),
+                "4:1: unknown key `sise` in [[cache]]: did you mean `size`?",
+            ),
+            (
+                format!("{cache}{volume}queue-size = 64"),
+                "8:1: unknown key `queue-size` in [[volume]]: did you mean `queue_size`?",
+            ),
+            (format!("{cache}{volume}colour = 1"), "8:1: unknown key `colour` in [[volume]]\n"),
+            (
+                format!("{cache}[[volume]]\nnmae = \"v\"\n"),
+                "5:1: unknown key `nmae` in [[volume]]: did you mean `name`?",
+            ),
+            ("[[cache]]\nname = \"c\"\n".into(), "1:1: [[cache]] has no `path`"),
+            (
+                format!("{cache}[[volume]]\nname = \"v\"\nbacking = \"/b\"\n"),
+                "4:1: [[volume]] has no `socket`",
+            ),
+            (
+                format!("{cache}size = 4294967296\n{volume}"),
+                "4:8: `size` is a number, it must be a string with a unit, like \"4GiB\"",
+            ),
+            (
+                format!("{cache}size = \"4GB\"\n{volume}"),
+                "4:8: `size`: `4GB` has a decimal unit: sizes are in powers of two, write 4GiB",
+            ),
+            (format!("{cache}{volume}queues = \"4\""), "8:10: `queues` is a string, it must be an integer"),
+            (format!("{cache}{volume}queues = 0"), "8:10: `queues`: `0` is not a whole number from 1 to 256"),
+            (
+                format!("{cache}{volume}read_only = 1"),
+                "8:13: `read_only` is a number, it must be true or false",
+            ),
+            (
+                format!("{cache}{volume}socket_mode = 600"),
+                "8:15: `socket_mode` is a number, it must be a string",
+            ),
+            (
+                format!("{cache}{volume}mode = \"writebak\""),
+                "8:8: `mode`: `writebak` is none of writeback, writethrough, writearound, readonly, passthrough: did you mean writeback?",
+            ),
+            (format!("{cache}{volume}cache = \"pmem\""), "8:9: there is no cache `pmem`\n"),
+            (
+                format!("{cache}[[cache]]\nname = \"pmem\"\npath = \"/d\"\n{volume}"),
+                "7:1: this [[volume]] must say its `cache`: there are 2",
+            ),
+            (
+                format!("{cache}[[cache]]\nname = \"pmem\"\npath = \"/d\"\n{volume}cache = \"pmen\""),
+                "11:9: there is no cache `pmen`: did you mean `pmem`?",
+            ),
+            (
+                format!("{cache}{cache}{volume}cache = \"c\""),
+                "pcache.toml: two caches have the same name c: each needs its own",
+            ),
+            (
+                format!("{cache}{volume}{volume}"),
+                "pcache.toml: volumes `v` and `v` have the same name v: each needs its own",
+            ),
+            ("cache = 1\n".into(), "1:9: `cache` is a number, it must be written as [[cache]]"),
+            ("[cache]\n".into(), "1:1: `cache` is a table, it must be written as [[cache]]"),
+            (format!("{cache}{volume}name = \"again\""), "8:1: duplicate key"),
+        ];
+        for (text, expected) in rows {
+            let error = read(&text).unwrap_err().to_string();
+            assert!(!error.contains('\n'), "more than one line: {error}");
+            assert!(format!("{error}\n").contains(expected), "{text}\n gave: {error}\n not: {expected}");
+            assert!(error.starts_with("pcache.toml:"), "{error}");
+        }
+    }
+
+    #[test]
+    fn no_text_makes_the_reader_panic() {
+        let mut seed = 0x2545_f491_4f6c_dd1du64;
+        let mut random = |below: usize| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            (seed % below as u64) as usize
+        };
+        for _ in 0..2_000 {
+            let mut text = WHOLE.as_bytes().to_vec();
+            for _ in 0..=random(4) {
+                let at = random(text.len());
+                match random(3) {
+                    0 => text[at] = random(256) as u8,
+                    1 => drop(text.remove(at)),
+                    _ => text.insert(at, b"\"[]=.\n#0\xff"[random(9)]),
+                }
+            }
+            drop(read(&String::from_utf8_lossy(&text)));
+        }
+    }
+
+    #[test]
+    fn a_place_counts_characters_from_one() {
+        let text = "a\nüx\n";
+        assert_eq!(position(text, 0), (1, 1));
+        assert_eq!(position(text, text.find('x').unwrap()), (2, 2));
+        assert_eq!(position(text, 999), (3, 1));
+    }
+}

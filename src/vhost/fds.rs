@@ -1,0 +1,79 @@
+//! Descriptors that come from the peer: receiving them, and asking what they allow.
+//!
+//! Every descriptor is owned from the moment the kernel hands it over, so whatever a message gets
+//! wrong, dropping it closes what came with it. Descriptors close on exec where we create them; a
+//! received one is never inherited because this process starts no others.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// Reads up to `buf.len()` bytes, appending the descriptors that came with them to `fds`.
+///
+/// # Errors
+/// `WouldBlock` and `Interrupted` as usual; `ENOBUFS` when more descriptors came than any message
+/// may carry, all of which are closed.
+#[expect(unsafe_code, reason = "descriptors arrive as bare numbers")]
+pub(super) fn receive(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut numbers: [RawFd; MAX_ATTACHED_FD_ENTRIES] = [-1; MAX_ATTACHED_FD_ENTRIES];
+    let mut iov = [libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() }];
+    // SAFETY: the one vector describes `buf`, which is ours alone for the call.
+    let (bytes, count) = unsafe { stream.recv_with_fds(&mut iov, &mut numbers) }
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    for &number in &numbers[..count] {
+        // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+        fds.push(unsafe { OwnedFd::from_raw_fd(number) });
+    }
+    Ok(bytes)
+}
+
+/// Whether a write to `fd` may block: its O_NONBLOCK flag is clear.
+#[expect(unsafe_code, reason = "no safe wrapper of fcntl")]
+pub(super) fn may_block(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: F_GETFL takes no argument and changes nothing; the descriptor is open.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    flags < 0 || flags & libc::O_NONBLOCK == 0
+}
+
+/// Sees to it that `file` cannot be made shorter, if its kind allows: whether that holds now.
+///
+/// A file system's files cannot be sealed; accesses to those must survive the loss of a page.
+#[expect(unsafe_code, reason = "no safe wrapper of fcntl")]
+pub(super) fn seal_length(file: &File) -> bool {
+    let fd = file.as_raw_fd();
+    // SAFETY: F_GET_SEALS takes no argument; the descriptor is open.
+    let seals = unsafe { libc::fcntl(fd, libc::F_GET_SEALS) };
+    if seals < 0 {
+        return false;
+    }
+    if seals & libc::F_SEAL_SHRINK != 0 {
+        return true;
+    }
+    // SAFETY: F_ADD_SEALS takes an int; it fails without effect where it is not allowed.
+    unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) == 0 }
+}
+
+/// A new anonymous file of `len` zero bytes whose length is sealed both ways.
+#[expect(unsafe_code, reason = "no safe wrapper of memfd_create")]
+pub(super) fn sealed_memory_file(len: u64) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant, and the result is checked before it is used.
+    let fd = unsafe {
+        libc::memfd_create(c"vhost-inflight".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an int; the descriptor is open.
+    if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}

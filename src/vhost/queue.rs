@@ -1,0 +1,504 @@
+//! One thread per running ring.
+//!
+//! A turn of the loop: take what is available, at most [`BATCH`]; submit it; commit; poll; return
+//! what is done, showing it to the driver after every [`PUBLISH_EVERY`] so that driver and server
+//! overlap instead of taking turns. An idle queue polls for a while it has learned to be worth it,
+//! then asks for notifications, looks once more, parks and sleeps.
+//!
+//! Invariants:
+//! - every head taken is returned once: its slot is busy from one to the other, a head that comes
+//!   again meanwhile breaks the ring;
+//! - the thread ends only when told to, with nothing in flight; a broken ring takes no more heads but
+//!   returns those it has;
+//! - in the steady state nothing is allocated: slots, vectors and buffers are used again;
+//! - memory is refreshed after heads were seen and before they are translated (see `memory`).
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::features::Features;
+use super::idle::{Idle, Sleeper};
+use super::inflight::InflightQueue;
+use super::memory::{GuestBuffer, HostRange, MemoryMap, SharedMemory};
+use super::notify::Notifier;
+use super::request::{Action, Parser};
+use super::ring::{Ring, RingError};
+use crate::volume::{Buffer, Disk, DiskQueue, Done, Request, RequestKind, Status};
+use crate::wake::Waker;
+
+/// Heads taken before a commit. Enough to share a fence among writes, few enough that the first of
+/// a full ring need not wait for the last.
+const BATCH: u16 = 16;
+/// Completions after which the driver is shown what is done.
+const PUBLISH_EVERY: usize = 8;
+
+/// What a queue thread is made of.
+pub(super) struct QueueStart<D: Disk> {
+    pub index: u16,
+    /// For thread names and log lines.
+    pub name: Arc<str>,
+    pub disk: Arc<D>,
+    pub memory: Arc<SharedMemory>,
+    pub ring: Ring,
+    pub features: Features,
+    pub call: Arc<Notifier>,
+    pub error: Arc<Notifier>,
+    pub inflight: Option<InflightQueue>,
+    /// Chains an earlier life has taken and not returned.
+    pub resubmit: Vec<u16>,
+    /// Longest time to poll before sleeping.
+    pub poll_max: Duration,
+}
+
+/// How a queue ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Stopped {
+    /// Position of the first head not returned.
+    pub base: u16,
+    /// The used index.
+    pub used: u16,
+    /// Whether the ring could not be believed, or the disk not be opened.
+    pub broken: bool,
+}
+
+/// A running queue. Dropping it leaves the thread alone: stop and join it.
+#[derive(Debug)]
+pub(super) struct QueueHandle {
+    thread: JoinHandle<Stopped>,
+    stop: Arc<AtomicBool>,
+    waker: Waker,
+    /// What to answer if the thread panicked.
+    started_at: Stopped,
+}
+
+impl QueueHandle {
+    /// Asks the thread to finish what is in flight and end.
+    pub fn request_stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// Waits for that.
+    pub fn join(self) -> Stopped {
+        self.thread.join().unwrap_or_else(|_| {
+            tracing::error!("a queue thread has panicked; its ring stays stopped");
+            self.started_at
+        })
+    }
+}
+
+/// Starts a queue thread. `kick` stays open as long as the queue runs; without it the queue polls.
+///
+/// # Errors
+/// The kernel refused a resource, or `kick` cannot be waited for.
+pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>) -> io::Result<QueueHandle> {
+    let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+    let sleeper = Sleeper::new(&event, kick)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let waker = Waker::new(event);
+    let started_at = Stopped { base: start.ring.next_avail(), used: start.ring.next_used(), broken: true };
+    let name = format!("{}/q{}", start.name, start.index);
+    let thread = std::thread::Builder::new().name(name).spawn({
+        let (stop, waker) = (Arc::clone(&stop), waker.clone());
+        move || run(start, sleeper, &stop, waker)
+    })?;
+    Ok(QueueHandle { thread, stop, waker, started_at })
+}
+
+fn run<D: Disk>(start: QueueStart<D>, sleeper: Sleeper, stop: &AtomicBool, waker: Waker) -> Stopped {
+    let at = Stopped { base: start.ring.next_avail(), used: start.ring.next_used(), broken: true };
+    match start.disk.open_queue::<GuestBuffer>(start.index, waker) {
+        Ok(queue) => Worker::new(start, queue).run(sleeper, stop),
+        Err(error) => {
+            tracing::error!(disk = &*start.name, queue = start.index, %error, "queue cannot be opened");
+            start.error.notify();
+            at
+        }
+    }
+}
+
+/// A chain between being taken and being returned. Indexed by its head.
+#[derive(Debug, Default)]
+struct Slot {
+    busy: bool,
+    /// Operations of the disk still out.
+    parts: u16,
+    status: Worst,
+    status_at: u64,
+    written: u32,
+    /// Kept for the next chain with this head while this one has none out.
+    ranges: Vec<HostRange>,
+}
+
+/// The worst status of the operations a request was split into.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+enum Worst {
+    #[default]
+    Ok = 0,
+    Unsupported = 2,
+    IoError = 3,
+}
+
+impl From<Status> for Worst {
+    fn from(status: Status) -> Self {
+        match status {
+            Status::Ok => Worst::Ok,
+            Status::Unsupported => Worst::Unsupported,
+            Status::IoError => Worst::IoError,
+        }
+    }
+}
+
+impl Worst {
+    /// As the driver reads it.
+    fn byte(self) -> u8 {
+        (match self {
+            Worst::Ok => virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK,
+            Worst::IoError => virtio_bindings::virtio_blk::VIRTIO_BLK_S_IOERR,
+            Worst::Unsupported => virtio_bindings::virtio_blk::VIRTIO_BLK_S_UNSUPP,
+        }) as u8
+    }
+}
+
+struct Worker<Q> {
+    index: u16,
+    name: Arc<str>,
+    serial: [u8; 20],
+    features: Features,
+    queue: Q,
+    ring: Ring,
+    shared: Arc<SharedMemory>,
+    generation: u64,
+    /// A snapshot of this queue's own, so that its count of users is no line shared with others.
+    memory: Arc<MemoryMap>,
+    call: Arc<Notifier>,
+    error: Arc<Notifier>,
+    inflight: Option<InflightQueue>,
+    resubmit: Vec<u16>,
+    parser: Parser,
+    slots: Vec<Slot>,
+    busy: u16,
+    done: Vec<Done<GuestBuffer>>,
+    /// Heads put into the used ring and not yet published.
+    batch: Vec<u16>,
+    broken: Option<RingError>,
+    idle: Idle,
+}
+
+impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
+    fn new<D: Disk>(start: QueueStart<D>, queue: Q) -> Self {
+        let generation = start.memory.generation();
+        let memory = Arc::new(MemoryMap::clone(&start.memory.current()));
+        Self {
+            index: start.index,
+            name: start.name,
+            serial: start.disk.config().serial,
+            features: start.features,
+            queue,
+            slots: (0..start.ring.size()).map(|_| Slot::default()).collect(),
+            ring: start.ring,
+            shared: start.memory,
+            generation,
+            memory,
+            call: start.call,
+            error: start.error,
+            inflight: start.inflight,
+            resubmit: start.resubmit,
+            parser: Parser::default(),
+            busy: 0,
+            done: Vec::new(),
+            batch: Vec::with_capacity(PUBLISH_EVERY),
+            broken: None,
+            idle: Idle::new(start.poll_max),
+        }
+    }
+
+    fn run(mut self, mut sleeper: Sleeper, stop: &AtomicBool) -> Stopped {
+        // An earlier life may have published without having notified; the driver does not mind one
+        // notification too many.
+        if self.ring.next_used() != 0 {
+            self.call.notify();
+        }
+        self.quiet();
+        self.resume();
+        loop {
+            let stopping = stop.load(Ordering::Acquire);
+            if self.turn(stopping) {
+                self.idle.worked();
+                sleeper.worked();
+                continue;
+            }
+            if stopping {
+                if self.queue.pending() == 0 {
+                    break;
+                }
+                self.sleep(&mut sleeper, stop);
+                continue;
+            }
+            if self.idle.keep_polling() {
+                std::hint::spin_loop();
+                continue;
+            }
+            if self.asked_for_notifications(sleeper.is_kicked()) {
+                self.sleep(&mut sleeper, stop);
+                self.quiet();
+            }
+        }
+        self.queue.park();
+        Stopped {
+            base: self.ring.next_avail().wrapping_sub(self.busy),
+            used: self.ring.next_used(),
+            broken: self.broken.is_some(),
+        }
+    }
+
+    /// Takes, submits, commits, polls, returns. Whether there was anything to do.
+    fn turn(&mut self, stopping: bool) -> bool {
+        let mut taken = 0;
+        if !stopping && self.broken.is_none() {
+            taken = self.take().unwrap_or_else(|error| {
+                self.break_ring(error);
+                1
+            });
+        }
+        if taken > 0 {
+            self.queue.commit();
+        }
+        if taken > 0 || self.queue.pending() > 0 {
+            self.queue.poll(&mut self.done);
+        }
+        let finished = !self.done.is_empty();
+        self.finish();
+        self.publish();
+        taken > 0 || finished
+    }
+
+    /// Submits the chains an earlier life has left.
+    fn resume(&mut self) {
+        let heads = std::mem::take(&mut self.resubmit);
+        if heads.is_empty() {
+            return;
+        }
+        for head in heads {
+            if let Err(error) = self.accept(head) {
+                self.break_ring(error);
+                break;
+            }
+        }
+        self.queue.commit();
+    }
+
+    /// Submits what is available, at most a batch.
+    fn take(&mut self) -> Result<u16, RingError> {
+        let count = self.ring.available()?.min(BATCH);
+        if count > 0 {
+            self.refresh_memory();
+        }
+        for _ in 0..count {
+            let head = self.ring.take()?;
+            if let Err(error) = self.accept(head) {
+                if matches!(error, RingError::HeadInFlight { .. }) {
+                    // The position counts heads that are ours or returned; this is neither.
+                    self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(1));
+                }
+                return Err(error);
+            }
+            if self.broken.is_some() {
+                break;
+            }
+        }
+        Ok(count)
+    }
+
+    fn refresh_memory(&mut self) {
+        let generation = self.shared.generation();
+        if generation != self.generation {
+            self.memory = Arc::new(MemoryMap::clone(&self.shared.current()));
+            self.generation = generation;
+        }
+    }
+
+    /// Parses and submits the chain at `head`.
+    fn accept(&mut self, head: u16) -> Result<(), RingError> {
+        let slot = &mut self.slots[usize::from(head)];
+        if slot.busy {
+            return Err(RingError::HeadInFlight { head });
+        }
+        slot.busy = true;
+        self.busy += 1;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.begin(head);
+        }
+        let mut ranges = std::mem::take(&mut slot.ranges);
+        let parsed = self
+            .parser
+            .parse(&self.ring, &self.memory, self.features, head, &mut ranges)
+            .map_err(|error| RingError::Chain { head, error })?;
+        slot.status_at = parsed.status_at;
+        slot.written = parsed.written;
+        slot.status = Worst::Ok;
+        match parsed.action {
+            Action::Answer(status) => {
+                slot.ranges = ranges;
+                slot.status = status.into();
+                self.complete(head);
+            }
+            Action::Submit { kind, sector } => {
+                slot.parts = 1;
+                self.submit(head, kind, sector, ranges);
+            }
+            Action::SubmitRanges => {
+                slot.ranges = ranges;
+                slot.parts = self.parser.ranges().len() as u16;
+                for at in 0..self.parser.ranges().len() {
+                    let operation = self.parser.ranges()[at];
+                    self.submit(head, operation.kind, operation.sector, Vec::new());
+                }
+            }
+            Action::Identify => {
+                let mut buffer = GuestBuffer::new(Arc::clone(&self.memory), ranges);
+                let len = buffer.len().min(self.serial.len());
+                let written = buffer.copy_in(0, &self.serial[..len]);
+                slot.status = if written.is_ok() { Worst::Ok } else { Worst::IoError };
+                slot.ranges = buffer.into_ranges();
+                self.complete(head);
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, head: u16, kind: RequestKind, sector: u64, ranges: Vec<HostRange>) {
+        let data = GuestBuffer::new(Arc::clone(&self.memory), ranges);
+        self.queue.submit(Request { tag: u32::from(head), kind, sector, data });
+    }
+
+    /// Completes the chains whose last operation has come back.
+    fn finish(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        for Done { tag, status, data } in done.drain(..) {
+            let slot = &mut self.slots[tag as usize];
+            assert!(slot.busy && slot.parts > 0, "the disk has returned request {tag} twice");
+            slot.status = slot.status.max(status.into());
+            slot.parts -= 1;
+            let ranges = data.into_ranges();
+            if ranges.capacity() > slot.ranges.capacity() {
+                slot.ranges = ranges;
+            }
+            if slot.parts == 0 {
+                self.complete(tag as u16);
+            }
+        }
+        self.done = done;
+    }
+
+    /// Writes a chain's status and puts it into the used ring.
+    fn complete(&mut self, head: u16) {
+        if let Err(error) = self.put(head) {
+            self.break_ring(error);
+            return;
+        }
+        if self.batch.len() >= PUBLISH_EVERY {
+            self.publish();
+        }
+    }
+
+    fn put(&mut self, head: u16) -> Result<(), RingError> {
+        if self.broken == Some(RingError::Fault) {
+            return Err(RingError::Fault);
+        }
+        let slot = &mut self.slots[usize::from(head)];
+        // A request that failed is known to have written its status only.
+        let written = if slot.status == Worst::Ok { slot.written } else { 1 };
+        self.memory.write(slot.status_at, &[slot.status.byte()])?;
+        self.ring.put_used(head, written)?;
+        slot.busy = false;
+        self.busy -= 1;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.retire(head);
+        }
+        self.batch.push(head);
+        Ok(())
+    }
+
+    /// Shows the driver what was put, and notifies it if it wants to know.
+    fn publish(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        let shown = self.ring.publish();
+        if let (Ok(()), Some(inflight)) = (shown, &mut self.inflight) {
+            inflight.end_batch(&self.batch, self.ring.next_used());
+        }
+        self.batch.clear();
+        match shown.and_then(|()| self.ring.needs_notification()) {
+            Ok(true) => self.call.notify(),
+            Ok(false) => {}
+            Err(error) => self.break_ring(error),
+        }
+    }
+
+    /// Asks for notifications: whether it may sleep.
+    fn asked_for_notifications(&mut self, has_kick: bool) -> bool {
+        if self.broken.is_some() || !has_kick {
+            return true;
+        }
+        match self.ring.enable_notifications() {
+            Ok(more) => {
+                if more {
+                    self.quiet();
+                }
+                !more
+            }
+            Err(error) => {
+                self.break_ring(error);
+                false
+            }
+        }
+    }
+
+    /// Asks not to be kicked while awake.
+    fn quiet(&mut self) {
+        if self.broken.is_none()
+            && let Err(error) = self.ring.disable_notifications()
+        {
+            self.break_ring(error);
+        }
+    }
+
+    /// Parks and sleeps until kicked, woken or told to stop.
+    fn sleep(&mut self, sleeper: &mut Sleeper, stop: &AtomicBool) {
+        self.queue.park();
+        let slept = sleeper.sleep(self.broken.is_some() || stop.load(Ordering::Acquire));
+        self.idle.slept(slept);
+    }
+
+    /// Takes no more from the ring. Said once: a guest must not be able to fill the log.
+    fn break_ring(&mut self, error: RingError) {
+        if self.broken.is_none() {
+            tracing::warn!(disk = &*self.name, queue = self.index, %error, "ring broken");
+            self.broken = Some(error);
+            self.error.notify();
+        } else if error == RingError::Fault {
+            // Worse than before: what is in flight cannot be returned either.
+            self.broken = Some(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_of_several_statuses_wins() {
+        assert_eq!(Worst::from(Status::Ok).max(Worst::Unsupported).byte(), 2);
+        assert_eq!(Worst::Unsupported.max(Status::IoError.into()).byte(), 1);
+        assert_eq!(Worst::default().byte(), 0);
+    }
+}

@@ -1,0 +1,191 @@
+//! A ring as the VMM sets it up, piece by piece, and its queue thread while it runs.
+//!
+//! Invariants:
+//! - a ring runs if and only if it has a size, addresses inside the guest's memory, a kick (a
+//!   descriptor, or the word that there is none), is enabled, and is not broken;
+//! - what a running ring was started with does not change under it: it is stopped first, which
+//!   returns everything in flight;
+//! - a broken ring stays stopped until the VMM takes its base or resets the device.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::features::Features;
+use super::inflight::{InflightArea, Recovery};
+use super::memory::{MemoryMap, SharedMemory};
+use super::notify::Notifier;
+use super::queue::{self, QueueHandle, QueueStart};
+use super::ring::{Ring, RingAddresses};
+use crate::volume::Disk;
+
+/// Why a ring that has everything it needs does not run.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    #[error("the ring is not inside the guest's memory")]
+    Outside,
+    #[error("the in-flight area has no room for a ring of {size}")]
+    NoInflightRoom { size: u16 },
+    #[error("starting the queue's thread failed: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// How the driver's notifications arrive.
+#[derive(Debug, Default)]
+pub(super) enum Kick {
+    /// Not yet told.
+    #[default]
+    Unset,
+    /// Not at all: poll.
+    Polled,
+    /// By this descriptor.
+    Fd(OwnedFd),
+}
+
+/// What all rings of a session are started with.
+pub(super) struct RingContext<'a, D: Disk> {
+    pub name: &'a Arc<str>,
+    pub disk: &'a Arc<D>,
+    pub memory: &'a Arc<SharedMemory>,
+    pub features: Features,
+    pub inflight: Option<&'a InflightArea>,
+    pub poll_max: Duration,
+}
+
+/// One ring.
+#[derive(Debug, Default)]
+pub(super) struct Vring {
+    /// Descriptors; 0 before the VMM has said.
+    pub size: u16,
+    /// Where its parts are.
+    pub addresses: Option<RingAddresses>,
+    /// The position of the next head when it starts.
+    pub base: u16,
+    /// How it is kicked.
+    pub kick: Kick,
+    /// How the driver is told.
+    pub call: Arc<Notifier>,
+    /// How the VMM is told of a broken ring.
+    pub error: Arc<Notifier>,
+    /// Whether the VMM wants it to run.
+    pub enabled: bool,
+    /// The used index it last stopped at, until the base is taken.
+    stopped_at: Option<u16>,
+    broken: bool,
+    running: Option<QueueHandle>,
+}
+
+impl Vring {
+    /// Whether its thread exists.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Starts the thread if the ring has all it needs and does not run yet.
+    ///
+    /// # Errors
+    /// It has all it needs, but what it has is no good.
+    pub fn start<D: Disk>(&mut self, index: u16, context: &RingContext<'_, D>) -> Result<(), StartError> {
+        let enabled = self.enabled || !context.features.protocol_features();
+        let ready = self.size > 0 && !matches!(self.kick, Kick::Unset);
+        let Some(addresses) = self.addresses.filter(|_| enabled && ready) else { return Ok(()) };
+        if self.broken || self.is_running() {
+            return Ok(());
+        }
+        let memory = Arc::new(MemoryMap::clone(&context.memory.current()));
+        let mut ring = Ring::new(memory, addresses, self.size, context.features.event_idx(), self.base)
+            .ok_or(StartError::Outside)?;
+        let mut resubmit = Vec::new();
+        let inflight = match context.inflight {
+            None => None,
+            Some(area) => {
+                let mut inflight =
+                    area.queue(index, self.size).ok_or(StartError::NoInflightRoom { size: self.size })?;
+                let available = ring.available_index().map_err(|_| StartError::Outside)?;
+                let used = ring.next_used();
+                match inflight.recover(used, available) {
+                    // Nothing was ever tracked here: the VMM knows the position.
+                    Recovery::Fresh => {}
+                    // The VMM may not: Cloud Hypervisor says the available index.
+                    Recovery::Resumed { heads } => {
+                        ring.set_next_avail(used.wrapping_add(heads.len() as u16));
+                        resubmit = heads;
+                    }
+                    Recovery::Discarded => {
+                        tracing::warn!(
+                            disk = &**context.name,
+                            queue = index,
+                            "the in-flight area contradicts the ring and was cleared"
+                        );
+                        ring.set_next_avail(used);
+                    }
+                }
+                Some(inflight)
+            }
+        };
+        if !resubmit.is_empty() {
+            tracing::info!(disk = &**context.name, queue = index, requests = resubmit.len(), "resuming");
+        }
+        let start = QueueStart {
+            index,
+            name: Arc::clone(context.name),
+            disk: Arc::clone(context.disk),
+            memory: Arc::clone(context.memory),
+            ring,
+            features: context.features,
+            call: Arc::clone(&self.call),
+            error: Arc::clone(&self.error),
+            inflight,
+            resubmit,
+            poll_max: context.poll_max,
+        };
+        let kick = match &self.kick {
+            Kick::Fd(fd) => Some(fd.as_fd()),
+            Kick::Unset | Kick::Polled => None,
+        };
+        self.running = Some(queue::spawn(start, kick)?);
+        Ok(())
+    }
+
+    /// Asks the thread to end; [`Vring::stop`] waits for it. Asking all rings before waiting for
+    /// one lets them drain at the same time.
+    pub fn request_stop(&self) {
+        if let Some(running) = &self.running {
+            running.request_stop();
+        }
+    }
+
+    /// Stops the thread, when everything in flight is returned.
+    pub fn stop(&mut self) {
+        self.request_stop();
+        if let Some(running) = self.running.take() {
+            let stopped = running.join();
+            self.base = stopped.base;
+            self.stopped_at = Some(stopped.used);
+            self.broken |= stopped.broken;
+        }
+    }
+
+    /// Stops the ring for good, as GET_VRING_BASE asks: its position. It needs a new kick to start.
+    pub fn take_base(&mut self, index: u16, inflight: Option<&InflightArea>) -> u16 {
+        self.stop();
+        self.kick = Kick::Unset;
+        self.call.set(None);
+        self.broken = false;
+        // What a broken ring has left is counted by the base, so it will be taken again; marks that
+        // stayed would be taken for chains of whatever ring comes next.
+        if let Some(used) = self.stopped_at.take()
+            && let Some(mut inflight) = inflight.and_then(|area| area.queue(index, self.size))
+        {
+            inflight.clear(used);
+        }
+        self.base
+    }
+}
+
+impl Drop for Vring {
+    /// A thread must not outlive the session whose memory it was given.
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -1,0 +1,262 @@
+//! Runs the program under test, kills it, starts it again, and shows its log when a test fails.
+
+#![expect(unsafe_code, reason = "sends signals, and ties the child's life to ours")]
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// How long a start, a stop or a verb may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Lines of the log to show with a failure.
+const TAIL: usize = 60;
+
+/// A directory of one test, removed with it.
+#[derive(Debug)]
+pub struct Workspace {
+    dir: TempDir,
+}
+
+impl Workspace {
+    /// A new one in `PCACHE_TEST_DIR` or the system's temporary directory.
+    pub fn new() -> Self {
+        Self::inside(std::env::var_os("PCACHE_TEST_DIR").map_or_else(std::env::temp_dir, PathBuf::from))
+    }
+
+    /// A new one on a file system in memory, which `--assume-dax` takes for persistent.
+    pub fn in_memory() -> Self {
+        Self::inside(PathBuf::from("/dev/shm"))
+    }
+
+    fn inside(parent: PathBuf) -> Self {
+        let dir = TempDir::with_prefix_in("pcache-test-", parent).expect("a temporary directory");
+        Self { dir }
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Makes a sparse file of zeros in it.
+    pub fn disk(&self, name: &str, len: u64) -> PathBuf {
+        let path = self.path(name);
+        File::create(&path).and_then(|file| file.set_len(len)).expect("a sparse file");
+        path
+    }
+}
+
+impl Default for Workspace {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A server that runs, or is between two lives.
+#[derive(Debug)]
+pub struct Daemon {
+    program: PathBuf,
+    args: Vec<String>,
+    socket: PathBuf,
+    log: PathBuf,
+    child: Option<Child>,
+    /// Length of the log when this life began.
+    born: usize,
+}
+
+impl Daemon {
+    /// Our own binary with these arguments besides `--socket`, once its socket answers.
+    pub fn pcache(workspace: &Workspace, args: &[&str]) -> Self {
+        let socket = workspace.path("vhost.sock");
+        let mut all = vec!["--socket".to_owned(), text(&socket)];
+        all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        Self::start(env!("CARGO_BIN_EXE_pcache-vhost").into(), all, socket, workspace.path("daemon.log"))
+    }
+
+    /// Our own binary with a cache and a backing file in the workspace, made if missing.
+    pub fn cached(workspace: &Workspace, cache: &str, disk: u64, queues: u16, more: &[&str]) -> Self {
+        let backing = workspace.path("disk.img");
+        if !backing.exists() {
+            workspace.disk("disk.img", disk);
+        }
+        let (image, backing, queues) =
+            (text(&workspace.path("cache.img")), text(&backing), queues.to_string());
+        let mut args = vec!["--cache", &image, "--cache-size", cache, "--backing", &backing];
+        args.extend(["--queues", &queues]);
+        args.extend(more);
+        Self::pcache(workspace, &args)
+    }
+
+    /// `qemu-storage-daemon` exporting a raw file, or `None` where it is not installed.
+    pub fn qemu(workspace: &Workspace, disk: u64, queues: u16) -> Option<Self> {
+        let program = Path::new("/usr/bin/qemu-storage-daemon");
+        if !program.exists() {
+            return None;
+        }
+        let (socket, file) = (workspace.path("qsd.sock"), text(&workspace.disk("qsd.img", disk)));
+        let args = vec![
+            "--blockdev".to_owned(),
+            format!("driver=file,node-name=f0,filename={file},discard=unmap"),
+            "--export".to_owned(),
+            format!(
+                "type=vhost-user-blk,id=e0,node-name=f0,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
+                text(&socket)
+            ),
+        ];
+        Some(Self::start(program.to_path_buf(), args, socket, workspace.path("qsd.log")))
+    }
+
+    fn start(program: PathBuf, args: Vec<String>, socket: PathBuf, log: PathBuf) -> Self {
+        let mut daemon = Self { program, args, socket, log, child: None, born: 0 };
+        daemon.restart();
+        daemon
+    }
+
+    /// The vhost-user socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Starts it again with the same arguments, and waits until its socket answers.
+    pub fn restart(&mut self) {
+        self.spawn();
+        self.wait_listening();
+    }
+
+    /// Starts it again without waiting.
+    pub fn spawn(&mut self) {
+        assert!(self.child.is_none(), "the server is still running");
+        self.born = self.read_log().len();
+        let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("the log opens");
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).stdin(Stdio::null());
+        command.stdout(log.try_clone().expect("the log can be shared")).stderr(log);
+        command.env("RUST_BACKTRACE", "1").env("NO_COLOR", "1");
+        // SAFETY: prctl is async-signal-safe and touches nothing of the parent's.
+        unsafe {
+            command.pre_exec(|| {
+                // A test that is killed must not leave its server behind.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        self.child = Some(command.spawn().unwrap_or_else(|e| panic!("{}: {e}", self.program.display())));
+    }
+
+    /// Waits until somebody accepts connections at the socket.
+    pub fn wait_listening(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while UnixStream::connect(&self.socket).is_err() {
+            let child = self.child.as_mut().expect("the server was started");
+            if let Some(status) = child.try_wait().expect("a child can be waited for") {
+                panic!("the server ended ({status}) before its socket answered");
+            }
+            assert!(Instant::now() < deadline, "no socket at {} in time", self.socket.display());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) {
+        let child = self.child.as_ref().expect("the server is running");
+        // SAFETY: the child has not been waited for, so its id is its own.
+        let failed = unsafe { libc::kill(child.id() as i32, signal) };
+        assert_eq!(failed, 0, "the server can be signalled");
+    }
+
+    /// `kill -9`. Returns when it is gone.
+    pub fn kill(&mut self) {
+        self.signal(libc::SIGKILL);
+        let status = self.reap();
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "the server had ended by itself ({status})");
+    }
+
+    /// SIGTERM, and success within patience.
+    pub fn stop(&mut self) {
+        self.signal(libc::SIGTERM);
+        let status = self.reap();
+        assert!(status.success(), "SIGTERM ends a server with success, not {status}");
+    }
+
+    fn reap(&mut self) -> ExitStatus {
+        let mut child = self.child.take().expect("the server is running");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = child.try_wait().expect("a child can be waited for") {
+                return status;
+            }
+            if Instant::now() >= deadline {
+                self.child = Some(child);
+                panic!("the server did not end within {PATIENCE:?}");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Asserts that it has not ended by itself.
+    pub fn assert_alive(&mut self) {
+        let child = self.child.as_mut().expect("the server was started");
+        if let Some(status) = child.try_wait().expect("a child can be waited for") {
+            panic!("the server ended by itself: {status}");
+        }
+    }
+
+    /// Its open descriptors.
+    pub fn open_files(&self) -> usize {
+        let child = self.child.as_ref().expect("the server is running");
+        fs::read_dir(format!("/proc/{}/fd", child.id())).expect("its descriptors can be listed").count()
+    }
+
+    /// Everything it has said in all its lives.
+    pub fn read_log(&self) -> String {
+        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// What it has said in this life.
+    pub fn read_life(&self) -> String {
+        self.read_log().get(self.born..).unwrap_or_default().to_owned()
+    }
+
+    /// The last value of `name=` in a log, if any line has it.
+    pub fn counter(log: &str, name: &str) -> Option<u64> {
+        let key = format!("{name}=");
+        let mut values = log.split_whitespace().filter_map(|word| word.strip_prefix(&key)?.parse().ok());
+        values.next_back()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() && self.child.is_some() {
+            // Ours tells its counters; the time to do so is the only thing to wait for.
+            self.signal(libc::SIGUSR1);
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        if let Some(mut child) = self.child.take() {
+            // It may have ended already; either way there is nothing left to do about it.
+            drop(child.kill());
+            drop(child.wait());
+        }
+        if std::thread::panicking() {
+            let log = self.read_log();
+            let lines: Vec<_> = log.lines().collect();
+            eprintln!("--- {} {}", self.program.display(), self.args.join(" "));
+            lines[lines.len().saturating_sub(TAIL)..].iter().for_each(|line| eprintln!("| {line}"));
+        }
+    }
+}
+
+/// Runs a verb of our binary to its end.
+pub fn verb(args: &[&str]) -> Output {
+    let program = env!("CARGO_BIN_EXE_pcache-vhost");
+    Command::new(program).args(args).stdin(Stdio::null()).output().expect("our binary runs")
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().expect("paths of tests are text").to_owned()
+}
