@@ -6,7 +6,7 @@
 use pcache_vhost::cache::{Mode, Order};
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
 use pcache_vhost::sim::{DiskSurvival, Scene, SimBuffer, Style, Survival, run_seed};
-use pcache_vhost::volume::{RequestKind, Status};
+use pcache_vhost::volume::RequestKind;
 
 fn served(mode: Mode) -> Style {
     Style { mode, order: Order::Strict, write_cache: true, pass_discard: false }
