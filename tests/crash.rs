@@ -7,6 +7,8 @@
 //! (the default is what a minute allows), `PCACHE_SIM_TRACE=n` how many of its last steps a failure
 //! prints after seed and step.
 
+#[path = "crash/damage.rs"]
+mod damage;
 #[path = "crash/regressions.rs"]
 mod regressions;
 
