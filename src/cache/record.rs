@@ -33,7 +33,13 @@ pub(crate) struct Draft {
     pub packed: Option<Packed>,
     /// The encoded record, for [`Open::persist`].
     pub bytes: Vec<u8>,
+    /// The piece last copied in.
     block: Box<[u8; 4096]>,
+    /// Where the whole block in `block` belongs, if it is not stored yet: offset in the segment.
+    ///
+    /// The last block of a draft goes out together with the header. Between the two lie locked
+    /// operations (stripes, epoch, versions), and each would wait for a store already under way.
+    unstored: Option<u32>,
 }
 
 impl Draft {
@@ -45,6 +51,7 @@ impl Draft {
             packed: None,
             bytes: Vec::with_capacity(16 << 10),
             block: Box::new([0; 4096]),
+            unstored: None,
         }
     }
 
@@ -54,6 +61,18 @@ impl Draft {
         self.checksums.clear();
         self.payload_end = open.payload_end;
         self.packed = open.packed;
+        self.unstored = None;
+    }
+
+    /// Stores the block that was kept back.
+    ///
+    /// # Errors
+    /// The media failed: the draft and its segment are to be given up.
+    pub fn store_last<P: Pmem>(&mut self, media: &Media<P>, open: u32) -> Result<(), MediaError> {
+        match self.unstored.take() {
+            Some(offset) => media.pmem.write(media.in_segment(open, offset), &self.block[..]),
+            None => Ok(()),
+        }
     }
 
     /// Whether a piece of `sectors` more would still fit both the record and the segment.
@@ -118,13 +137,11 @@ impl Draft {
         }
         let payload = self.payload_end;
         for i in 0..blocks as u32 {
+            self.store_last(media, open.id).map_err(StoreError::Media)?;
             source(i as usize * 4096, &mut self.block[..]).map_err(StoreError::Source)?;
             let crc = crc32fast::hash(&self.block[..]);
             let offset = payload + i * 4096;
-            media
-                .pmem
-                .write(media.in_segment(open.id, offset), &self.block[..])
-                .map_err(StoreError::Media)?;
+            self.unstored = Some(offset);
             segment.set_block_checksum(offset / 4096, crc);
             self.checksums.push(crc);
             self.payload_end = offset + 4096;
@@ -157,6 +174,7 @@ impl Draft {
         packed.next += sectors;
         packed.left -= sectors;
         self.packed = Some(packed);
+        self.store_last(media, open.id).map_err(StoreError::Media)?;
         source(0, &mut self.block[..bytes]).map_err(StoreError::Source)?;
         let at = media.in_segment(open.id, first * 512);
         media.pmem.write(at, &self.block[..bytes]).map_err(StoreError::Media)?;

@@ -114,6 +114,7 @@ impl Open {
             epoch: stamp.epoch,
             ..RecordHeader::default()
         };
+        draft.store_last(media, self.id)?;
         draft.bytes.clear();
         encode_record(&media.secret, &header, &draft.keys, &draft.checksums, &mut draft.bytes);
         assert_eq!(draft.bytes.len(), len as usize);

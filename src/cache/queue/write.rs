@@ -86,8 +86,11 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             }
             RequestKind::Read | RequestKind::Flush => unreachable!("handled by submit"),
         };
-        // The index is needed after the copy: by then the line has come.
-        self.volume.core.index.prefetch(range.start);
+        if !self.gather.is_empty() {
+            // The index is needed after the copies: by then the line has come. Alone, a write would
+            // only look it up twice.
+            self.volume.core.index.prefetch(range.start);
+        }
         self.gather.push_back(Gathered::new(slot, range, kind));
     }
 
@@ -297,7 +300,9 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     let segment = &cache.segments[open.id as usize];
     let held = core.stripes.hold(draft.keys.iter().map(Key::range), stripes);
     let epoch = core.announce(q);
-    core.stamped.fetch_max(epoch, Ordering::SeqCst);
+    if core.stamped.load(Ordering::SeqCst) < epoch {
+        core.stamped.fetch_max(epoch, Ordering::SeqCst);
+    }
     let version = core.version.fetch_add(draft.keys.len() as u64, Ordering::Relaxed);
     for (key, version) in draft.keys.iter_mut().zip(version..) {
         key.version = version;
@@ -310,7 +315,9 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         time_ms: cache.recent_ms.load(Ordering::Relaxed),
     };
     // Before the record exists, so that no one takes the segment for clean while it holds it.
-    segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);
+    if segment.max_epoch.load(Ordering::SeqCst) < epoch {
+        segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);
+    }
     if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {
         tracing::error!(%error, segment = open.id, "the cache media refused a record");
         core.retract(q);
