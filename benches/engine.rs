@@ -238,6 +238,11 @@ fn main() {
         }
         return;
     }
+    // Before anything is reclaimed or written back: the path alone.
+    let fill = ((gib << 30) / (2 * (WRITES * BLOCK) as u64)).min(7);
+    let rounds: Vec<_> =
+        (0..fill).map(|_| (bench.engine(1, RequestKind::Write), bench.bare_write(1))).collect();
+    report("batch 1, nothing reclaimed", 2.5, &rounds);
     // A first fill, so that the rounds run with reclaim.
     for _ in 0..(gib << 30) / (WRITES * BLOCK) as u64 {
         bench.engine(32, RequestKind::Write);

@@ -141,10 +141,15 @@ impl Segment {
             let upto = end.min((word + 1) * 32);
             let width = upto - at;
             let mask = if width == 32 { u32::MAX } else { ((1 << width) - 1) << (at % 32) };
-            let old = body.dead[word as usize].fetch_or(mask, Ordering::Relaxed);
+            let old = body.dead[word as usize].fetch_or(mask, Ordering::SeqCst);
             fresh += (mask & !old).count_ones();
             if mask & !old != 0 {
-                body.changed[word as usize / 32].fetch_or(1 << (word % 32), Ordering::Release);
+                let (changed, bit) = (&body.changed[word as usize / 32], 1 << (word % 32));
+                // Sequentially consistent with the taker: it clears the bit before it looks at the
+                // word, so a bit still seen here is taken after the mark above.
+                if changed.load(Ordering::SeqCst) & bit == 0 {
+                    changed.fetch_or(bit, Ordering::SeqCst);
+                }
             }
             at = upto;
         }
@@ -175,11 +180,11 @@ impl Segment {
             if changed.load(Ordering::Relaxed) == 0 {
                 continue;
             }
-            let mut bits = changed.swap(0, Ordering::AcqRel);
+            let mut bits = changed.swap(0, Ordering::SeqCst);
             while bits != 0 {
                 let word = i as u32 * 32 + bits.trailing_zeros();
                 bits &= bits - 1;
-                f(word, body.dead[word as usize].load(Ordering::Relaxed));
+                f(word, body.dead[word as usize].load(Ordering::SeqCst));
             }
         }
     }

@@ -114,6 +114,10 @@ impl Open {
             epoch: stamp.epoch,
             ..RecordHeader::default()
         };
+        if !self.by_page && self.witnessed < self.sequence - 1 {
+            // Of the record before: it is fenced, and this goes out with the fence of this one.
+            self.write_witness(media);
+        }
         draft.store_last(media, self.id)?;
         draft.bytes.clear();
         encode_record(&media.secret, &header, &draft.keys, &draft.checksums, &mut draft.bytes);
@@ -137,15 +141,16 @@ impl Open {
         self.appended_at = syncs_started;
     }
 
-    /// On page-cache media, writes the witness of the last record once a `sync` that began after it
-    /// has succeeded; it becomes durable with the next one.
-    pub fn witness_synced<P: Pmem>(&mut self, media: &Media<P>, syncs_completed: u64) {
-        if self.by_page && self.witnessed < self.sequence - 1 && syncs_completed > self.appended_at {
+    /// Writes the witness of the last record if that is durable: always on DAX, after a later `sync`
+    /// on page-cache media. It becomes durable with the next fence or `sync`.
+    pub fn witness_durable<P: Pmem>(&mut self, media: &Media<P>, syncs_completed: u64) {
+        let durable = !self.by_page || syncs_completed > self.appended_at;
+        if durable && self.witnessed < self.sequence - 1 {
             self.write_witness(media);
         }
     }
 
-    /// Remembers, beside the record, that it was whole; goes out with the next record's fence.
+    /// Remembers, beside the record, that it was whole.
     pub fn write_witness<P: Pmem>(&mut self, media: &Media<P>) {
         let sequence = self.sequence - 1;
         self.witnessed = sequence;

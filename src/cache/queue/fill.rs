@@ -20,7 +20,6 @@ use super::Queue;
 use super::write::ensure_open;
 use crate::backing::AlignedBuf;
 use crate::onmedia::KeyKind;
-use crate::pmem::Pmem;
 use crate::units::SectorRange;
 use crate::volume::Buffer;
 
@@ -155,9 +154,6 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
         segment.log_low.store(open.log_low, Ordering::Release);
         drop(held);
-        if cache.media.pmem.class().fence_is_durable() {
-            open.write_witness(&cache.media);
-        }
         scratch.replaced = inserted;
         Some(count)
     }

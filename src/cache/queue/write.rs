@@ -181,7 +181,9 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
         stream.open = Some(open);
     }
     if let Some(open) = &mut stream.open {
-        open.witness_synced(&cache.media, cache.syncer.completed());
+        if !cache.media.pmem.class().fence_is_durable() {
+            open.witness_durable(&cache.media, cache.syncer.completed());
+        }
         open.align(cache.syncer.started());
     }
     true
@@ -338,9 +340,6 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     segment.log_low.store(open.log_low, Ordering::Release);
     core.retract(q);
     drop(held);
-    if cache.media.pmem.class().fence_is_durable() {
-        open.write_witness(&cache.media);
-    }
     add(&core.queue(q).tally.records, 1);
     true
 }

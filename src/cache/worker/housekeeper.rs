@@ -25,6 +25,7 @@ use super::super::syncer::{Durable, Outcome};
 use super::super::volume::VolumeCore;
 use super::Progress;
 use crate::onmedia::{SegmentHeader, SegmentState};
+use crate::pmem::Pmem;
 
 /// Segments taken at a time: on page-cache media each batch costs two `sync`s.
 const BATCH: usize = 8;
@@ -81,10 +82,12 @@ impl<E: Env> Housekeeper<E> {
         }
     }
 
-    /// Notes in open segments what the last `sync` has made durable.
+    /// Notes in open segments what has become durable since the last look: for streams that have
+    /// fallen silent, as the next record of the others does it.
     fn witness(&mut self) {
         let completed = self.cache.syncer.completed();
-        if std::mem::replace(&mut self.witnessed, completed) == completed {
+        let by_sync = !self.cache.media.pmem.class().fence_is_durable();
+        if std::mem::replace(&mut self.witnessed, completed) == completed && by_sync {
             return;
         }
         for volume in self.cache.all_volumes() {
@@ -92,10 +95,11 @@ impl<E: Env> Housekeeper<E> {
                 // Whoever holds it is about to append, and does this first.
                 let Ok(mut stream) = stream.try_lock() else { continue };
                 if let Some(open) = &mut stream.open {
-                    open.witness_synced(&self.cache.media, completed);
+                    open.witness_durable(&self.cache.media, completed);
                 }
             }
         }
+        self.cache.media.pmem.fence();
     }
 
     fn stay(&mut self, stage: Stage) -> Progress {
