@@ -98,16 +98,17 @@ fn open_all<'a>(
     if let Some(path) = config.state_dir() {
         created.make_directory(path).map_err(|source| RunError::Directory { path: path.into(), source })?;
     }
-    let mut images = Vec::new();
+    // What exists first, then the disks: a cache is made only once those are known to be there.
+    let mut existing = Vec::new();
     for cache in config.caches() {
-        images.push(open_image(cache, created)?);
+        existing.push(if cache.path.exists() { Some(open_image(cache, created)?) } else { None });
     }
     let mut disks = Vec::new();
     for volume in config.volumes() {
         // The disk of a volume that exists is raw whatever its guest has written on it: whether it
         // is that disk is judged below.
-        let is_known =
-            !volume.force_identity && cache::has_volume(&images[volume.cache].pmem, volume.name.as_str());
+        let holds = |image: &Image| cache::has_volume(&image.pmem, volume.name.as_str());
+        let is_known = !volume.force_identity && existing[volume.cache].as_ref().is_some_and(holds);
         let options = DiskOptions {
             path: &volume.backing.path,
             read_only: volume.read_only,
@@ -115,6 +116,13 @@ fn open_all<'a>(
             size: volume.backing.size,
         };
         disks.push(disk::open_or_create(&options, created).map_err(RunError::Disk)?);
+    }
+    let mut images = Vec::new();
+    for (cache, image) in config.caches().iter().zip(existing) {
+        images.push(match image {
+            Some(image) => image,
+            None => open_image(cache, created)?,
+        });
     }
     let mut wanted = Vec::new();
     for (volume, disk) in config.volumes().iter().zip(disks) {
