@@ -345,10 +345,11 @@ impl<E: Env> Cache<E> {
         };
         set_identity(&mut descriptor, identity);
         let core = Arc::new(VolumeCore::new(descriptor, next));
-        // The tail first: a descriptor without one would be a damaged volume.
+        // The tail first, durably: a descriptor without one would be a damaged volume.
         for copy in 0..2 {
             self.write_tail(&core, copy, 0)?;
         }
+        self.settle()?;
         self.update_descriptor(&core, |_| {})?;
         self.update_descriptor(&core, |_| {})?;
         write(&self.volumes).insert(incarnation, core.clone());
@@ -367,12 +368,18 @@ impl<E: Env> Cache<E> {
         descriptor.sequence += 1;
         let at = self.media.geometry.descriptor(core.slot, guard.1);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
-        let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
-            return Err(AttachError::SyncFailed);
-        }
+        self.settle()?;
         *guard = (descriptor, 1 - guard.1);
         Ok(())
+    }
+
+    /// Waits until what this thread has stored is durable.
+    fn settle(&self) -> Result<(), AttachError> {
+        let ticket = self.syncer.request(&*self.media.pmem, None);
+        match self.syncer.wait(&*self.media.pmem, ticket) {
+            Outcome::Failed => Err(AttachError::SyncFailed),
+            _ => Ok(()),
+        }
     }
 
     /// Writes one copy of a volume's tail. It counts once it is durable.
