@@ -6,6 +6,8 @@
 //! - The fingerprint is valid only between a clean detach and the next attach: it is struck out
 //!   durably before a guest can write.
 //! - Entering a mode that writes around the cache, and leaving `relaxed` for `strict`, drain first.
+//! - A detach flushes the disk before it takes the fingerprint: what a power cut could still take
+//!   away must not be part of what the next attach compares with.
 //! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
 //!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
@@ -404,8 +406,13 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
-        let path = volume.backing.identity().path;
-        let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
+        let of_disk = |error| AttachError::Disk { path: volume.backing.identity().path, error };
+        if !volume.backing.geometry().read_only {
+            // Else a power cut after this takes from the disk what the fingerprint has seen, and the
+            // next attach takes it for another's work.
+            flush(&*volume.backing).map_err(of_disk)?;
+        }
+        let fingerprint = volume.backing.fingerprint().map_err(of_disk)?;
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;
             d.fingerprint_valid = true;
