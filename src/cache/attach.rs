@@ -286,7 +286,7 @@ impl<E: Env> Cache<E> {
         Ok(())
     }
 
-    fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
+    pub(crate) fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
         self.all_volumes().into_iter().find(|v| unpad(&lock(&v.descriptor).0.name) == name.as_bytes())
     }
 

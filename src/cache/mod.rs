@@ -20,6 +20,7 @@ pub mod worker;
 
 mod attach;
 mod core;
+mod delete;
 mod judge;
 mod liveness;
 mod media;
@@ -35,6 +36,7 @@ pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};
 pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
+pub use delete::DeleteError;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
 pub use judge::{has_volume, would_attach};
