@@ -19,6 +19,8 @@ pub mod volume;
 pub mod worker;
 
 mod attach;
+#[cfg(feature = "sim")]
+mod audit;
 mod core;
 mod delete;
 mod judge;
@@ -33,6 +35,8 @@ mod stripes;
 mod syncer;
 
 pub use attach::{AttachError, AttachOptions};
+#[cfg(feature = "sim")]
+pub use audit::Audit;
 pub use check::{CheckReport, Verdict, check, dump};
 pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
