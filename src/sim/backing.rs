@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::content::{self, BYTES};
-use super::world::{State, World};
+use super::world::{Event, State, World};
 use crate::backing::{Backing, BackingGeometry, BackingIdentity, BackingKind, Channel, Completion, Op};
 use crate::wake::Waker;
 
@@ -157,7 +157,11 @@ impl Channel for SimChannel {
         }
         let world = self.world.clone();
         let flying = world.with(|w| {
-            w.event("disk operation submitted");
+            w.event(match op {
+                Op::Read { .. } => Event::DiskRead,
+                Op::Write { .. } | Op::Zero { .. } => Event::DiskWrite,
+                Op::Flush => Event::DiskFlush,
+            });
             self.begin(w, token, op)
         });
         self.ops.push(flying);
@@ -177,7 +181,7 @@ impl Channel for SimChannel {
                     i += 1;
                     continue;
                 }
-                w.event("disk operation completes");
+                w.event(Event::DiskCompletion);
                 let flying = self.ops.swap_remove(i);
                 done.push(self.end(w, flying));
             }

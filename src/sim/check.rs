@@ -36,18 +36,24 @@ impl Judge<'_> {
         if self.host {
             self.disks_alone(&image, stats)?;
         }
+        let before = (self.depth > 0 && rng.chance(1, 8)).then(|| image.clone());
         let world = World::new(image, rng.next());
-        let inside = self.depth > 0 && rng.chance(1, 4);
-        if inside {
-            world.with(|w| w.rate = rng.between(1, 60));
+        if before.is_some() {
+            world.with(|w| {
+                w.cuts.rate = rng.between(1, 40);
+                w.cuts.every_edge = rng.chance(1, 8);
+                w.cuts.count_max = 4;
+            });
         }
         let machine = Machine::open(&world, self.styles, self.queues)?;
-        world.with(|w| w.rate = 0);
+        let cuts = world.take_cuts();
         stats.images += 1;
         stats.host_images += u64::from(self.host);
         let recovered = self.compare(world, machine)?;
-        if let Some(snapshot) = recovered.world.take_snapshot() {
-            self.inside_recovery(&snapshot, rng, stats)?;
+        if let Some(before) = before {
+            for (_, snapshot) in cuts {
+                self.inside_recovery(&before, &snapshot, rng, stats)?;
+            }
         }
         if self.depth > 0 && rng.chance(1, 8) {
             self.after_recovery(&recovered, rng, stats)?;
@@ -86,8 +92,14 @@ impl Judge<'_> {
         Ok(())
     }
 
-    /// A crash inside recovery: what it leaves is recovered like any other image.
-    fn inside_recovery(&self, snapshot: &Snapshot, rng: &mut Rng, stats: &mut Stats) -> Result<(), String> {
+    /// A crash inside the recovery of `before`: what it leaves is recovered like any other image.
+    fn inside_recovery(
+        &self,
+        before: &Snapshot,
+        snapshot: &Snapshot,
+        rng: &mut Rng,
+        stats: &mut Stats,
+    ) -> Result<(), String> {
         let host = self.host || rng.chance(1, 2);
         let image = if host {
             let survival = survival(snapshot.memory.pending_lines(), rng);
@@ -95,6 +107,10 @@ impl Judge<'_> {
         } else {
             snapshot.daemon_crash(rng)
         };
+        if image.is_same(before) {
+            stats.equal_images += 1;
+            return Ok(());
+        }
         let what = snapshot.what;
         let judge = Judge { host, depth: self.depth - 1, ..*self };
         stats.recovery_images += 1;
@@ -124,6 +140,32 @@ impl Judge<'_> {
     }
 }
 
+/// Pending lines up to which every subset of them is an image.
+pub(super) const EXHAUSTED_LINES: usize = 6;
+
+/// The ways to lose things that are tried at one instant, where `lines` may be lost.
+pub(super) fn survivals(lines: usize, rng: &mut Rng) -> Vec<Survival> {
+    if lines == 0 {
+        // Only the disks have a choice.
+        return vec![Survival::Everything; 4];
+    }
+    let mut all: Vec<Survival> = if lines <= EXHAUSTED_LINES {
+        (0..1 << lines).map(Survival::Lines).collect()
+    } else {
+        let mut line = || rng.index(lines);
+        vec![
+            Survival::Nothing,
+            Survival::Everything,
+            Survival::AllBut(line()),
+            Survival::Only(line()),
+            Survival::AllBut(line()),
+            Survival::Random,
+        ]
+    };
+    all.extend([Survival::TornLine(rng.index(lines)), Survival::Torn]);
+    all
+}
+
 /// A way to lose things, where `lines` may be lost.
 pub(super) fn survival(lines: usize, rng: &mut Rng) -> Survival {
     let line = rng.index(lines.max(1));
@@ -132,7 +174,8 @@ pub(super) fn survival(lines: usize, rng: &mut Rng) -> Survival {
         1 => Survival::Everything,
         2 => Survival::AllBut(line),
         3 => Survival::Only(line),
-        4 | 5 => Survival::Random,
+        4 => Survival::TornLine(line),
+        5 => Survival::Random,
         _ => Survival::Torn,
     }
 }

@@ -131,9 +131,8 @@ impl Scene {
     /// Runs `act` and returns a snapshot from before its `n`-th store, fence, `sync` or disk
     /// operation, counted from 0; `None` if there were not so many.
     pub fn cut(&mut self, n: u64, act: impl FnOnce(&mut Scene)) -> Option<Snapshot> {
-        self.world.with(|w| w.snapshot_at = w.events + n + 1);
+        self.world.with(|w| w.cuts.at = w.events + n + 1);
         act(self);
-        self.world.with(|w| w.snapshot_at = 0);
-        self.world.take_snapshot()
+        self.world.take_cuts().pop().map(|(_, snapshot)| snapshot)
     }
 }

@@ -3,9 +3,16 @@
 //! The seeds at the end are those that found what is not told here by hand. A change of the
 //! simulation's own dice makes them ordinary seeds; the stories stay.
 
-use pcache_vhost::cache::{Mode, Order};
+use std::sync::Arc;
+
+use pcache_vhost::cache::{Cache, FormatError, FormatOptions, Mode, OpenError, Order, format};
+use pcache_vhost::onmedia::Geometry;
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Scene, SimBuffer, Style, Survival, run_seed};
+use pcache_vhost::pmem::Pmem;
+use pcache_vhost::sim::{
+    DiskSurvival, Memory, Scene, SimBuffer, SimClock, SimEnv, SimPmem, Snapshot, Style, Survival, World,
+    run_seed,
+};
 use pcache_vhost::volume::RequestKind;
 
 fn served(mode: Mode) -> Style {
@@ -142,6 +149,26 @@ fn a_fill_does_not_outlive_the_bytes_it_was_filled_from() {
         scene.host_crash(Survival::Nothing, DiskSurvival::Nothing);
         assert_eq!(scene.read(8), 901, "{mode}: the drain has flushed it");
     }
+}
+
+#[test]
+fn page_cache_media_take_no_segments_that_no_record_fits() {
+    let geometry = Geometry::custom(16 << 10, 32 << 10, 12, 1).expect("a geometry");
+    let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
+    let world = |class| {
+        let memory = Memory::new(class, geometry.device_size);
+        World::new(Snapshot { what: "nothing", memory, disks: Vec::new() }, 1)
+    };
+    let paged = format(&SimPmem::new(&world(PageCache)), &SimClock::default(), &options);
+    assert!(matches!(paged, Err(FormatError::SmallSegments { segment_size: 32_768 })), "{paged:?}");
+    let dax = world(AssumeDax);
+    format(&SimPmem::new(&dax), &SimClock::default(), &options).expect("they do on DAX");
+    // Copied to media that are not.
+    let copy = world(PageCache);
+    let bytes = dax.with(|w| w.memory.bytes());
+    SimPmem::new(&copy).write(0, &bytes).expect("sound memory");
+    let opened = Cache::<SimEnv>::open(Arc::new(SimPmem::new(&copy)), SimClock::default());
+    assert!(matches!(opened, Err(OpenError::SmallSegments { .. })));
 }
 
 #[test]

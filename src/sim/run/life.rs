@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::super::check::{Judge, Recovered, disk_survival, survival};
+use super::super::check::{EXHAUSTED_LINES, Judge, Recovered, disk_survival, survival, survivals};
+use super::super::loss::Loss;
 use super::super::machine::{Machine, Style};
-use super::super::memory::Survival;
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
 use super::Run;
@@ -38,34 +38,32 @@ impl Run {
         self.note(|| text);
     }
 
-    /// Judges images of a crash at `snapshot`; says whether one of them became the next life.
-    pub(super) fn crash_at(&mut self, snapshot: &Snapshot) -> Result<bool, String> {
+    /// Judges images of a crash at `snapshot`.
+    pub(super) fn crash_at(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+        // Dice of its own: whether this is judged must not matter to the run.
+        let mut rng = self.rng.fork();
+        if !self.plan.judges(self.step) {
+            return Ok(());
+        }
         self.stats.points += 1;
-        let lines = snapshot.memory.pending_lines();
-        let survivals: Vec<Survival> = match lines {
-            0..=2 => (0..1 << lines).map(Survival::Lines).collect(),
-            _ => (0..5).map(|_| survival(lines, &mut self.rng)).collect(),
-        };
+        let loss = Loss::new(&snapshot.memory);
+        self.stats.exhausted_points += u64::from(loss.lines() <= EXHAUSTED_LINES);
         let mut seen = BTreeSet::new();
-        for survival in survivals {
-            let disk = disk_survival(&mut self.rng);
-            let mut rng = self.rng.fork();
-            let (image, hash) = snapshot.host_crash(&survival, disk, &mut rng);
+        for survival in survivals(loss.lines(), &mut rng) {
+            let disk = disk_survival(&mut rng);
+            let (image, hash) = snapshot.losing(&loss, &survival, disk, &mut rng);
             if seen.insert(hash) {
                 self.judge(image, true, &mut rng).map_err(|e| {
                     format!("host crash before {} ({survival:?}, {disk:?}): {e}", snapshot.what)
                 })?;
+            } else {
+                self.stats.equal_images += 1;
             }
         }
-        let mut rng = self.rng.fork();
         let image = snapshot.daemon_crash(&mut rng);
         self.judge(image, false, &mut rng)
             .map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
-        if !self.rng.chance(1, 25) {
-            return Ok(false);
-        }
-        self.die(snapshot)?;
-        Ok(true)
+        Ok(())
     }
 
     fn judge(&mut self, image: Snapshot, host: bool, rng: &mut Rng) -> Result<Option<Recovered>, String> {
@@ -79,8 +77,8 @@ impl Run {
         }
     }
 
-    /// The crash is real: goes on with one of the images.
-    fn die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+    /// The crash is real: goes on with an image.
+    pub(super) fn die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
         let mut rng = self.rng.fork();
         let host = rng.chance(2, 3);
         let image = if host {
@@ -96,7 +94,11 @@ impl Run {
         self.done.clear();
         self.change_styles();
         self.note(|| format!("{} crash before {}", if host { "host" } else { "daemon" }, snapshot.what));
-        let Some(recovered) = self.judge(image, host, &mut rng)? else { return Ok(()) };
+        let counted = self.stats;
+        let recovered = self.judge(image, host, &mut rng);
+        // It may be one that was judged at this instant already.
+        self.stats = counted;
+        let Some(recovered) = recovered? else { return Ok(()) };
         for (volume, values) in recovered.values.iter().enumerate() {
             // What a disk's write cache held when only the daemon died may still be lost.
             self.oracles[volume].narrow(values, host || !died[volume].mode.bypasses());
@@ -136,7 +138,10 @@ impl Run {
     /// Lets everything end that was begun, maybe drains, and closes.
     pub(super) fn end_in_order(&mut self, drain: bool) -> Result<(), String> {
         self.note(|| format!("the end, drained: {drain}"));
-        self.world.with(|w| (w.faults, w.rate, w.snapshot) = (Faults::default(), 0, None));
+        self.world.with(|w| {
+            w.faults = Faults::default();
+            w.cuts.stop();
+        });
         for volume in 0..self.scenario.volumes {
             for queue in 0..usize::from(self.scenario.queues) {
                 self.machine().commit(volume, queue);
