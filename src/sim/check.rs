@@ -1,21 +1,43 @@
 //! The judgement of one crash image: recovered by the engine, read through it, compared.
 
+use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
 
 use super::disk::DiskSurvival;
 use super::machine::{Machine, Style};
 use super::memory::Survival;
-use super::oracle::Oracle;
+use super::oracle::{Oracle, Recoverable};
 use super::rng::Rng;
 use super::stats::Stats;
 use super::world::{Snapshot, World};
 
-/// What an image is judged by.
-#[derive(Clone, Copy)]
-pub(super) struct Judge<'a> {
+/// What the images of one instant are judged by.
+pub(super) struct Instant<'a> {
     pub oracles: &'a [Oracle],
     pub styles: &'a [Style],
     pub queues: u16,
+    /// Of each volume: what it may show after a daemon's death, and after the host's.
+    recoverable: [OnceCell<Vec<Recoverable>>; 2],
+    /// Of each volume: what its disk alone held when it was last judged.
+    disks_alone: RefCell<Vec<Vec<u64>>>,
+}
+
+impl<'a> Instant<'a> {
+    pub fn new(oracles: &'a [Oracle], styles: &'a [Style], queues: u16) -> Instant<'a> {
+        let disks_alone = RefCell::new(vec![Vec::new(); oracles.len()]);
+        Instant { oracles, styles, queues, recoverable: Default::default(), disks_alone }
+    }
+
+    fn recoverable(&self, host: bool) -> &[Recoverable] {
+        let all = || self.oracles.iter().map(|o| o.recoverable(host)).collect();
+        self.recoverable[usize::from(host)].get_or_init(all)
+    }
+}
+
+/// How an image came about.
+#[derive(Clone, Copy)]
+pub(super) struct Judge<'a> {
+    pub at: &'a Instant<'a>,
     /// Whether the host died at some point, or only the daemon.
     pub host: bool,
     /// Crashes inside recovery that may still follow.
@@ -45,7 +67,7 @@ impl Judge<'_> {
                 w.cuts.count_max = 4;
             });
         }
-        let machine = Machine::open(&world, self.styles, self.queues)?;
+        let machine = Machine::open(&world, self.at.styles, self.at.queues)?;
         let cuts = world.take_cuts();
         stats.images += 1;
         stats.host_images += u64::from(self.host);
@@ -67,12 +89,11 @@ impl Judge<'_> {
             return Err(format!("space does not add up after recovery: {space:?}"));
         }
         let mut values = Vec::new();
-        for (volume, oracle) in self.oracles.iter().enumerate() {
+        for (volume, recoverable) in self.at.recoverable(self.host).iter().enumerate() {
             let read = machine.read_all(volume)?;
-            for (sector, &value) in read.iter().enumerate() {
-                oracle
-                    .may_recover(sector as u64, value, self.host)
-                    .map_err(|e| format!("volume {volume}, after recovery: {e}"))?;
+            if let Some(sector) = recoverable.first_wrong(&read) {
+                let told = self.at.oracles[volume].may_recover(sector, read[sector as usize], self.host);
+                return Err(format!("volume {volume}, after recovery: {}", told.expect_err("it is wrong")));
             }
             values.push(read);
         }
@@ -81,12 +102,16 @@ impl Judge<'_> {
 
     /// With the cache lost, each ordered disk is a legal older state of its volume.
     fn disks_alone(&self, image: &Snapshot, stats: &mut Stats) -> Result<(), String> {
-        for (volume, (oracle, disk)) in self.oracles.iter().zip(&image.disks).enumerate() {
-            if oracle.is_ordered {
-                stats.disks_alone += 1;
-                oracle
-                    .judge_disk_alone(disk.durable_values())
-                    .map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
+        let mut judged = self.at.disks_alone.borrow_mut();
+        for (volume, (oracle, disk)) in self.at.oracles.iter().zip(&image.disks).enumerate() {
+            if !oracle.is_ordered {
+                continue;
+            }
+            stats.disks_alone += 1;
+            let values = disk.durable_values();
+            if judged[volume] != values {
+                oracle.judge_disk_alone(values).map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
+                values.clone_into(&mut judged[volume]);
             }
         }
         Ok(())
@@ -128,7 +153,7 @@ impl Judge<'_> {
         let second = judge.image(image, rng, stats).map_err(|e| format!("host crash after recovery: {e}"))?;
         for (volume, (a, b)) in first.values.iter().zip(&second.values).enumerate() {
             // A disk's own write cache outlives a daemon, and its loss is no business of the cache.
-            let is_settled = self.host || !self.styles[volume].mode.bypasses();
+            let is_settled = self.host || !self.at.styles[volume].mode.bypasses();
             if let Some(sector) = (0..a.len()).find(|&s| is_settled && a[s] != b[s]) {
                 return Err(format!(
                     "volume {volume}: sector {sector} read {:#x} after a recovery and {:#x} after the next",

@@ -160,3 +160,76 @@ impl<'a> Loss<'a> {
 }
 
 const _: () = assert!(PAGE.is_multiple_of(512), "a line lies in one page");
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::memory::SimPmem;
+    use super::super::world::{Snapshot, World};
+    use super::*;
+    use crate::pmem::MediaClass::{AssumeDax, PageCache};
+    use crate::pmem::Pmem;
+
+    /// Memory with `lines` lines pending, each stored twice.
+    fn pending(class: crate::pmem::MediaClass, lines: u64) -> Memory {
+        let world = World::new(
+            Snapshot { what: "empty", memory: Memory::new(class, 16 << 10), disks: Vec::new() },
+            1,
+        );
+        let pmem = SimPmem::new(&world);
+        for value in [1, 2] {
+            for line in 0..lines {
+                pmem.write(1024 * line + 8, &[value; 16]).expect("sound memory");
+            }
+        }
+        world.with(|w| w.memory.clone())
+    }
+
+    #[test]
+    fn every_subset_of_the_pending_lines_is_an_image_of_its_own() {
+        for class in [AssumeDax, PageCache] {
+            let memory = pending(class, 5);
+            let loss = Loss::new(&memory);
+            assert_eq!(loss.lines(), 5);
+            let mut seen = BTreeSet::new();
+            for mask in 0..32 {
+                let (image, hash) = loss.image(&Survival::Lines(mask), &mut Rng::new(1));
+                seen.insert(hash);
+                for line in 0..5 {
+                    let kept = if mask >> line & 1 == 1 { 2 } else { 0 };
+                    assert_eq!(image.copy(1024 * line + 16, 1), [kept], "{class}, {mask:b}");
+                }
+                assert_eq!(image.pending_lines(), 0, "what a crash leaves is durable");
+            }
+            assert_eq!(seen.len(), 32);
+            let same = |a, b| {
+                let image = |s| loss.image(&s, &mut Rng::new(1)).1;
+                image(a) == image(b)
+            };
+            assert!(
+                same(Survival::Everything, Survival::Lines(31))
+                    && same(Survival::Nothing, Survival::Lines(0))
+            );
+            assert!(
+                same(Survival::AllBut(1), Survival::Lines(0b11101))
+                    && same(Survival::Only(2), Survival::Lines(4))
+            );
+        }
+    }
+
+    #[test]
+    fn a_torn_line_is_in_any_state_and_the_others_are_whole() {
+        for (class, states) in [(AssumeDax, 9), (PageCache, 3)] {
+            let memory = pending(class, 3);
+            let loss = Loss::new(&memory);
+            let mut seen = BTreeSet::new();
+            for seed in 0..200 {
+                let (image, _) = loss.image(&Survival::TornLine(1), &mut Rng::new(seed));
+                assert_eq!((image.copy(8, 1), image.copy(2048 + 8, 1)), (vec![2], vec![2]));
+                seen.insert((image.copy(1024 + 8, 1), image.copy(1024 + 16, 1)));
+            }
+            assert_eq!(seen.len(), states, "{class}: {seen:?}");
+        }
+    }
+}

@@ -81,6 +81,8 @@ stats! {
     records,
     /// Segments reclaimed.
     reclaimed,
+    /// Times as many segments were reclaimed as a cache has: its log has gone once around.
+    wraps,
     /// Sectors evicted.
     evicted,
     /// Sectors written back.

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::super::check::{EXHAUSTED_LINES, Judge, Recovered, disk_survival, survival, survivals};
+use super::super::check::{EXHAUSTED_LINES, Instant, Judge, Recovered, disk_survival, survival, survivals};
 use super::super::loss::Loss;
-use super::super::machine::{Machine, Style};
+use super::super::machine::{Machine, Served, Style};
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
 use super::Run;
@@ -25,6 +25,8 @@ impl Run {
         let faults = self.faults();
         self.world.with(|w| w.faults = faults);
         self.forgives = faults.may_fail_requests();
+        let tail = |served: &Served| served.volume.counters().tail_epoch;
+        self.tails = self.machine().served.iter().map(tail).collect();
         for volume in 0..self.scenario.volumes {
             let style = self.styles[volume];
             let is_clean = self.machine().served[volume].volume.is_clean();
@@ -49,27 +51,37 @@ impl Run {
         let loss = Loss::new(&snapshot.memory);
         self.stats.exhausted_points += u64::from(loss.lines() <= EXHAUSTED_LINES);
         let mut seen = BTreeSet::new();
+        let Self { oracles, styles, stats, scenario, .. } = self;
+        let at = Instant::new(oracles, styles, scenario.queues);
+        // A cache that could once not be made durable may refuse to serve.
+        let forgives = self.world.with(|w| w.faults.sync_failed);
+        let mut judge =
+            |image, host, rng: &mut Rng| match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
+                Err(error) if !forgives => Err(error),
+                _ => Ok(()),
+            };
+        let mut equal = 0;
         for survival in survivals(loss.lines(), &mut rng) {
             let disk = disk_survival(&mut rng);
             let (image, hash) = snapshot.losing(&loss, &survival, disk, &mut rng);
             if seen.insert(hash) {
-                self.judge(image, true, &mut rng).map_err(|e| {
+                judge(image, true, &mut rng).map_err(|e| {
                     format!("host crash before {} ({survival:?}, {disk:?}): {e}", snapshot.what)
                 })?;
             } else {
-                self.stats.equal_images += 1;
+                equal += 1;
             }
         }
         let image = snapshot.daemon_crash(&mut rng);
-        self.judge(image, false, &mut rng)
-            .map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
+        judge(image, false, &mut rng).map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
+        self.stats.equal_images += equal;
         Ok(())
     }
 
     fn judge(&mut self, image: Snapshot, host: bool, rng: &mut Rng) -> Result<Option<Recovered>, String> {
         let Self { oracles, styles, stats, scenario, world, .. } = self;
-        let judge = Judge { oracles, styles, queues: scenario.queues, host, depth: 2 };
-        match judge.image(image, rng, stats) {
+        let at = Instant::new(oracles, styles, scenario.queues);
+        match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
             Err(_) if world.with(|w| w.faults.sync_failed) => Ok(None),
@@ -118,13 +130,13 @@ impl Run {
 
     fn harvest(&mut self) {
         let Some(machine) = &self.machine else { return };
-        for served in &machine.served {
+        for (number, served) in machine.served.iter().enumerate() {
             let c = served.volume.counters();
             self.stats.records += c.records;
             self.stats.reclaimed += c.reclaimed;
             self.stats.evicted += c.evicted_sectors;
             self.stats.written_back += c.written_back_sectors;
-            self.stats.epochs += c.tail_epoch;
+            self.stats.epochs += c.tail_epoch - c.tail_epoch.min(self.tails[number]);
             self.stats.fills += c.fill_sectors;
             self.stats.bypassed += c.bypass_sectors;
             self.stats.hits += c.read_hit_sectors;
@@ -133,6 +145,7 @@ impl Run {
             self.stats.space_waits += c.space_waits;
         }
         self.stats.steps = self.step;
+        self.stats.wraps = self.stats.reclaimed / u64::from(self.scenario.geometry.segment_count);
     }
 
     /// Lets everything end that was begun, maybe drains, and closes.

@@ -89,6 +89,8 @@ pub struct Run {
     stats: Stats,
     /// Whether this life's disks fail: a request may then fail, also one that is seen later.
     forgives: bool,
+    /// Each volume's tail when this life began.
+    tails: Vec<u64>,
     trace: VecDeque<String>,
     /// Lines kept in the trace.
     pub trace_len: usize,
@@ -143,6 +145,7 @@ impl Run {
             next_tag: 0,
             stats: Stats::default(),
             forgives: false,
+            tails: Vec::new(),
             trace: VecDeque::new(),
             trace_len: 80,
             step: 0,
