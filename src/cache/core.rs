@@ -5,10 +5,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 use std::time::Duration;
 
 use super::env::{Clock, Env};
+use super::format::has_small_segments;
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
@@ -44,6 +45,12 @@ pub enum OpenError {
         formatted: u64,
         /// Bytes now.
         found: u64,
+    },
+    /// It was formatted on DAX, and this is not.
+    #[error("the cache's segments of {segment_size} bytes are usable with DAX only")]
+    SmallSegments {
+        /// Bytes of one.
+        segment_size: u32,
     },
     /// The media failed.
     #[error(transparent)]
@@ -108,6 +115,9 @@ impl<E: Env> Cache<E> {
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
+        if has_small_segments(&media.geometry, media.pmem.class()) {
+            return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
+        }
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
         media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
@@ -317,6 +327,11 @@ fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
 
 /// The kernel's identity of this boot; zeros where it has none.
 fn boot_id() -> [u8; 16] {
+    static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+    *BOOT_ID.get_or_init(read_boot_id)
+}
+
+fn read_boot_id() -> [u8; 16] {
     let mut id = [0; 16];
     if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         let digits: Vec<u8> =

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
-use super::index::{Extent, Index};
+use super::index::{Extent, Index, REGION_SECTORS};
 use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
@@ -84,6 +84,12 @@ pub(crate) struct DirtySegments {
     pub drained: HashMap<u32, Cursor>,
 }
 
+/// Shards of the index of a volume of so many sectors: no more than it has regions, and at the least
+/// what a few queues need, should it grow while it is open.
+fn index_shards(sectors: u64) -> usize {
+    sectors.div_ceil(REGION_SECTORS).clamp(16, 1024) as usize
+}
+
 /// A volume without its disk.
 pub(crate) struct VolumeCore {
     pub incarnation: u64,
@@ -121,10 +127,9 @@ impl VolumeCore {
             incarnation: descriptor.incarnation,
             slot: descriptor.slot,
             damaged: AtomicBool::new(descriptor.damaged),
-            descriptor: Mutex::new((descriptor, next)),
             tail_page: Mutex::new((0, 0)),
-            index: Index::new(1024),
-            stripes: Stripes::new(),
+            index: Index::new(index_shards(descriptor.sectors)),
+            stripes: Stripes::new(descriptor.sectors),
             version: AtomicU64::new(1),
             epoch: AtomicU64::new(1),
             stamped: AtomicU64::new(0),
@@ -136,6 +141,7 @@ impl VolumeCore {
             attached: AtomicBool::new(false),
             tally: Tally::default(),
             dirty_since: AtomicU64::new(0),
+            descriptor: Mutex::new((descriptor, next)),
         }
     }
 
