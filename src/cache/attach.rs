@@ -16,6 +16,7 @@ use std::time::Duration;
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
 use super::judge::{judge_identity, judge_options};
+use super::segments::State;
 use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
@@ -224,9 +225,18 @@ impl<E: Env> Cache<E> {
             flush(&*options.backing)
                 .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
-        _ = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect());
+        let is_first = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect()).is_ok();
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
         _ = core.streams.set((0..streams).map(|_| Mutex::new(Stream::default())).collect());
+        for (id, segment) in self.segments.iter().enumerate().filter(|_| is_first) {
+            let max_epoch = segment.max_epoch.load(Ordering::Relaxed);
+            if segment.owner.load(Ordering::Relaxed) == core.incarnation
+                && matches!(segment.state(), State::Full | State::Sealed)
+                && max_epoch > core.tail.load(Ordering::Relaxed)
+            {
+                core.pacer.found(max_epoch, id as u32, self.segment_capacity());
+            }
+        }
         let geometry = options.backing.geometry();
         let config = DiskConfig {
             sectors: descriptor.sectors,

@@ -287,6 +287,7 @@ fn take_keys<E: Env>(
     }
     segment.max_version.store(max_version, Ordering::Relaxed);
     segment.max_epoch.store(max_dirty, Ordering::Relaxed);
+    segment.min_epoch.store(0, Ordering::Relaxed);
     volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
     volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);

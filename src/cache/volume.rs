@@ -17,6 +17,7 @@ use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
 use super::index::{Extent, Index};
+use super::pacing::{Pacer, Purse};
 use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
@@ -50,6 +51,7 @@ pub(crate) struct QueueShared {
     /// Whether a `Queue` for it exists.
     pub taken: AtomicBool,
     pub waker: Mutex<Waker>,
+    pub purse: Purse,
     pub tally: Tally,
 }
 
@@ -61,6 +63,7 @@ impl QueueShared {
             waiting: AtomicBool::new(false),
             taken: AtomicBool::new(false),
             waker: Mutex::default(),
+            purse: Purse::default(),
             tally: Tally::default(),
         }
     }
@@ -108,6 +111,7 @@ pub(crate) struct VolumeCore {
     pub queues: OnceLock<Box<[QueueShared]>>,
     pub streams: OnceLock<Box<[Mutex<Stream>]>>,
     pub writeback: Signal,
+    pub pacer: Pacer,
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
@@ -133,6 +137,7 @@ impl VolumeCore {
             queues: OnceLock::new(),
             streams: OnceLock::new(),
             writeback: Signal::default(),
+            pacer: Pacer::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
             dirty_since: AtomicU64::new(0),

@@ -128,6 +128,14 @@ impl<E: Env> Writeback<E> {
 
     /// Does a bounded piece of work.
     pub fn step(&mut self) -> Progress {
+        let progress = self.work();
+        if self.volume.core.is_paced() {
+            self.volume.pace(progress == Progress::Idle);
+        }
+        progress
+    }
+
+    fn work(&mut self) -> Progress {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => self.begin(),
             Phase::Gathered(round, ticket) => self.records_durable(round, ticket),
@@ -145,7 +153,9 @@ impl<E: Env> Writeback<E> {
             return Progress::Idle;
         }
         let age = now.saturating_sub(core.dirty_since.load(Ordering::Relaxed));
-        let urgent = self.volume.draining.load(Ordering::SeqCst) || self.volume.cache.is_pressed();
+        let urgent = self.volume.draining.load(Ordering::SeqCst)
+            || self.volume.cache.is_pressed()
+            || self.volume.is_round_due();
         if !urgent && age < AGE_MS_MAX {
             return Progress::Idle;
         }
@@ -182,6 +192,7 @@ impl<E: Env> Writeback<E> {
         let volume = &self.volume.name;
         tracing::error!(volume, failures = self.failures, retry_ms = delay, error, "write-back failed");
         self.last_error = error;
+        self.volume.core.pacer.end_round(false);
         Progress::Idle
     }
 
@@ -194,6 +205,7 @@ impl<E: Env> Writeback<E> {
         }
         let round =
             Round { epoch, todo: VecDeque::new(), sweep: Some(0), written: Vec::new(), cursors: Vec::new() };
+        self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
         Ok(Some(round))
     }
 
@@ -232,6 +244,11 @@ impl<E: Env> Writeback<E> {
         }
         let mut todo = VecDeque::new();
         newest.iter().for_each(|extent| cut(extent, &mut todo));
+        let bytes = |len: u64| len * 512;
+        let write = todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
+        let payload: u64 =
+            keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
+        self.volume.begin_pace(write, Some(payload + payload / 16));
         Ok(Some(Round { epoch, todo, sweep: None, written: Vec::new(), cursors }))
     }
 
@@ -359,6 +376,7 @@ impl<E: Env> Writeback<E> {
         }
         assert!(channel.submit(0, Op::Flush).is_ok(), "nothing is in flight");
         channel.kick();
+        self.volume.core.pacer.written(self.volume.cache.clock.now_us());
         add(&self.volume.core.tally.writeback_flushes, 1);
         self.phase = Phase::Flushing(round);
         Progress::Waiting
@@ -369,12 +387,25 @@ impl<E: Env> Writeback<E> {
         while let Some(from) = round.sweep {
             let mut found = Vec::new();
             round.sweep = self.volume.core.index.dirty_from(from, SWEEP, &mut found);
+            found.retain(|extent| !self.is_newer(extent, round.epoch));
             found.into_iter().for_each(|extent| cut(extent, &mut round.todo));
             if !round.todo.is_empty() {
                 return true;
             }
         }
         false
+    }
+
+    /// Whether an extent came after the round's epoch was closed: the next round's business, else a
+    /// round would chase the guest. The `sync` that precedes the tail covers its record, so what it
+    /// replaced, older than the tail and never written, cannot come back without it.
+    fn is_newer(&self, extent: &Extent, epoch: u64) -> bool {
+        if extent.place.zero {
+            return false;
+        }
+        let cache = &self.volume.cache;
+        let (id, _) = cache.media.locate(extent.place.position);
+        cache.segments[id as usize].min_epoch.load(Ordering::SeqCst) > epoch
     }
 
     /// The next operation: a run of adjacent extents of one kind.
@@ -439,6 +470,9 @@ impl<E: Env> Writeback<E> {
             if let Err(error) = completion.result {
                 result = Err(format!("the disk failed: {error}"));
             }
+            if let Op::Write { buf, .. } = &completion.op {
+                self.volume.core.pacer.wrote(buf.len() as u64);
+            }
             if let Op::Write { buf, .. } = completion.op
                 && self.spare.len() < DEPTH as usize
             {
@@ -474,6 +508,7 @@ impl<E: Env> Writeback<E> {
     }
 
     fn flushed(&mut self, round: Round) -> Progress {
+        self.volume.core.pacer.flushed(self.volume.cache.clock.now_us());
         // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
         // and an older clean copy of those sectors would come back.
         let ticket = match self.volume.cache.write_liveness(None) {
@@ -525,6 +560,7 @@ impl<E: Env> Writeback<E> {
         let epoch = round.epoch;
         self.settle(round);
         core.tail.store(epoch, Ordering::SeqCst);
+        core.pacer.end_round(true);
         let oldest = if core.is_clean() { 0 } else { cache.clock.now_ms().max(1) };
         core.dirty_since.store(oldest, Ordering::Relaxed);
         self.failures = 0;

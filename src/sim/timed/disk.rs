@@ -9,8 +9,8 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::super::world::Faults;
 use super::super::rng::Rng;
+use super::super::world::Faults;
 use super::lab::VirtualClock;
 use crate::backing::{Backing, BackingGeometry, BackingIdentity, BackingKind, Channel, Completion, Op};
 use crate::wake::Waker;
@@ -193,7 +193,7 @@ impl Channel for TimedChannel {
             return Err(op);
         }
         let mut state = self.disk.state();
-        let end = state.schedule(&self.disk.model, self.disk.clock.now_us(), &op);
+        let end = state.schedule(&self.disk.model, self.disk.clock.us(), &op);
         state.last_end = state.last_end.max(end);
         state.events.push(Reverse(end));
         self.ops.push((end, token, op));
@@ -203,7 +203,7 @@ impl Channel for TimedChannel {
     fn kick(&mut self) {}
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        let now = self.disk.clock.now_us();
+        let now = self.disk.clock.us();
         let mut state = self.disk.state();
         while state.events.peek().is_some_and(|e| e.0 <= now) {
             state.events.pop();
@@ -219,7 +219,7 @@ impl Channel for TimedChannel {
     fn wait(&mut self, timeout: Duration) {
         // Whoever waits by itself, as the end of a failed round does, lets time pass.
         let next = self.ops.iter().map(|(end, _, _)| *end).min();
-        let limit = self.disk.clock.now_us() + timeout.as_micros() as u64;
+        let limit = self.disk.clock.us() + timeout.as_micros() as u64;
         self.disk.clock.advance_to(next.map_or(limit, |n| n.min(limit)));
     }
 

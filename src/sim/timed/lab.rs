@@ -39,7 +39,7 @@ pub struct VirtualClock(Arc<AtomicU64>);
 
 impl VirtualClock {
     /// Microseconds since the beginning.
-    pub fn now_us(&self) -> u64 {
+    pub fn us(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 
@@ -51,11 +51,15 @@ impl VirtualClock {
 
 impl Clock for VirtualClock {
     fn now_ms(&self) -> u64 {
-        1000 + self.now_us() / 1000
+        1000 + self.0.load(Ordering::Relaxed) / 1000
+    }
+
+    fn now_us(&self) -> u64 {
+        1_000_000 + self.0.load(Ordering::Relaxed)
     }
 
     fn unix_ms(&self) -> u64 {
-        1_700_000_000_000 + self.now_ms()
+        1_700_000_000_000 + Clock::now_ms(self)
     }
 }
 
@@ -173,21 +177,25 @@ impl Lab {
 
     /// Lets everything but the guest go on until nothing moves at this instant.
     fn settle(&mut self) {
-        while [self.stepper.sync(), self.stepper.writeback(0) == Progress::Did, self.stepper.housekeeper() == Progress::Did]
-            .contains(&true)
+        while [
+            self.stepper.sync(),
+            self.stepper.writeback(0) == Progress::Did,
+            self.stepper.housekeeper() == Progress::Did,
+        ]
+        .contains(&true)
         {}
     }
 
     /// Lets time pass until something is due, at most until `limit`.
     fn pass(&mut self, limit: u64) {
-        let now = self.clock.now_us();
-        let due = self.disk.next_event().unwrap_or(u64::MAX).min(now + TICK_US).min(limit.max(now + 1));
+        let now = self.clock.us();
+        let due = self.disk.next_event().unwrap_or(now + TICK_US).min(limit.max(now + 1));
         self.clock.advance_to(due.max(now + 1));
     }
 
     /// Runs a guest with `depth` requests under way to its end.
     pub fn run(&mut self, guest: &mut dyn Guest, depth: usize) -> Trail {
-        let mut trail = Trail { began: self.clock.now_us(), ..Trail::default() };
+        let mut trail = Trail { began: self.clock.us(), ..Trail::default() };
         let mut flights: HashMap<u32, Flight> = HashMap::new();
         let mut next = guest.next(&|_, _| false);
         let mut tag = 0u32;
@@ -195,7 +203,7 @@ impl Lab {
             let mut submitted = 0;
             while let Some((not_before, ask)) = next
                 && flights.len() < depth
-                && not_before <= self.clock.now_us()
+                && not_before <= self.clock.us()
                 && (ask != Ask::Barrier || flights.is_empty())
             {
                 tag += 1;
@@ -212,25 +220,26 @@ impl Lab {
             self.settle();
             let mut done = Vec::new();
             self.queue.poll(&mut done);
-            self.clock.advance_to(self.clock.now_us() + REQUEST_US * done.len() as u64);
+            self.clock.advance_to(self.clock.us() + REQUEST_US * done.len() as u64);
             for done in &done {
                 trail.failed += u64::from(done.status != Status::Ok);
                 let flight = flights.remove(&done.tag).expect("it was under way");
-                trail.add(flight.began, self.clock.now_us());
+                trail.add(flight.began, self.clock.us());
                 if flight.sectors == 0 {
                     next = guest.next(&|_, _| false);
                 }
             }
             if submitted == 0 && done.is_empty() {
-                let limit = next.map_or(u64::MAX, |(at, _)| if flights.len() < depth { at } else { u64::MAX });
-                self.pass(limit);
+                let later =
+                    next.map(|(at, _)| at).filter(|&at| at > self.clock.us() && flights.len() < depth);
+                self.pass(later.unwrap_or(u64::MAX));
             }
         }
         trail
     }
 
     fn submit(&mut self, tag: u32, ask: Ask) -> Flight {
-        let began = self.clock.now_us();
+        let began = self.clock.us();
         let (kind, first, sectors, data) = match ask {
             Ask::Write { first, sectors } => {
                 self.value += 1;
@@ -252,10 +261,10 @@ impl Lab {
 
     /// Brings everything to the disk; panics when that does not end within `limit_s`.
     pub fn drain(&mut self, limit_s: u64) {
-        let limit = self.clock.now_us() + limit_s * 1_000_000;
+        let limit = self.clock.us() + limit_s * 1_000_000;
         self.volume.draining.store(true, Ordering::SeqCst);
         while !self.volume.is_clean() {
-            assert!(self.clock.now_us() < limit, "the drain does not end");
+            assert!(self.clock.us() < limit, "the drain does not end");
             self.settle();
             self.pass(u64::MAX);
         }
@@ -277,7 +286,12 @@ impl Lab {
 }
 
 /// Runs a guest against the bare disk.
-pub fn run_bare(model: DiskModel, sectors: u64, guest: &mut dyn Guest, depth: usize) -> (Trail, Arc<TimedDisk>) {
+pub fn run_bare(
+    model: DiskModel,
+    sectors: u64,
+    guest: &mut dyn Guest,
+    depth: usize,
+) -> (Trail, Arc<TimedDisk>) {
     let clock = VirtualClock::default();
     let disk = TimedDisk::new(&clock, model, sectors);
     let mut channel: TimedChannel = disk.open(depth.max(1));
@@ -289,24 +303,28 @@ pub fn run_bare(model: DiskModel, sectors: u64, guest: &mut dyn Guest, depth: us
     while next.is_some() || !flights.is_empty() {
         while let Some((not_before, ask)) = next
             && flights.len() < depth
-            && not_before <= clock.now_us()
+            && not_before <= clock.us()
             && (ask != Ask::Barrier || flights.is_empty())
         {
             tag += 1;
             let (op, first, sectors) = match ask {
-                Ask::Write { first, sectors } => {
-                    (Op::Write { offset: first * 512, buf: AlignedBuf::new(sectors as usize * 512) }, first, sectors)
-                }
-                Ask::Read { first, sectors } => {
-                    (Op::Read { offset: first * 512, buf: AlignedBuf::new(sectors as usize * 512) }, first, sectors)
-                }
+                Ask::Write { first, sectors } => (
+                    Op::Write { offset: first * 512, buf: AlignedBuf::new(sectors as usize * 512) },
+                    first,
+                    sectors,
+                ),
+                Ask::Read { first, sectors } => (
+                    Op::Read { offset: first * 512, buf: AlignedBuf::new(sectors as usize * 512) },
+                    first,
+                    sectors,
+                ),
                 Ask::Discard { first, sectors } => {
                     (Op::Zero { offset: first * 512, len: sectors * 512, unmap: true }, first, sectors)
                 }
                 Ask::Barrier => (Op::Flush, 0, 0),
             };
             assert!(channel.submit(tag.into(), op).is_ok(), "fewer than the depth are in flight");
-            flights.insert(tag, Flight { began: clock.now_us(), first, sectors });
+            flights.insert(tag, Flight { began: clock.us(), first, sectors });
             if ask == Ask::Barrier {
                 break;
             }
@@ -315,14 +333,18 @@ pub fn run_bare(model: DiskModel, sectors: u64, guest: &mut dyn Guest, depth: us
         channel.reap(&mut done);
         if done.is_empty() {
             let due = disk.next_event().unwrap_or(u64::MAX);
-            let due = next.map_or(due, |(at, _)| if flights.len() < depth && at > clock.now_us() { due.min(at) } else { due });
+            let due =
+                next.map_or(
+                    due,
+                    |(at, _)| if flights.len() < depth && at > clock.us() { due.min(at) } else { due },
+                );
             clock.advance_to(due);
         }
-        clock.advance_to(clock.now_us() + REQUEST_US * done.len() as u64);
+        clock.advance_to(clock.us() + REQUEST_US * done.len() as u64);
         for completion in done.drain(..) {
             trail.failed += u64::from(completion.result.is_err());
             let flight = flights.remove(&(completion.token as u32)).expect("it was under way");
-            trail.add(flight.began, clock.now_us());
+            trail.add(flight.began, clock.us());
             if flight.sectors == 0 {
                 next = guest.next(&|_, _| false);
             }
