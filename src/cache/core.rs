@@ -3,7 +3,7 @@
 //! Locks, in the order they may be taken: stream → stripes → index shard → the small lists here.
 //! The liveness writer's mutex is taken with none of these held.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::Duration;
@@ -83,7 +83,7 @@ pub struct Cache<E: Env> {
     pub(crate) syncer: Syncer,
     pub(crate) housekeeper: Signal,
     /// Volumes by incarnation, attached or not.
-    pub(crate) volumes: RwLock<HashMap<u64, Arc<VolumeCore>>>,
+    pub(crate) volumes: RwLock<BTreeMap<u64, Arc<VolumeCore>>>,
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
     pub(crate) stopping: AtomicBool,

@@ -9,7 +9,7 @@
 //! - Epoch e is closed when the counter is above it and no queue announces a number ≤ e.
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -84,7 +84,7 @@ pub(crate) struct DirtySegments {
     /// `(epoch, segment)` of the next dirty record.
     pub known: BTreeMap<(u64, u32), Cursor>,
     /// Open segments whose records have all been seen.
-    pub drained: HashMap<u32, Cursor>,
+    pub drained: BTreeMap<u32, Cursor>,
 }
 
 /// A volume without its disk.
