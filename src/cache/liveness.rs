@@ -5,9 +5,6 @@
 //! [`Cache::write_liveness`] writes what changed. It runs under one mutex *including its fence*, so
 //! that nobody sees an empty list while another's words are still on their way.
 
-use std::sync::Mutex;
-use std::sync::atomic::Ordering;
-
 use super::core::Cache;
 use super::env::Env;
 use super::index::Extent;
@@ -16,6 +13,8 @@ use super::stripes::lock;
 use super::syncer::Durable;
 use crate::onmedia::liveness_word;
 use crate::pmem::{MediaError, Pmem};
+use crate::sync::Mutex;
+use crate::sync::atomic::Ordering;
 use crate::wake::Waker;
 
 #[derive(Default)]

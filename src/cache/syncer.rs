@@ -4,12 +4,12 @@
 //! was stored before. A failed `sync` is final: no later ticket is ever durable, because the kernel
 //! may have dropped the pages it could not write (the data still reads back, the disk never got it).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use super::stripes::lock;
 use crate::pmem::{MediaClass, Pmem};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Condvar, Mutex};
 use crate::wake::Waker;
 
 /// A moment after which everything stored before the ticket was drawn is durable.
