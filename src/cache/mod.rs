@@ -30,6 +30,8 @@ mod segments;
 mod stream;
 mod stripes;
 mod syncer;
+#[cfg(all(test, feature = "weave"))]
+mod weave_tests;
 
 pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};
