@@ -30,7 +30,7 @@ mod segments;
 mod stream;
 mod stripes;
 mod syncer;
-#[cfg(all(test, feature = "weave"))]
+#[cfg(all(test, feature = "sim", any(feature = "weave", miri)))]
 mod weave_tests;
 
 pub use attach::{AttachError, AttachOptions};

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use shuttle::rand::Rng as _;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::weave;
 use super::world::{Bench, Scene, WeaveEnv, write_back};
@@ -29,8 +30,8 @@ const REQUESTS_MAX: u64 = 3;
 /// Sectors of a request.
 const LEN_MAX: u64 = 16;
 
-/// Polls after which a request counts as hung.
-const POLLS_MAX: u32 = 2_000;
+/// Turns without a wake-up after which a request counts as hung.
+const TURNS_MAX: u32 = 20_000;
 
 /// One run's choices.
 #[derive(Clone)]
@@ -117,21 +118,24 @@ impl Play {
     fn guest(&self, index: u16, seed: u64) {
         let mut rng = Rng::new(seed);
         let disk = VolumeDisk(self.bench.volume.clone());
-        let mut queue = disk.open_queue::<SimBuffer>(index, Waker::default()).unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let waker = Waker::new(event.try_clone().unwrap());
+        let mut queue = disk.open_queue::<SimBuffer>(index, waker).unwrap();
         let mut done = Vec::new();
         for _ in 0..BATCHES {
             let requests = rng.between(1, REQUESTS_MAX) as u32;
             let mut under_way: Vec<_> =
                 (0..requests).map(|tag| Some(self.submit(&mut queue, tag, &mut rng))).collect();
             queue.commit();
-            let mut polls = 0;
             while queue.pending() > 0 {
-                polls += 1;
-                if polls > POLLS_MAX {
-                    self.hung(&queue, &under_way);
-                }
                 queue.poll(&mut done);
-                if done.is_empty() {
+                let mut turns = 0;
+                while done.is_empty() && event.read().is_err() {
+                    // As a queue thread does: it looks again only when it is woken.
+                    turns += 1;
+                    if turns > TURNS_MAX {
+                        self.hung(&queue, &under_way);
+                    }
                     thread::yield_now();
                 }
                 for done in done.drain(..) {

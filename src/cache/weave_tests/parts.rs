@@ -1,17 +1,19 @@
 //! One protocol at a time, with as little around it as it can do without.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{pause, weave};
 use crate::cache::core::Signal;
+use crate::cache::segments::Segment;
 use crate::cache::stripes::Stripes;
 use crate::cache::syncer::{Outcome, Syncer};
 use crate::cache::volume::{QueueShared, VolumeCore};
-use crate::onmedia::VolumeDescriptor;
+use crate::onmedia::{Geometry, VolumeDescriptor};
 use crate::pmem::{MediaClass, MediaError, Pmem, SyncError};
+use crate::sync::atomic::Ordering;
 use crate::sync::thread;
 use crate::units::SectorRange;
 use crate::wake::Waker;
@@ -34,9 +36,9 @@ fn nothing_is_published_in_an_epoch_that_was_closed_before() {
             thread::spawn(move || {
                 for _ in 0..3 {
                     let epoch = core.announce(q);
-                    core.stamped.fetch_max(epoch, crate::sync::atomic::Ordering::SeqCst);
+                    core.stamped.fetch_max(epoch, Ordering::SeqCst);
                     pause();
-                    let closed = closed.load(SeqCst);
+                    let closed = closed.load(Relaxed);
                     assert!(epoch > closed, "published in epoch {epoch}, closed was {closed}");
                     core.retract(q);
                 }
@@ -47,7 +49,7 @@ fn nothing_is_published_in_an_epoch_that_was_closed_before() {
             thread::spawn(move || {
                 for _ in 0..3 {
                     core.raise_epoch();
-                    closed.fetch_max(core.closed_epoch(), SeqCst);
+                    closed.fetch_max(core.closed_epoch(), Relaxed);
                 }
             })
         });
@@ -68,11 +70,12 @@ fn after_a_flush_whatever_had_completed_is_in_an_older_epoch() {
                 thread::spawn(move || {
                     for _ in 0..3 {
                         let epoch = core.announce(q);
-                        core.stamped.fetch_max(epoch, crate::sync::atomic::Ordering::SeqCst);
+                        core.stamped.fetch_max(epoch, Ordering::SeqCst);
                         core.retract(q);
-                        let before = completed.fetch_max(epoch, SeqCst).max(epoch);
+                        // A guest sees a completion in its ring, and with it all that came before.
+                        let before = completed.fetch_max(epoch, Ordering::AcqRel).max(epoch);
                         core.raise_epoch();
-                        let now = core.epoch.load(crate::sync::atomic::Ordering::SeqCst);
+                        let now = core.epoch.load(Ordering::SeqCst);
                         assert!(now > before, "epoch {now} after a flush, {before} had completed");
                     }
                 })
@@ -96,9 +99,9 @@ fn no_reader_holds_what_was_unmapped_before_the_wait() {
                     let shared = core.queue(q);
                     shared.enter();
                     pause();
-                    if mapped.load(SeqCst) {
+                    if mapped.load(Relaxed) {
                         pause();
-                        assert!(!reused.load(SeqCst), "reused under a reader");
+                        assert!(!reused.load(Relaxed), "reused under a reader");
                     }
                     shared.leave();
                 }
@@ -106,10 +109,43 @@ fn no_reader_holds_what_was_unmapped_before_the_wait() {
         });
         let readers: Vec<_> = readers.collect();
         pause();
-        mapped.store(false, SeqCst);
+        mapped.store(false, Relaxed);
         core.wait_for_readers();
-        reused.store(true, SeqCst);
+        reused.store(true, Relaxed);
         readers.into_iter().for_each(|t| t.join().unwrap());
+    });
+}
+
+/// Queues mark, one writer at a time takes: what is marked is taken with or after the mark, so the
+/// words last written say all that is dead.
+#[test]
+fn the_words_last_taken_say_everything_that_was_marked() {
+    weave(60, || {
+        let geometry = Geometry::custom(16 << 10, 32 << 10, 4, 1).unwrap();
+        let segment = Arc::new(Segment::default());
+        segment.begin(&geometry, 1, 1, 1);
+        let written = Arc::new(crate::sync::Mutex::new([0u32; 2]));
+        let write = |segment: &Segment, written: &crate::sync::Mutex<[u32; 2]>| {
+            let mut words = written.lock().unwrap();
+            segment.take_changed(|word, bits| words[word as usize] = bits);
+            *words
+        };
+        let threads: Vec<_> = (0..3)
+            .map(|me| {
+                let (segment, written) = (segment.clone(), written.clone());
+                thread::spawn(move || {
+                    for round in 0..2 {
+                        // Of both words, and of words that others mark as well.
+                        let first = me * 4 + round * 32;
+                        assert_eq!(segment.mark_dead(first, 4), 4);
+                        let words = write(&segment, &written);
+                        assert_eq!(words[round as usize] >> (me * 4) & 0xf, 0xf, "{words:x?}");
+                    }
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|t| t.join().unwrap());
+        assert_eq!(*written.lock().unwrap(), [0xfff; 2]);
     });
 }
 
@@ -163,11 +199,11 @@ fn a_fill_that_is_whole_shows_what_the_disk_shows() {
                 for _ in 0..2 {
                     let ticket = stripes.place(RANGE);
                     pause();
-                    let read = disk.load(SeqCst);
+                    let read = disk.load(Relaxed);
                     pause();
                     let held = stripes.hold(std::iter::once(RANGE), &mut scratch);
                     if stripes.is_whole(ticket, RANGE) {
-                        assert_eq!(read, disk.load(SeqCst), "a fill would hide the disk's bytes");
+                        assert_eq!(read, disk.load(Relaxed), "a fill would hide the disk's bytes");
                         assert_ne!(read, TORN);
                     }
                     drop(held);
@@ -185,10 +221,10 @@ fn a_fill_that_is_whole_shows_what_the_disk_shows() {
                         None => thread::yield_now(),
                     }
                 };
-                let before = disk.swap(TORN, SeqCst);
+                let before = disk.swap(TORN, Relaxed);
                 assert_ne!(before, TORN, "two writes to one place of the disk at once");
                 pause();
-                disk.store(value, SeqCst);
+                disk.store(value, Relaxed);
                 stripes.remove(ticket, RANGE);
             })
         });
@@ -210,11 +246,11 @@ fn a_commit_and_a_miss_of_the_same_range_notice_each_other() {
             thread::spawn(move || {
                 let ticket = stripes.place(RANGE);
                 pause();
-                if committed.load(SeqCst) == 0 {
+                if committed.load(Relaxed) == 0 {
                     let mut scratch = Vec::new();
                     let held = stripes.hold(std::iter::once(RANGE), &mut scratch);
                     let is_whole = stripes.is_whole(ticket, RANGE);
-                    assert_eq!(is_whole, committed.load(SeqCst) == 0, "a fill beside newer bytes");
+                    assert_eq!(is_whole, committed.load(Relaxed) == 0, "a fill beside newer bytes");
                     drop(held);
                 }
                 stripes.remove(ticket, RANGE);
@@ -224,7 +260,7 @@ fn a_commit_and_a_miss_of_the_same_range_notice_each_other() {
             let mut scratch = Vec::new();
             let held = stripes.hold(std::iter::once(RANGE), &mut scratch);
             pause();
-            committed.store(1, SeqCst);
+            committed.store(1, Relaxed);
             stripes.break_placeholders(RANGE);
             drop(held);
         });
@@ -242,7 +278,7 @@ fn a_raise_is_never_lost_on_the_way_to_sleep() {
                 let (signal, work) = (signal.clone(), work.clone());
                 thread::spawn(move || {
                     for _ in 0..2 {
-                        work.fetch_add(1, SeqCst);
+                        work.fetch_add(1, Relaxed);
                         signal.raise();
                     }
                 })
@@ -252,7 +288,7 @@ fn a_raise_is_never_lost_on_the_way_to_sleep() {
         while done < 4 {
             // It never times out here.
             signal.wait(std::time::Duration::from_secs(1));
-            done += work.swap(0, SeqCst);
+            done += work.swap(0, Relaxed);
         }
         raisers.into_iter().for_each(|t| t.join().unwrap());
     });
@@ -282,19 +318,19 @@ impl Pmem for Ledger {
     }
 
     fn write(&self, _: u64, _: &[u8]) -> Result<(), MediaError> {
-        self.stored.fetch_add(1, SeqCst);
+        self.stored.fetch_add(1, Relaxed);
         Ok(())
     }
 
     fn fence(&self) {}
 
     fn sync(&self) -> Result<(), SyncError> {
-        let covered = self.stored.load(SeqCst);
+        let covered = self.stored.load(Relaxed);
         pause();
-        if self.syncs.fetch_add(1, SeqCst) + 1 == self.fails {
+        if self.syncs.fetch_add(1, Relaxed) + 1 == self.fails {
             return Err(SyncError(std::io::Error::from_raw_os_error(5)));
         }
-        self.durable.fetch_max(covered, SeqCst);
+        self.durable.fetch_max(covered, Relaxed);
         Ok(())
     }
 }
@@ -302,7 +338,7 @@ impl Pmem for Ledger {
 impl Ledger {
     /// Stores, and returns what is stored then.
     fn store(&self) -> u64 {
-        self.stored.fetch_add(1, SeqCst) + 1
+        self.stored.fetch_add(1, Relaxed) + 1
     }
 }
 
@@ -324,7 +360,7 @@ fn a_ticket_that_is_reached_covers_all_that_was_stored_before_it_and_wakes_its_o
                         let ticket = syncer.request(&*pmem, None);
                         pause();
                         match syncer.wait(&*pmem, ticket) {
-                            Outcome::Reached => assert!(pmem.durable.load(SeqCst) >= mine),
+                            Outcome::Reached => assert!(pmem.durable.load(Relaxed) >= mine),
                             Outcome::Failed => assert_ne!(fails, 0),
                             Outcome::Waiting => panic!("an undecided end of a wait"),
                         }
@@ -344,7 +380,7 @@ fn a_ticket_that_is_reached_covers_all_that_was_stored_before_it_and_wakes_its_o
                         }
                     }
                     match s.outcome(ticket) {
-                        Outcome::Reached => assert!(p.durable.load(SeqCst) >= mine),
+                        Outcome::Reached => assert!(p.durable.load(Relaxed) >= mine),
                         _ => assert_ne!(fails, 0),
                     }
                 }
@@ -373,7 +409,7 @@ fn who_waits_for_a_sync_outlives_the_syncing_thread() {
                     let mine = pmem.store();
                     let ticket = syncer.request(&*pmem, None);
                     assert_eq!(syncer.wait(&*pmem, ticket), Outcome::Reached);
-                    assert!(pmem.durable.load(SeqCst) >= mine);
+                    assert!(pmem.durable.load(Relaxed) >= mine);
                 })
             })
             .collect();

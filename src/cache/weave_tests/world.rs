@@ -111,9 +111,12 @@ pub(super) struct WeaveBacking {
     stage: Arc<Stage>,
 }
 
+/// Signals its waker as long as there is something to reap or to wait for: the simulated disk ends
+/// an operation when it is asked about it.
 pub(super) struct WeaveChannel {
     inner: SimChannel,
     stage: Arc<Stage>,
+    waker: Waker,
 }
 
 impl Backing for WeaveBacking {
@@ -132,13 +135,15 @@ impl Backing for WeaveBacking {
     }
 
     fn channel(&self, waker: &Waker, depth: u32) -> std::io::Result<WeaveChannel> {
-        Ok(WeaveChannel { inner: self.inner.channel(waker, depth)?, stage: self.stage.clone() })
+        let (inner, stage) = (self.inner.channel(waker, depth)?, self.stage.clone());
+        Ok(WeaveChannel { inner, stage, waker: waker.clone() })
     }
 }
 
 impl Channel for WeaveChannel {
     fn submit(&mut self, token: u64, op: Op) -> Result<(), Op> {
         self.stage.access("disk operation submitted");
+        self.waker.wake();
         self.inner.submit(token, op)
     }
 
@@ -149,6 +154,9 @@ impl Channel for WeaveChannel {
     fn reap(&mut self, done: &mut Vec<Completion>) {
         self.stage.access("disk operations complete");
         self.inner.reap(done);
+        if self.inner.in_flight() > 0 {
+            self.waker.wake();
+        }
     }
 
     fn wait(&mut self, timeout: Duration) {
