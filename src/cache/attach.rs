@@ -9,8 +9,8 @@
 //! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
 //!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::core::{Cache, OpenError, write};
@@ -25,6 +25,7 @@ use super::worker::DrainError;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
+use crate::sync::Mutex;
 use crate::volume::DiskConfig;
 use crate::wake::Waker;
 

@@ -4,8 +4,7 @@
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::env::{Clock, Env};
@@ -21,6 +20,8 @@ use crate::onmedia::{
     Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
 use crate::pmem::{MediaClass, MediaError, Pmem};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Why a cache cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -323,12 +324,12 @@ fn boot_id() -> [u8; 16] {
 }
 
 /// Reads a lock whose writers cannot leave it half-changed.
-pub(crate) fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+pub(crate) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Writes such a lock.
-pub(crate) fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 

@@ -31,6 +31,8 @@ mod segments;
 mod stream;
 mod stripes;
 mod syncer;
+#[cfg(all(test, feature = "sim", any(feature = "weave", miri)))]
+mod weave_tests;
 
 pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};

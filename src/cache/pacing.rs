@@ -29,14 +29,14 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 use super::core::Cache;
 use super::env::{Clock, Env};
 use super::stream::Stream;
 use super::stripes::lock;
 use super::volume::{Order, Volume, VolumeCore};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 /// Bytes by which writes may be ahead of the disk so that each step of the disk frees one.
 const OVERDRAFT: i64 = 16 << 10;

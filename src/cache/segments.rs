@@ -8,9 +8,9 @@
 //! - A segment has at most one writer: the stream that opened it, until it is full.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use crate::onmedia::Geometry;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// Where a segment is in its life.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

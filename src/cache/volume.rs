@@ -10,8 +10,7 @@
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
@@ -24,6 +23,8 @@ use super::stripes::{Stripes, lock};
 use crate::backing::Backing;
 use crate::onmedia::{Key, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+use crate::sync::{Mutex, thread};
 use crate::volume::{Buffer, Disk, DiskConfig};
 use crate::wake::Waker;
 
@@ -66,6 +67,19 @@ impl QueueShared {
             purse: Purse::default(),
             tally: Tally::default(),
         }
+    }
+
+    /// Begins a section: from here on the queue's thread may hold positions.
+    pub fn enter(&self) {
+        // Only that thread writes it.
+        self.section.store(self.section.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        // The section is seen to be open before anything is looked up.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Ends it.
+    pub fn leave(&self) {
+        self.section.store(self.section.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 }
 
@@ -218,9 +232,9 @@ impl VolumeCore {
             while seen % 2 == 1 && shared.section.load(Ordering::SeqCst) == seen {
                 spins += 1;
                 if spins < 100 {
-                    std::thread::yield_now();
+                    thread::yield_now();
                 } else {
-                    std::thread::sleep(std::time::Duration::from_micros(50));
+                    thread::sleep(std::time::Duration::from_micros(50));
                 }
             }
         }

@@ -8,7 +8,6 @@ mod writeback;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub(crate) use housekeeper::Housekeeper;
@@ -17,6 +16,7 @@ pub(crate) use writeback::Writeback;
 use super::core::Cache;
 use super::env::Env;
 use super::volume::Volume;
+use crate::sync::thread::{self, JoinHandle};
 
 /// What a step did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,7 +110,7 @@ impl<E: Env> Volume<E> {
                         worker.wait(Duration::from_millis(20));
                     }
                 }
-                Progress::Idle => std::thread::sleep(Duration::from_millis(10)),
+                Progress::Idle => thread::sleep(Duration::from_millis(10)),
             }
         };
         progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
@@ -156,7 +156,7 @@ impl<E: Env> Workers<E> {
     }
 
     fn add(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(body)?;
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(body)?;
         self.threads.push(thread);
         Ok(())
     }

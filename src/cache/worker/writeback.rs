@@ -34,6 +34,7 @@ use super::super::volume::{Cursor, DirtySegments, Order, Volume};
 use super::Progress;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::onmedia::{Key, KeyKind, SegmentHeader};
+use crate::sync::thread;
 use crate::units::SectorRange;
 use crate::wake::Waker;
 
@@ -122,7 +123,7 @@ impl<E: Env> Writeback<E> {
     pub fn wait(&mut self, timeout: Duration) {
         match (&self.phase, &mut self.channel) {
             (Phase::Writing(_) | Phase::Flushing(_), Some(channel)) => channel.wait(timeout),
-            _ => std::thread::sleep(timeout.min(Duration::from_millis(1))),
+            _ => thread::sleep(timeout.min(Duration::from_millis(1))),
         }
     }
 
