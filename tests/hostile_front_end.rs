@@ -364,6 +364,20 @@ fn an_in_flight_region_full_of_noise_is_survived() {
     }
 }
 
+#[test]
+fn a_front_end_that_leaves_its_own_socket_behind_is_gone_all_the_same() {
+    let (_workspace, mut daemon) = server(1);
+    let whole = [words(&[Req::SetVringKick as u32, 1, 8]), longs(&[0])].concat();
+    // In a message, and in one that never ends.
+    for len in [whole.len(), 14] {
+        let wire = greeted(&daemon);
+        wire.send_bytes(&whole[..len], &[wire.as_raw_fd()]).expect("it can be sent");
+        drop(wire);
+        Client::connect(daemon.socket(), options(1)).assert_works(0, 1);
+        daemon.assert_alive();
+    }
+}
+
 /// A message that may be right, nearly right, or wrong; numbers are such that they often fit together.
 fn random_message(rng: &mut client::Rng, memory: &Memory, queues: &[Queue]) -> (u32, Vec<u8>, Vec<RawFd>) {
     const KNOWN: [Req; 25] = [
