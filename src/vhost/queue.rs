@@ -491,6 +491,10 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
     }
 }
 
+#[cfg(feature = "sim")]
+#[path = "stepper.rs"]
+pub(super) mod stepper;
+
 #[cfg(test)]
 mod tests {
     use super::*;

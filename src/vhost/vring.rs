@@ -92,6 +92,25 @@ impl Vring {
         if self.broken || self.is_running() {
             return Ok(());
         }
+        let start = self.prepare(index, addresses, context)?;
+        let kick = match &self.kick {
+            Kick::Fd(fd) => Some(fd.as_fd()),
+            Kick::Unset | Kick::Polled => None,
+        };
+        self.running = Some(queue::spawn(start, kick)?);
+        Ok(())
+    }
+
+    /// What the queue's thread is made of: the ring, and what an earlier life has left in flight.
+    ///
+    /// # Errors
+    /// The ring, or the in-flight area's part for it, is not there.
+    pub(super) fn prepare<D: Disk>(
+        &self,
+        index: u16,
+        addresses: RingAddresses,
+        context: &RingContext<'_, D>,
+    ) -> Result<QueueStart<D>, StartError> {
         let memory = Arc::new(MemoryMap::clone(&context.memory.current()));
         let mut ring = Ring::new(memory, addresses, self.size, context.features.event_idx(), self.base)
             .ok_or(StartError::Outside)?;
@@ -126,7 +145,7 @@ impl Vring {
         if !resubmit.is_empty() {
             tracing::info!(disk = &**context.name, queue = index, requests = resubmit.len(), "resuming");
         }
-        let start = QueueStart {
+        Ok(QueueStart {
             index,
             name: Arc::clone(context.name),
             disk: Arc::clone(context.disk),
@@ -138,13 +157,7 @@ impl Vring {
             inflight,
             resubmit,
             poll_max: context.poll_max,
-        };
-        let kick = match &self.kick {
-            Kick::Fd(fd) => Some(fd.as_fd()),
-            Kick::Unset | Kick::Polled => None,
-        };
-        self.running = Some(queue::spawn(start, kick)?);
-        Ok(())
+        })
     }
 
     /// Asks the thread to end; [`Vring::stop`] waits for it. Asking all rings before waiting for

@@ -99,7 +99,12 @@ impl<E: Env> Volume<E> {
             if self.core.is_clean() {
                 break Ok(());
             }
-            if worker.failures() >= DRAIN_FAILURES_MAX {
+            // A volume that has lost dirty records is not written back any further.
+            let is_damaged = self.core.damaged.load(Ordering::SeqCst);
+            if is_damaged && worker.failures() == 0 {
+                break Err(DrainError::Failed(String::from("the volume has lost dirty data")));
+            }
+            if is_damaged || worker.failures() >= DRAIN_FAILURES_MAX {
                 break Err(DrainError::Failed(worker.last_error().to_owned()));
             }
             progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
