@@ -54,6 +54,8 @@ counters! {
     discards,
     /// Requests that ended in an error.
     errors,
+    /// Operations of queues that the backing disk failed.
+    disk_errors,
     /// Records committed.
     records,
     /// Sectors filled after a miss.

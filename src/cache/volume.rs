@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
+use super::health::{Facts, Owed};
 use super::index::{Extent, Index};
 use super::queue::Queue;
 use super::stream::Stream;
@@ -51,6 +52,8 @@ pub(crate) struct QueueShared {
     pub taken: AtomicBool,
     pub waker: Mutex<Waker>,
     pub tally: Tally,
+    /// What the disk owes it.
+    pub owed: Owed,
 }
 
 impl QueueShared {
@@ -62,6 +65,7 @@ impl QueueShared {
             taken: AtomicBool::new(false),
             waker: Mutex::default(),
             tally: Tally::default(),
+            owed: Owed::default(),
         }
     }
 }
@@ -111,6 +115,8 @@ pub(crate) struct VolumeCore {
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
+    /// What its state is judged by.
+    pub facts: Facts,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
 }
@@ -135,6 +141,7 @@ impl VolumeCore {
             writeback: Signal::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
+            facts: Facts::default(),
             dirty_since: AtomicU64::new(0),
         }
     }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use super::front::Client;
 use super::model::{Model, Reading, Writing};
-use super::request::{Kind, Layout, OK, Range, Request, UNMAP};
+use super::request::{Completion, Kind, Layout, OK, Range, Request, UNMAP};
 use super::rng::Rng;
 
 /// Largest request in sectors: 256 KiB.
@@ -226,9 +226,46 @@ impl Traffic {
         (sector, sectors)
     }
 
+    /// Submits one write without waiting for anything.
+    pub fn write_at(&mut self, queue: usize, sector: u64, sectors: u64) {
+        let (writing, bytes) = self.model.begin_write(sector, sectors);
+        self.submit_now(queue, &Request::write(sector, bytes), Pending::Write(vec![writing]));
+    }
+
+    /// Submits one read without waiting for anything.
+    pub fn read_at(&mut self, queue: usize, sector: u64, sectors: u64) {
+        let reading = self.model.begin_read(sector, sectors);
+        self.submit_now(queue, &Request::read(sector, sectors as usize * 512), Pending::Read(reading));
+    }
+
+    /// Submits one FLUSH without waiting for anything.
+    pub fn flush_now(&mut self, queue: usize) {
+        self.submit_now(queue, &Request::flush(), Pending::Flush);
+    }
+
+    fn submit_now(&mut self, queue: usize, request: &Request, pending: Pending) {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        assert!(self.client.submit(queue, tag, request, &Layout::plain(request)), "the ring has room");
+        self.pending.insert(tag, pending);
+        self.publish();
+    }
+
+    /// Judges what has completed, without waiting; returns how many requests are still out.
+    pub fn poll(&mut self) -> usize {
+        let mut done = Vec::new();
+        self.client.collect(&mut done);
+        self.judge(done);
+        self.client.outstanding()
+    }
+
     fn complete_some(&mut self) {
         let mut done = Vec::new();
         self.client.wait(&mut done);
+        self.judge(done);
+    }
+
+    fn judge(&mut self, done: Vec<(usize, Completion)>) {
         for (queue, completion) in done {
             let pending = self.pending.remove(&completion.tag).expect("a completed request was pending");
             let (status, tag) = (completion.status, completion.tag);
