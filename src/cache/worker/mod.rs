@@ -3,7 +3,9 @@
 //! Each worker is a `step()` that does a bounded amount of work, never sleeps and says what it did;
 //! only [`Workers`] sleeps. So a simulation drives the same workers without threads or time.
 
+mod dirty;
 mod housekeeper;
+mod retry;
 mod writeback;
 
 use std::sync::Arc;

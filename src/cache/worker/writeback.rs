@@ -37,10 +37,11 @@ use super::super::scan::WalkError;
 use super::super::segments::State;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
-use super::super::volume::{Cursor, DirtySegments, Order, Volume};
+use super::super::volume::{Cursor, Order, Volume};
 use super::Progress;
+use super::retry::delay_ms;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
-use crate::onmedia::{Key, KeyKind, SegmentHeader};
+use crate::onmedia::Key;
 use crate::units::SectorRange;
 use crate::wake::Waker;
 
@@ -52,9 +53,6 @@ const WRITE_SECTORS_MAX: u64 = 2048;
 const ZERO_SECTORS_MAX: u64 = 1 << 21;
 /// Dirty data older than this is written back even when nothing presses.
 const AGE_MS_MAX: u64 = 2000;
-/// First and longest delay after a failed round. Half of it is chance, so that the volumes of one
-/// broken disk array do not come back all at once.
-const RETRY_MS: (u64, u64) = (100, 30_000);
 /// Extents looked up at a time in `relaxed`.
 const SWEEP: usize = 4096;
 
@@ -95,7 +93,7 @@ struct Consumed {
 }
 
 pub(crate) struct Writeback<E: Env> {
-    volume: Arc<Volume<E>>,
+    pub(super) volume: Arc<Volume<E>>,
     channel: Option<<E::Backing as Backing>::Channel>,
     phase: Phase,
     completions: Vec<Completion>,
@@ -103,6 +101,8 @@ pub(crate) struct Writeback<E: Env> {
     failures: u32,
     last_error: String,
     retry_at_ms: u64,
+    /// The epoch that was current when dirty data grew too old: rounds go on until it is reached.
+    overdue: u64,
 }
 
 impl<E: Env> Writeback<E> {
@@ -116,6 +116,7 @@ impl<E: Env> Writeback<E> {
             failures: 0,
             last_error: String::new(),
             retry_at_ms: 0,
+            overdue: 0,
         }
     }
 
@@ -161,6 +162,9 @@ impl<E: Env> Writeback<E> {
         let urgent = self.volume.draining.load(Ordering::SeqCst) || self.volume.cache.is_pressed();
         if !urgent && age < AGE_MS_MAX {
             return Progress::Idle;
+        }
+        if age >= AGE_MS_MAX && core.tail.load(Ordering::SeqCst) >= self.overdue {
+            self.overdue = core.epoch.load(Ordering::SeqCst);
         }
         if self.channel.is_none() {
             match self.volume.backing.channel(&Waker::default(), DEPTH) {
@@ -277,72 +281,6 @@ impl<E: Env> Writeback<E> {
         let mut todo = VecDeque::new();
         newest.iter().for_each(|extent| cut(extent, &mut todo));
         Ok(Some(Round { epoch, todo, sweep: None, written: Vec::new(), cursors }))
-    }
-
-    /// The lowest epoch of any dirty record, after looking for new ones in open segments.
-    fn lowest_epoch(&self, dirty: &mut DirtySegments) -> Result<Option<u64>, WalkError> {
-        let tail = self.volume.core.tail.load(Ordering::SeqCst);
-        for (id, cursor) in std::mem::take(&mut dirty.drained) {
-            self.file(dirty, id, cursor, tail)?;
-        }
-        while let Some((&(epoch, id), _)) = dirty.known.first_key_value() {
-            if epoch > tail {
-                return Ok(Some(epoch));
-            }
-            // Left behind by relaxed rounds.
-            let cursor = dirty.known.remove(&(epoch, id)).expect("it is the first");
-            self.file(dirty, id, cursor, tail)?;
-        }
-        Ok(None)
-    }
-
-    /// Files a segment under the epoch of its next record above `tail`.
-    fn file(&self, dirty: &mut DirtySegments, id: u32, cursor: Cursor, tail: u64) -> Result<(), WalkError> {
-        // The state before the log: what is full by then has nothing to come.
-        let state = self.volume.cache.segments[id as usize].state();
-        match self.consume(id, cursor, tail, &mut Vec::new())? {
-            (cursor, Some(next)) => _ = dirty.known.insert((next, id), cursor),
-            (cursor @ Cursor::Log(_), None) if state == State::Open => {
-                dirty.drained.insert(id, cursor);
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Takes the dirty keys of epochs ≤ `upto`; returns where to go on and the next epoch there.
-    fn consume(
-        &self,
-        id: u32,
-        cursor: Cursor,
-        upto: u64,
-        keys: &mut Vec<(Key, u32)>,
-    ) -> Result<(Cursor, Option<u64>), WalkError> {
-        match cursor {
-            Cursor::Keys(mut queue) => {
-                while let Some(key) = queue.pop_front_if(|k| k.epoch <= upto) {
-                    keys.push((key, id));
-                }
-                let next = queue.front().map(|k| k.epoch);
-                Ok((Cursor::Keys(queue), next))
-            }
-            Cursor::Log(from) => {
-                let segment = &self.volume.cache.segments[id as usize];
-                let header = SegmentHeader {
-                    incarnation: self.volume.core.incarnation,
-                    generation: segment.generation.load(Ordering::Relaxed),
-                    start_counter: segment.start_counter.load(Ordering::Relaxed),
-                    ..SegmentHeader::default()
-                };
-                let low = segment.log_low.load(Ordering::Acquire);
-                let (cursor, next) =
-                    self.volume.cache.media.walk_from(id, &header, from, low, upto, |record| {
-                        let dirty = record.keys.iter().filter(|k| k.kind != KeyKind::Fill);
-                        keys.extend(dirty.map(|k| (*k, id)));
-                    })?;
-                Ok((Cursor::Log(cursor), next))
-            }
-        }
     }
 
     /// Makes durable what is about to be written: were the disk to have it and the cache to lose it,
@@ -588,8 +526,13 @@ impl<E: Env> Writeback<E> {
         let epoch = round.epoch;
         self.settle(round);
         core.tail.store(epoch, Ordering::SeqCst);
-        let oldest = if core.is_clean() { 0 } else { cache.clock.now_ms().max(1) };
-        core.dirty_since.store(oldest, Ordering::Relaxed);
+        if core.is_clean() {
+            core.dirty_since.store(0, Ordering::Relaxed);
+        } else if epoch >= self.overdue {
+            // Only what is younger is left. A guest that flushes often leaves many epochs behind
+            // it, and they are all as old as the first.
+            core.dirty_since.store(cache.clock.now_ms().max(1), Ordering::Relaxed);
+        }
         if std::mem::take(&mut self.failures) > 0 {
             core.facts.writeback_recovered();
         }
@@ -627,15 +570,6 @@ impl<E: Env> Writeback<E> {
     }
 }
 
-/// How long to wait after a round that failed when `failures` before it had: doubled each time, and
-/// half of it by `chance`.
-fn delay_ms(failures: u32, chance: u64) -> u64 {
-    let longest = (RETRY_MS.0 << failures.min(10)).min(RETRY_MS.1);
-    // One multiplication mixes neighbouring moments apart (Fibonacci hashing).
-    let mixed = chance.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    longest / 2 + mixed % (longest / 2 + 1)
-}
-
 /// Appends an extent in pieces that one operation can take.
 fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
     let longest = if extent.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
@@ -650,21 +584,5 @@ fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
 impl Round {
     fn empty(epoch: u64) -> Self {
         Self { epoch, todo: VecDeque::new(), sweep: None, written: Vec::new(), cursors: Vec::new() }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn delays_after_failures_double_to_a_limit_and_differ_by_chance() {
-        for (failures, low, high) in [(0, 50, 100), (1, 100, 200), (4, 800, 1600), (9, 15_000, 30_000)] {
-            let delays: Vec<u64> = (0..100).map(|chance| delay_ms(failures, chance)).collect();
-            assert!(delays.iter().all(|ms| (low..=high).contains(ms)), "{failures}: {delays:?}");
-            let (least, most) = (delays.iter().min().unwrap(), delays.iter().max().unwrap());
-            assert!(most - least > (high - low) / 2, "{failures}: {least} to {most}");
-        }
-        assert!(delay_ms(u32::MAX, 7) <= RETRY_MS.1);
     }
 }
