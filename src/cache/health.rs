@@ -310,3 +310,85 @@ impl<E: Env> Volume<E> {
         self.core.health(self.cache.syncer.has_failed(), self.cache.clock.now_ms())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onmedia::VolumeDescriptor;
+
+    fn core() -> VolumeCore {
+        VolumeCore::new(VolumeDescriptor::default(), 0)
+    }
+
+    fn eio() -> Failure {
+        Failure::disk(&Op::Flush, &std::io::Error::from_raw_os_error(libc::EIO))
+    }
+
+    #[test]
+    fn the_oldest_operation_out_is_known_in_whatever_order_they_end() {
+        let mut submitted = Submitted::default();
+        assert_eq!(submitted.oldest_ms(), None);
+        for (token, ms) in [(0, 10), (1, 20), (2, 30)] {
+            submitted.begin(token, ms);
+        }
+        submitted.end(1);
+        assert_eq!(submitted.oldest_ms(), Some(10));
+        submitted.end(0);
+        assert_eq!(submitted.oldest_ms(), Some(30), "the second has ended before");
+        // The same token again is another operation.
+        submitted.begin(0, 40);
+        submitted.end(2);
+        assert_eq!(submitted.oldest_ms(), Some(40));
+        submitted.end(0);
+        assert_eq!(submitted.oldest_ms(), None);
+        assert!(submitted.order.is_empty(), "what has ended is forgotten");
+    }
+
+    #[test]
+    fn the_worst_that_holds_is_said_and_ends_with_its_fact() {
+        let core = core();
+        let state = |failed, now| core.health(failed, now).state;
+        assert_eq!(core.health(false, 1000), Health::default());
+        core.facts.writeback_failed(eio(), 1, 1000, 1100);
+        core.facts.writeback_failed(eio(), 2, 1100, 1400);
+        let health = core.health(false, 1200);
+        assert_eq!((health.state, health.for_ms), (VolumeState::Degraded, 200), "since the first failure");
+        assert_eq!((health.failures, health.retry_ms), (2, Some(200)));
+        assert!(health.cause.contains("flushing") && !health.advice.is_empty(), "{health:?}");
+        core.facts.writeback.set(Some(2000));
+        assert_eq!(state(false, 2000 + STALL_MS - 1), VolumeState::Degraded);
+        assert_eq!(state(false, 2000 + STALL_MS), VolumeState::Stalled);
+        core.damaged.store(true, Ordering::Relaxed);
+        assert_eq!(state(false, 9000), VolumeState::LostData);
+        assert_eq!(state(true, 9000), VolumeState::Failed);
+        core.damaged.store(false, Ordering::Relaxed);
+        core.facts.writeback.set(None);
+        assert_eq!(state(false, 9000), VolumeState::Degraded);
+        core.facts.writeback_recovered();
+        assert_eq!(core.health(false, 9000), Health::default());
+    }
+
+    #[test]
+    fn a_disk_that_was_left_something_is_stalled_until_it_has_ended_that() {
+        let core = core();
+        core.facts.leave(Some(100));
+        core.facts.leave(Some(300));
+        let health = core.health(false, 1100);
+        assert_eq!((health.state, health.for_ms), (VolumeState::Stalled, 1000));
+        core.facts.came_back();
+        assert_eq!(core.health(false, 1200).state, VolumeState::Stalled, "one is still out");
+        core.facts.came_back();
+        assert_eq!(core.health(false, 1300), Health::default());
+    }
+
+    #[test]
+    fn a_guests_failed_operation_counts_for_a_while() {
+        let core = core();
+        core.facts.guest_failed(eio(), 1000);
+        core.facts.guest_failed(eio(), 5000);
+        assert_eq!(core.health(false, 6000).for_ms, 5000, "since the first of them");
+        assert_eq!(core.health(false, 5000 + FAILED_GUEST_MS).state, VolumeState::Ok);
+        core.facts.guest_failed(eio(), 50_000);
+        assert_eq!(core.health(false, 50_001).for_ms, 1, "those before are forgotten");
+    }
+}
