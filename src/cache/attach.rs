@@ -409,6 +409,10 @@ impl<E: Env> Cache<E> {
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
         let path = volume.backing.identity().path;
+        if volume.core.facts.left_behind() > 0 {
+            let error = std::io::Error::other("operations left to it may still change it");
+            return Err(AttachError::Disk { path, error });
+        }
         let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;

@@ -20,6 +20,8 @@ pub mod worker;
 
 mod attach;
 mod core;
+mod ghost;
+mod health;
 mod judge;
 mod liveness;
 mod media;
@@ -40,6 +42,7 @@ pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
+pub use health::{Health, STALL_MS, VolumeState};
 pub use judge::{has_volume, would_attach};
 pub use recovery::RecoveryReport;
 pub use volume::{Mode, Order, Volume, VolumeDisk};

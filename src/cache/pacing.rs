@@ -23,9 +23,9 @@
 //!
 //! Laws:
 //! - Pacing only delays: space is still taken from the free list, and whoever finds none waits.
-//! - It delays only while write-back makes progress: idle, without a round, or between the attempts
-//!   of a failed one, nobody is paced ([`Volume::pace`] with `is_idle`). So it cannot hang a guest.
-//! - The limit of one volume leaves the others a share each, whatever its disk does.
+//! - It delays only while write-back makes progress. Idle, between the attempts of a failed round, or
+//!   before a disk that has taken nothing for [`PATIENCE_US`], a volume may take the rest of its room.
+//! - The room of one volume leaves each of the others half of an equal share, whatever its disk does.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -40,6 +40,8 @@ use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 /// Bytes by which writes may be ahead of the disk so that each step of the disk frees one.
 const OVERDRAFT: i64 = 16 << 10;
+/// How long a disk may take nothing before its volume's writes stop to keep its pace.
+const PATIENCE_US: u64 = 500_000;
 /// Part of the room after which `strict` ends an epoch by itself.
 const EPOCH_SHARE: u64 = 8;
 
@@ -49,8 +51,9 @@ struct Round {
     /// Bytes to be written, and bytes written.
     todo: u64,
     done: u64,
-    /// `done` when writes were last granted.
+    /// `done` when writes were last granted, and when it last grew; µs.
     seen: u64,
+    seen_us: u64,
     /// Bytes that could be written while the round's end takes its time.
     ending: u64,
     /// When its writes began, and when the last of them ended; µs.
@@ -267,7 +270,7 @@ impl<E: Env> Volume<E> {
         let (began_us, todo) = (self.cache.clock.now_us(), todo.max(1));
         let ending = ending.min(todo);
         state.round =
-            Some(Round { todo, done: 0, seen: 0, ending, began_us, written_us: None, settles, taken, room });
+            Some(Round { todo, done: 0, seen: 0, seen_us: began_us, ending, began_us, written_us: None, settles, taken, room });
     }
 
     /// Bytes in use, and of these those that no ended round has settled.
@@ -317,12 +320,13 @@ impl<E: Env> Volume<E> {
     ///
     /// Called by write-back after each step, and by whoever has opened a segment, which bounds what
     /// a queue takes between two looks.
-    pub(crate) fn pace(&self, is_idle: bool) {
+    pub(crate) fn pace(&self, mut is_idle: bool) {
         let core = &self.core;
         let (taken, room) = (core.taken(), self.cache.room_for(core));
+        let now_us = self.cache.clock.now_us();
         let (allowed, has_moved) = {
             let mut state = lock(&core.pacer.state);
-            let (_, unsettled) = self.judge(&mut state, taken);
+            let (used, unsettled) = self.judge(&mut state, taken);
             let now = taken + state.beside;
             if self.order() == Order::Strict && now.saturating_sub(state.cut) > room / EPOCH_SHARE {
                 state.cut = now;
@@ -331,16 +335,21 @@ impl<E: Env> Volume<E> {
             let (mut settling, mut evenly, mut has_moved) = (0, i64::MIN, false);
             if let Some(r) = &mut state.round {
                 has_moved = std::mem::replace(&mut r.seen, r.done) != r.done;
+                if has_moved {
+                    r.seen_us = now_us;
+                }
+                is_idle |= now_us.saturating_sub(r.seen_us) > PATIENCE_US;
                 let all = u128::from(r.todo + r.ending);
                 let part = |bytes: u64| (u128::from(bytes) * u128::from(r.done) / all) as u64;
                 settling = part(r.settles);
                 evenly = part(r.room.min(r.settles - r.settles / 8)) as i64 - (taken - r.taken) as i64;
             }
             let level = self.limit(room) as i64 - unsettled.saturating_sub(settling) as i64;
-            (level.max(evenly), has_moved)
+            // Without a disk that takes anything there is nothing to keep pace with.
+            let rest = if is_idle { room as i64 - used as i64 } else { i64::MIN };
+            (level.max(evenly).max(rest), has_moved)
         };
-        let is_near = allowed < (core.stream_count() * self.cache.segment_capacity()) as i64;
-        let is_paced = is_near && !is_idle;
+        let is_paced = allowed < (core.stream_count() * self.cache.segment_capacity()) as i64;
         let was_paced = core.pacer.is_paced.swap(is_paced, Ordering::Relaxed);
         if is_paced {
             if !was_paced {

@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
+use super::health::{Facts, Owed};
 use super::index::{Extent, Index};
 use super::pacing::{Pacer, Purse};
 use super::queue::Queue;
@@ -54,6 +55,8 @@ pub(crate) struct QueueShared {
     pub waker: Mutex<Waker>,
     pub purse: Purse,
     pub tally: Tally,
+    /// What the disk owes it.
+    pub owed: Owed,
 }
 
 impl QueueShared {
@@ -66,6 +69,7 @@ impl QueueShared {
             waker: Mutex::default(),
             purse: Purse::default(),
             tally: Tally::default(),
+            owed: Owed::default(),
         }
     }
 
@@ -129,6 +133,8 @@ pub(crate) struct VolumeCore {
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
+    /// What its state is judged by.
+    pub facts: Facts,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
 }
@@ -154,6 +160,7 @@ impl VolumeCore {
             pacer: Pacer::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
+            facts: Facts::default(),
             dirty_since: AtomicU64::new(0),
         }
     }

@@ -295,6 +295,10 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         // A flush of this core's stores is ordered by nobody else's fence.
         crate::pmem::Pmem::fence(&*self.volume.cache.media.pmem);
     }
+
+    fn leave_behind(mut self) {
+        self.leave_io();
+    }
 }
 
 impl<E: Env, B: Buffer> Drop for Queue<E, B> {
@@ -302,6 +306,7 @@ impl<E: Env, B: Buffer> Drop for Queue<E, B> {
         self.abandon();
         self.leave();
         let shared = self.shared();
+        shared.owed.set(None);
         *lock(&shared.waker) = Waker::default();
         shared.waiting.store(false, Ordering::SeqCst);
         shared.taken.store(false, Ordering::SeqCst);
