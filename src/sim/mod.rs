@@ -34,6 +34,7 @@ mod run;
 mod scenario;
 mod scene;
 mod stats;
+pub mod timed;
 mod world;
 
 pub use backing::{SimBacking, SimChannel};

@@ -17,7 +17,8 @@ impl Pages {
     /// `len` zero bytes, a multiple of [`PAGE`].
     pub fn new(len: usize) -> Pages {
         assert!(len.is_multiple_of(PAGE), "{len} bytes are not whole pages");
-        Pages(vec![Arc::new([0; PAGE]); len / PAGE])
+        let zero = Arc::new([0; PAGE]);
+        Pages((0..len / PAGE).map(|_| zero.clone()).collect())
     }
 
     pub fn len(&self) -> usize {
