@@ -16,7 +16,7 @@ const ROUNDS_MAX: u32 = 20_000;
 impl Run {
     fn faults(&mut self) -> Faults {
         match self.scenario.has_faults && self.rng.chance(1, 2) {
-            true => Faults { read: 150, write: 150, flush: 400, ..Faults::default() },
+            true => Faults { read: 300, write: 800, flush: 2000, ..Faults::default() },
             false => Faults::default(),
         }
     }

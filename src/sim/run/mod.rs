@@ -199,7 +199,7 @@ impl Run {
             return Ok(());
         }
         self.rng = self.plan.dice(self.step);
-        let (rate, hardware) = (self.rng.pick(&[10, 40, 150]), self.rng.fork());
+        let (rate, hardware) = (self.rng.pick(&[20, 80, 300]), self.rng.fork());
         let every_edge = self.plan.is_dense(self.step);
         self.world.with(|w| {
             w.rng = hardware;
@@ -209,23 +209,23 @@ impl Run {
         });
         self.act()?;
         let cuts = self.world.take_cuts();
-        let mut death = cuts.last().filter(|_| self.rng.chance(1, 12)).map(|(_, snapshot)| snapshot);
+        let mut death = cuts.last().filter(|_| self.rng.chance(1, 6)).map(|(_, snapshot)| snapshot);
         for (event, snapshot) in &cuts {
             self.stats.count_cut(*event);
             self.crash_at(snapshot)?;
         }
         let quiet = self.world.photograph("nothing");
-        if cuts.is_empty() && self.rng.chance(1, 60) {
+        if cuts.is_empty() && self.rng.chance(1, 120) {
             self.stats.cuts_quiet += 1;
             self.crash_at(&quiet)?;
-            death = Some(&quiet).filter(|_| self.rng.chance(1, 12));
+            death = Some(&quiet).filter(|_| self.rng.chance(1, 3));
         }
         if let Some(snapshot) = death {
             return self.die(snapshot);
         }
         let is_ack = !self.done.is_empty();
         self.see_completions()?;
-        if is_ack && (every_edge || self.rng.chance(1, 30)) {
+        if is_ack && (every_edge || self.rng.chance(1, 60)) {
             // Later than the acknowledgement only in what is owed.
             self.stats.cuts_acknowledgement += 1;
             self.crash_at(&Snapshot { what: "anything after an acknowledgement", ..quiet })?;
