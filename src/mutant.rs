@@ -68,7 +68,6 @@ mutants! {
     SealedBeforeDurable 2 "a segment is sealed before its records are durable",
     WitnessAhead 2 "the witness of a record is stored before the record",
     WitnessIgnored 2 "recovery takes no notice of the witness",
-    CursorOfEarlierLife 5 "write-back goes on in a segment where it was in the segment's earlier life",
     // Resurrection.
     ReplacedNotMarkedDead 4 "what a write replaces is not marked dead",
     LivenessNotWritten 4 "liveness words are never written",

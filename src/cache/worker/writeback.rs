@@ -559,8 +559,7 @@ impl<E: Env> Writeback<E> {
         for Consumed { id, generation, cursor, next } in round.cursors {
             let segment = &segments[id as usize];
             let is_gone = matches!(segment.state(), State::Free | State::Reclaiming | State::Bad);
-            let is_other = is_gone || segment.generation.load(Ordering::Relaxed) != generation;
-            if is_other && !mutated(Mutant::CursorOfEarlierLife) {
+            if is_gone || segment.generation.load(Ordering::Relaxed) != generation {
                 // Reclaim has taken its entries away; those there are now are of its next life.
                 continue;
             }

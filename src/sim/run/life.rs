@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::super::check::{Judge, Recovered, disk_survival, survival};
-use super::super::machine::{Machine, Style};
+use super::super::machine::{Machine, Style, is_refusal};
 use super::super::memory::Survival;
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
@@ -74,7 +74,7 @@ impl Run {
         match judge.image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
-            Err(_) if world.with(|w| w.faults.sync_failed) => Ok(None),
+            Err(error) if world.with(|w| w.faults.sync_failed) && is_refusal(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }

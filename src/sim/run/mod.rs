@@ -33,6 +33,8 @@ pub struct Violation {
     pub seed: u64,
     /// The step.
     pub step: u64,
+    /// Images judged before.
+    pub images: u64,
     /// What is wrong.
     pub what: String,
     /// The scenario and the last steps.
@@ -107,7 +109,8 @@ impl Run {
     /// # Errors
     /// [`Violation`].
     pub fn new(scenario: Scenario, images: u64) -> Result<Run, Violation> {
-        let fail = |what: String| Violation { seed: scenario.seed, step: 0, what, trace: Vec::new() };
+        let fail =
+            |what: String| Violation { seed: scenario.seed, step: 0, images: 0, what, trace: Vec::new() };
         let mut rng = Rng::new(scenario.seed ^ 0x5eed);
         let content = |_| {
             let sector = |s| if rng.chance(1, 2) { s + 1 } else { 0 };
@@ -154,7 +157,7 @@ impl Run {
             std::mem::forget(self.machine.take());
             let head = format!("{:?}", self.scenario);
             let trace = std::iter::once(head).chain(self.trace.drain(..)).collect();
-            Violation { seed: self.scenario.seed, step: self.step, what, trace }
+            Violation { seed: self.scenario.seed, step: self.step, images: self.stats.images, what, trace }
         })
     }
 
