@@ -14,6 +14,7 @@
 pub mod backing;
 pub mod cache;
 pub mod control;
+pub mod mutant;
 pub mod onmedia;
 pub mod pmem;
 #[cfg(feature = "sim")]

@@ -22,6 +22,7 @@ use super::syncer::Outcome;
 use super::volume::{Mode, Order, QueueShared, Volume, VolumeCore};
 use super::worker::DrainError;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
 use crate::volume::DiskConfig;
@@ -220,7 +221,7 @@ impl<E: Env> Cache<E> {
         if self.syncer.has_failed() && !options.read_only {
             return Err(AttachError::SyncFailed);
         }
-        if !options.backing.geometry().read_only {
+        if !options.backing.geometry().read_only && !mutated(Mutant::AttachUnflushed) {
             flush(&*options.backing)
                 .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
@@ -257,7 +258,7 @@ impl<E: Env> Cache<E> {
         })?;
         let bypass_begins = options.mode.bypasses() && !core.is_clean();
         let strict_begins = options.order == Order::Strict && was_order == Order::Relaxed && !core.is_clean();
-        if bypass_begins || strict_begins {
+        if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins {
             volume.drain_here(&mut |_| {})?;
         }
         volume.set_mode(options.mode);
@@ -365,7 +366,8 @@ impl<E: Env> Cache<E> {
         let mut descriptor = guard.0.clone();
         change(&mut descriptor);
         descriptor.sequence += 1;
-        let at = self.media.geometry.descriptor(core.slot, guard.1);
+        let at = guard.1 ^ usize::from(mutated(Mutant::DescriptorNewestOverwritten));
+        let at = self.media.geometry.descriptor(core.slot, at);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
         let ticket = self.syncer.request(&*self.media.pmem, None);
         if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
@@ -398,6 +400,10 @@ impl<E: Env> Cache<E> {
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
         let path = volume.backing.identity().path;
+        if mutated(Mutant::DirtyDroppedAtDetach) {
+            let copy = lock(&volume.core.tail_page).1;
+            self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
+        }
         let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::index::REGION_SECTORS;
+use crate::mutant::{Mutant, mutated};
 use crate::units::SectorRange;
 
 /// Names one registration.
@@ -112,7 +113,8 @@ impl Stripes {
     pub fn place(&self, range: SectorRange) -> Ticket {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.on_each(range, |stripe, entries| {
-            let broken = entries.iter().any(|e| e.bypass && e.range.overlaps(&range));
+            let born_broken = !mutated(Mutant::PlaceholderBornWhole);
+            let broken = born_broken && entries.iter().any(|e| e.bypass && e.range.overlaps(&range));
             entries.push(Entry { id, range, bypass: false, broken });
             stripe.registered.store(entries.len(), Ordering::Relaxed);
         });
@@ -127,7 +129,7 @@ impl Stripes {
             let entries = lock(&self.stripes[s as usize].entries);
             entries.iter().any(|e| e.bypass && e.range.overlaps(&range))
         });
-        if busy {
+        if busy && !mutated(Mutant::BypassesOverlap) {
             return None;
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -135,7 +137,7 @@ impl Stripes {
             let stripe = &self.stripes[s as usize];
             let mut entries = lock(&stripe.entries);
             for entry in entries.iter_mut().filter(|e| e.range.overlaps(&range)) {
-                entry.broken = true;
+                entry.broken = !mutated(Mutant::PlaceholderSurvivesBypass);
             }
             entries.push(Entry { id, range, bypass: true, broken: false });
             stripe.registered.store(entries.len(), Ordering::Relaxed);

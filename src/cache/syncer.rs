@@ -9,6 +9,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use super::stripes::lock;
+use crate::mutant::{Mutant, mutated};
 use crate::pmem::{MediaClass, Pmem};
 use crate::wake::Waker;
 
@@ -72,7 +73,7 @@ impl Syncer {
             return Durable(0);
         }
         let mut state = lock(&self.state);
-        let ticket = self.started.load(Ordering::SeqCst) + 1;
+        let ticket = self.started.load(Ordering::SeqCst) + u64::from(!mutated(Mutant::TicketOfRunningSync));
         state.requested = state.requested.max(ticket);
         if let Some(waker) = waker {
             state.waiters.push((ticket, waker.clone()));
@@ -139,7 +140,7 @@ impl Syncer {
             Ok(()) => self.completed.store(this, Ordering::Release),
             Err(error) => {
                 tracing::error!(%error, "the cache can no longer be made durable: it stops accepting writes");
-                self.failed.store(true, Ordering::Release);
+                self.failed.store(!mutated(Mutant::SyncFailureForgotten), Ordering::Release);
             }
         }
         let failed = self.has_failed();

@@ -18,6 +18,7 @@ use super::super::volume::Mode;
 use super::io::Purpose;
 use super::{Fill, Gathered, Queue, Then};
 use crate::backing::{AlignedBuf, Op};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::KeyKind;
 use crate::units::SectorRange;
 use crate::volume::Buffer;
@@ -72,13 +73,18 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let version = core.version.fetch_add(1, Ordering::SeqCst);
         let mut removed = std::mem::take(&mut self.scratch.replaced);
         removed.clear();
-        core.index.remove(range, &mut removed);
+        if !mutated(Mutant::BypassLeavesCopies) {
+            core.index.remove(range, &mut removed);
+        }
         self.volume.cache.mark_dead(&removed);
         self.scratch.replaced = removed;
         let kind = gathered.kind;
         let bypass = Bypass { range, kind, ticket, version, left: 0, failed: false, written: Vec::new() };
         self.bypass.under_way.insert(slot, bypass);
         add(&self.shared().tally.bypass_sectors, range.len);
+        if mutated(Mutant::BypassNotDurablyDead) {
+            return self.bypass_killed(slot, true);
+        }
         match self.volume.cache.write_liveness(Some(&self.waker)) {
             Ok(durable) => self.when_durable(durable, Then::Bypass(slot)),
             Err(error) => {
@@ -140,7 +146,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         if bypass.left > 0 {
             return;
         }
-        if bypass.failed || self.volume.has_write_cache() {
+        if bypass.failed || self.volume.has_write_cache() || mutated(Mutant::BypassUnflushed) {
             let ok = !bypass.failed;
             return self.end_bypass(slot, ok);
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::super::check::{EXHAUSTED_LINES, Instant, Judge, Recovered, disk_survival, survival, survivals};
 use super::super::loss::Loss;
-use super::super::machine::{Machine, Served, Style};
+use super::super::machine::{Machine, Served, Style, is_refusal};
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
 use super::Run;
@@ -57,7 +57,7 @@ impl Run {
         let forgives = self.world.with(|w| w.faults.sync_failed);
         let mut judge =
             |image, host, rng: &mut Rng| match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
-                Err(error) if !forgives => Err(error),
+                Err(error) if !(forgives && is_refusal(&error)) => Err(error),
                 _ => Ok(()),
             };
         let mut equal = 0;
@@ -84,7 +84,7 @@ impl Run {
         match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
-            Err(_) if world.with(|w| w.faults.sync_failed) => Ok(None),
+            Err(error) if world.with(|w| w.faults.sync_failed) && is_refusal(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }

@@ -45,6 +45,8 @@ pub struct Violation {
     pub plan: Plan,
     /// The step.
     pub step: u64,
+    /// Images judged before.
+    pub images: u64,
     /// What is wrong.
     pub what: String,
     /// The scenario and the last steps.
@@ -119,7 +121,8 @@ impl Run {
     /// [`Violation`].
     pub fn new(plan: Plan) -> Result<Run, Violation> {
         let scenario = Scenario::from_seed(plan.seed);
-        let fail = |what: String| Violation { plan: plan.clone(), step: 0, what, trace: Vec::new() };
+        let fail =
+            |what: String| Violation { plan: plan.clone(), step: 0, images: 0, what, trace: Vec::new() };
         let mut rng = Rng::new(scenario.seed ^ 0x5eed);
         let content = |_| {
             let sector = |s| if rng.chance(1, 2) { s + 1 } else { 0 };
@@ -167,7 +170,7 @@ impl Run {
             std::mem::forget(self.machine.take());
             let head = format!("{:?}", self.scenario);
             let trace = std::iter::once(head).chain(self.trace.drain(..)).collect();
-            Violation { plan: self.plan.clone(), step: self.step, what, trace }
+            Violation { plan: self.plan.clone(), step: self.step, images: self.stats.images, what, trace }
         })
     }
 
