@@ -4,10 +4,11 @@
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::env::{Clock, Env};
+use super::format::has_small_segments;
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
@@ -16,6 +17,7 @@ use super::segments::{Segment, State};
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
 use super::volume::VolumeCore;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
@@ -45,6 +47,12 @@ pub enum OpenError {
         formatted: u64,
         /// Bytes now.
         found: u64,
+    },
+    /// It was formatted on DAX, and this is not.
+    #[error("the cache's segments of {segment_size} bytes are usable with DAX only")]
+    SmallSegments {
+        /// Bytes of one.
+        segment_size: u32,
     },
     /// The media failed.
     #[error(transparent)]
@@ -109,9 +117,14 @@ impl<E: Env> Cache<E> {
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
+        if has_small_segments(&media.geometry, media.pmem.class()) {
+            return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
+        }
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
-        media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+        if !mutated(Mutant::RecoveryNotSyncedFirst) {
+            media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+        }
         let start = begin_start(&media)?;
         let class = media.pmem.class();
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
@@ -301,11 +314,11 @@ pub(crate) fn load_start<P: Pmem>(media: &Media<P>) -> Dual<StartPage> {
 /// Counts this start, durably: records of different starts are told apart by it.
 fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
     let copies = load_start(media);
-    let next = copies.next;
+    let next = copies.next ^ usize::from(mutated(Mutant::StartPageNewestOverwritten));
     let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
     let was_clean = page.clean;
     page.sequence += 1;
-    page.start_counter += 1;
+    page.start_counter += u64::from(!mutated(Mutant::StartNotCounted));
     page.owner_generation += 1;
     page.clean = false;
     page.boot_id = boot_id();
@@ -318,6 +331,11 @@ fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
 
 /// The kernel's identity of this boot; zeros where it has none.
 fn boot_id() -> [u8; 16] {
+    static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+    *BOOT_ID.get_or_init(read_boot_id)
+}
+
+fn read_boot_id() -> [u8; 16] {
     let mut id = [0; 16];
     if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         let digits: Vec<u8> =

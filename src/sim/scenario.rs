@@ -31,6 +31,8 @@ pub struct Scenario {
     pub ends_unsynced: bool,
     /// Longest request in sectors.
     pub request_max: u64,
+    /// Whether it is one of the few with room.
+    pub is_large: bool,
 }
 
 impl Scenario {
@@ -39,9 +41,15 @@ impl Scenario {
         let mut rng = Rng::new(seed);
         let class = if rng.chance(3, 5) { MediaClass::AssumeDax } else { MediaClass::PageCache };
         let volumes = if rng.chance(1, 5) { 2 } else { 1 };
-        let small = class.fence_is_durable() && rng.chance(1, 3);
+        // Most are as small as can be: an image costs what it holds, and everything wraps soon.
+        let is_large = rng.chance(1, 10);
+        // Page-cache media take none of 32 KiB.
+        let small = class.fence_is_durable() && rng.chance(if is_large { 1 } else { 3 }, 4);
         let segment_size = if small { 32 << 10 } else { 64 << 10 };
-        let segments = rng.between(10, if small { 28 } else { 18 }) as u32;
+        let segments = match is_large {
+            true => rng.between(12, 28),
+            false => rng.between(6, 12) + 3 * (volumes as u64 - 1),
+        } as u32;
         let meta = (2 + 2 * volumes as u64) * 4096;
         let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
         let simple = rng.chance(1, 2);
@@ -53,12 +61,13 @@ impl Scenario {
             geometry: geometry.expect("within the bounds of a geometry"),
             volumes,
             queues: rng.between(1, 3) as u16,
-            sectors: rng.pick(&[64, 200, 512, 900, 2304]),
+            sectors: if is_large { rng.pick(&[512, 900, 2304]) } else { rng.pick(&[40, 64, 96, 136, 200]) },
             styles,
             changes_style: !simple && rng.chance(2, 3),
             has_faults: rng.chance(1, 4),
             ends_unsynced: class == MediaClass::PageCache && rng.chance(1, 4),
-            request_max: rng.pick(&[4, 16, 40, 100]),
+            request_max: if is_large { rng.pick(&[16, 40, 100]) } else { rng.pick(&[4, 8, 16, 40]) },
+            is_large,
         }
     }
 }

@@ -50,9 +50,9 @@ impl Scene {
     /// which makes the volume; `None` if there were not so many.
     pub fn cut_beginning(class: MediaClass, style: Style, n: u64) -> Option<Snapshot> {
         let world = Scene::world(class);
-        world.with(|w| w.snapshot_at = w.events + n + 1);
+        world.with(|w| w.cuts.at = w.events + n + 1);
         Machine::open(&world, &[style], 1).expect("a fresh cache");
-        world.take_snapshot()
+        world.take_cuts().pop().map(|(_, snapshot)| snapshot)
     }
 
     /// Ends in order and returns what is left.
@@ -152,9 +152,8 @@ impl Scene {
     /// Runs `act` and returns a snapshot from before its `n`-th store, fence, `sync` or disk
     /// operation, counted from 0; `None` if there were not so many.
     pub fn cut(&mut self, n: u64, act: impl FnOnce(&mut Scene)) -> Option<Snapshot> {
-        self.world.with(|w| w.snapshot_at = w.events + n + 1);
+        self.world.with(|w| w.cuts.at = w.events + n + 1);
         act(self);
-        self.world.with(|w| w.snapshot_at = 0);
-        self.world.take_snapshot()
+        self.world.take_cuts().pop().map(|(_, snapshot)| snapshot)
     }
 }

@@ -154,10 +154,9 @@ impl Run {
         let world = World::new(left.image.clone(), self.rng.next());
         world.act_as(0);
         let rate = self.rng.between(2, 40);
-        world.with(|w| w.rate = rate);
+        world.with(|w| w.cuts.rate = rate);
         self.delete(&world, left, volume)?;
-        world.with(|w| w.rate = 0);
-        if let Some(snapshot) = world.take_snapshot() {
+        if let Some((_, snapshot)) = world.take_cuts().pop() {
             self.crash_inside_delete(&snapshot, left.host, volume)?;
         }
         left.image = world.photograph("a delete").daemon_crash(&mut self.rng);
