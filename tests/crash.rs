@@ -152,6 +152,22 @@ fn one_seed_gives_one_run() {
     }
 }
 
+#[test]
+fn looking_at_crashes_changes_nothing_of_a_run() {
+    let told = |stats: &Stats| {
+        let Stats { steps, crashes, reads, writes, flushes, records, reclaimed, written_back, hits, .. } =
+            *stats;
+        [steps, crashes, reads, writes, flushes, records, reclaimed, written_back, hits]
+    };
+    for seed in [5, 6, 7, 8] {
+        let whole = run_seed(seed, 400, 0).unwrap_or_else(|v| panic!("{v}"));
+        let steps = Some((1..=whole.steps).collect());
+        let quiet = Plan { steps, ..Plan::whole(seed, 0) }.run(0).unwrap_or_else(|v| panic!("{v}"));
+        assert!(quiet.images < whole.images / 4 && whole.crashes + whole.records > 0);
+        assert_eq!(told(&quiet), told(&whole), "seed {seed}");
+    }
+}
+
 /// Not a claim but an instrument: which seeds fail, and of what, one line each.
 #[test]
 #[ignore = "prints a survey of seeds: PCACHE_SIM_SEED to begin with, PCACHE_SIM_IMAGES for how many"]

@@ -17,6 +17,7 @@ use super::segments::{Segment, State};
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
 use super::volume::VolumeCore;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
@@ -121,7 +122,9 @@ impl<E: Env> Cache<E> {
         }
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
-        media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+        if !mutated(Mutant::RecoveryNotSyncedFirst) {
+            media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+        }
         let start = begin_start(&media)?;
         let class = media.pmem.class();
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
@@ -311,11 +314,11 @@ pub(crate) fn load_start<P: Pmem>(media: &Media<P>) -> Dual<StartPage> {
 /// Counts this start, durably: records of different starts are told apart by it.
 fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
     let copies = load_start(media);
-    let next = copies.next;
+    let next = copies.next ^ usize::from(mutated(Mutant::StartPageNewestOverwritten));
     let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
     let was_clean = page.clean;
     page.sequence += 1;
-    page.start_counter += 1;
+    page.start_counter += u64::from(!mutated(Mutant::StartNotCounted));
     page.owner_generation += 1;
     page.clean = false;
     page.boot_id = boot_id();

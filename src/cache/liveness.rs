@@ -11,6 +11,7 @@ use super::index::Extent;
 use super::segments::State;
 use super::stripes::lock;
 use super::syncer::Durable;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::liveness_word;
 use crate::pmem::{MediaError, Pmem};
 use crate::sync::Mutex;
@@ -76,6 +77,9 @@ impl<E: Env> Cache<E> {
             let generation = segment.generation.load(Ordering::Relaxed);
             let base = self.media.in_segment(id, self.media.geometry.liveness_offset());
             segment.take_changed(|index, bits| {
+                if mutated(Mutant::LivenessNotWritten) {
+                    return;
+                }
                 let word = liveness_word(&self.media.secret, id, generation, index, bits);
                 if let Err(e) = self.media.pmem.write(base + u64::from(index) * 8, &word.to_le_bytes()) {
                     failed = Some((id, e));

@@ -18,6 +18,7 @@ use super::scan::Scan;
 use super::segments::State;
 use super::stripes::lock;
 use super::volume::{Cursor, VolumeCore};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{
     Key, KeyKind, LIVENESS_SECTORS, SegmentHeader, SegmentState, SummaryHeader, Tail, VolumeDescriptor,
     VolumeState, encode_summary, liveness_bits,
@@ -154,8 +155,12 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeM
                 volume.tail.store(tail.epoch, Ordering::Relaxed);
                 // Also where no segment is left to say what was used: an epoch at or below the
                 // tail would count as clean.
-                volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
-                volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                if !mutated(Mutant::EpochRestartsBelowTail) {
+                    volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
+                }
+                if !mutated(Mutant::VersionsRestart) {
+                    volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                }
                 *lock(&volume.tail_page) = (tail.sequence, next);
             }
             Err(error) => {
@@ -270,7 +275,10 @@ fn take_keys<E: Env>(
         if key.first + u64::from(key.sectors) > sectors {
             continue;
         }
-        if is_dirty(key) {
+        if mutated(Mutant::ZerosForgotten) && !key.kind.has_payload() {
+            continue;
+        }
+        if is_dirty(key) && !(mutated(Mutant::DeadWordsEndDirtyKeys) && segment.is_dead(key.payload)) {
             max_dirty = max_dirty.max(key.epoch);
             dirty_keys.push(*key);
             if key.kind.has_payload() {
@@ -295,7 +303,9 @@ fn take_keys<E: Env>(
     segment.max_version.store(max_version, Ordering::Relaxed);
     segment.max_epoch.store(max_dirty, Ordering::Relaxed);
     segment.min_epoch.store(0, Ordering::Relaxed);
-    volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
+    if !mutated(Mutant::VersionsRestart) {
+        volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
+    }
     volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);
     if !dirty_keys.is_empty() {
@@ -338,7 +348,8 @@ fn load_liveness<E: Env>(cache: &Cache<E>, id: u32, header: &SegmentHeader) {
     for (index, word) in bytes.as_chunks::<8>().0.iter().enumerate() {
         let word = u64::from_le_bytes(*word);
         let bits = liveness_bits(&media.secret, id, header.generation, index as u32, word);
-        let bits = if readable { bits.unwrap_or(u32::MAX) } else { u32::MAX };
+        let bad = if mutated(Mutant::BadLivenessWordIgnored) { 0 } else { u32::MAX };
+        let bits = if readable { bits.unwrap_or(bad) } else { bad };
         if bits != 0 {
             cache.segments[id as usize].restore_dead(index, bits);
         }
@@ -349,6 +360,7 @@ fn load_liveness<E: Env>(cache: &Cache<E>, id: u32, header: &SegmentHeader) {
 /// Inserts a volume's keys, oldest first; what loses is dead.
 fn insert<E: Env>(cache: &Cache<E>, volume: &VolumeCore, mut keys: Vec<Found>, report: &mut RecoveryReport) {
     keys.sort_unstable_by_key(|k| k.version);
+    if_mutated(Mutant::OldestWins, || keys.reverse());
     report.keys += keys.len() as u64;
     let mut replaced = Vec::new();
     for found in keys {
@@ -366,7 +378,9 @@ fn insert<E: Env>(cache: &Cache<E>, volume: &VolumeCore, mut keys: Vec<Found>, r
         replaced.clear();
         let place = cache.media.place(found.segment, &key, found.dirty);
         volume.index.insert(Extent { range: found.range, place }, &mut replaced);
-        cache.mark_dead(&replaced);
+        if !mutated(Mutant::LosersNotKilled) {
+            cache.mark_dead(&replaced);
+        }
     }
     if !volume.is_clean() {
         volume.dirty_since.store(1, Ordering::Relaxed);

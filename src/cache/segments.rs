@@ -9,6 +9,7 @@
 
 use std::sync::OnceLock;
 
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::Geometry;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
@@ -198,7 +199,7 @@ impl Segment {
         body.blocks[block as usize].store(crc, Ordering::Relaxed);
         // A draft that was given up may have packed small pieces here before.
         let (word, bit) = (&body.packed[block as usize / 32], 1 << (block % 32));
-        if word.load(Ordering::Relaxed) & bit != 0 {
+        if word.load(Ordering::Relaxed) & bit != 0 && !mutated(Mutant::PackedMarkKept) {
             word.fetch_and(!bit, Ordering::Relaxed);
         }
     }

@@ -16,6 +16,7 @@ use super::env::Env;
 use super::media::Media;
 use super::record::Draft;
 use super::segments::{Segment, State};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
 };
@@ -135,12 +136,19 @@ impl Open {
             // Of the record before: it is fenced, and this goes out with the fence of this one.
             self.write_witness(media);
         }
-        draft.store_last(media, self.id)?;
+        if !mutated(Mutant::PayloadAfterFence) {
+            draft.store_last(media, self.id)?;
+        }
         draft.bytes.clear();
         encode_record(&media.secret, &header, &draft.keys, &draft.checksums, &mut draft.bytes);
         assert_eq!(draft.bytes.len(), len as usize);
         media.pmem.write(media.in_segment(self.id, offset), &draft.bytes)?;
-        media.pmem.fence();
+        if !mutated(Mutant::RecordNotFenced) {
+            media.pmem.fence();
+        }
+        if mutated(Mutant::PayloadAfterFence) {
+            draft.store_last(media, self.id)?;
+        }
         self.log_low = offset;
         self.payload_end = draft.payload_end;
         self.packed = draft.packed;
@@ -169,7 +177,7 @@ impl Open {
 
     /// Remembers, beside the record, that it was whole.
     pub fn write_witness<P: Pmem>(&mut self, media: &Media<P>) {
-        let sequence = self.sequence - 1;
+        let sequence = self.sequence - 1 + u64::from(mutated(Mutant::WitnessAhead));
         self.witnessed = sequence;
         let witness =
             Witness { generation: self.generation, sequence, log_low: self.log_low, segment: self.id };
@@ -250,7 +258,9 @@ impl<E: Env> Cache<E> {
         for copy in [sequence % 2, (sequence + 1) % 2] {
             let at = self.media.in_segment(id, self.media.geometry.header_offset(copy as usize));
             self.media.pmem.write(at, &bytes)?;
-            self.media.pmem.fence();
+            if !mutated(Mutant::HeaderCopiesTogether) {
+                self.media.pmem.fence();
+            }
         }
         segment.header_sequence.store(sequence, Ordering::Relaxed);
         Ok(())

@@ -10,6 +10,7 @@
 //!   overlapping ones exist at a time, and a placeholder born under one is born broken.
 
 use super::index::REGION_SECTORS;
+use crate::mutant::{Mutant, mutated};
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, hint, thread};
 use crate::units::SectorRange;
@@ -111,7 +112,8 @@ impl Stripes {
     pub fn place(&self, range: SectorRange) -> Ticket {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.on_each(range, |stripe, entries| {
-            let broken = entries.iter().any(|e| e.bypass && e.range.overlaps(&range));
+            let born_broken = !mutated(Mutant::PlaceholderBornWhole);
+            let broken = born_broken && entries.iter().any(|e| e.bypass && e.range.overlaps(&range));
             entries.push(Entry { id, range, bypass: false, broken });
             stripe.registered.store(entries.len(), Ordering::Relaxed);
         });
@@ -126,7 +128,7 @@ impl Stripes {
             let entries = lock(&self.stripes[s as usize].entries);
             entries.iter().any(|e| e.bypass && e.range.overlaps(&range))
         });
-        if busy {
+        if busy && !mutated(Mutant::BypassesOverlap) {
             return None;
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -134,7 +136,7 @@ impl Stripes {
             let stripe = &self.stripes[s as usize];
             let mut entries = lock(&stripe.entries);
             for entry in entries.iter_mut().filter(|e| e.range.overlaps(&range)) {
-                entry.broken = true;
+                entry.broken = !mutated(Mutant::PlaceholderSurvivesBypass);
             }
             entries.push(Entry { id, range, bypass: true, broken: false });
             stripe.registered.store(entries.len(), Ordering::Relaxed);

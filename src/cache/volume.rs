@@ -22,6 +22,7 @@ use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use crate::backing::Backing;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{Key, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
@@ -179,6 +180,9 @@ impl VolumeCore {
             shared.stamp.store(epoch, Ordering::SeqCst);
             let again = self.epoch.load(Ordering::SeqCst);
             if again == epoch {
+                if mutated(Mutant::FlushClosesOneQueue) && q > 0 {
+                    return (epoch - 1).max(1);
+                }
                 return epoch;
             }
             epoch = again;
@@ -203,7 +207,7 @@ impl VolumeCore {
 
     /// The highest epoch that no record can be added to any more.
     pub fn closed_epoch(&self) -> u64 {
-        let mut closed = self.epoch.load(Ordering::SeqCst) - 1;
+        let mut closed = self.epoch.load(Ordering::SeqCst) - u64::from(!mutated(Mutant::OpenEpochTaken));
         for shared in self.queues.get().into_iter().flatten() {
             let stamp = shared.stamp.load(Ordering::SeqCst);
             closed = closed.min(stamp.saturating_sub(1));

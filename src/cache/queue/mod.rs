@@ -28,6 +28,7 @@ use super::index::Extent;
 use super::stripes::lock;
 use super::syncer::{Durable, Outcome};
 use super::volume::{QueueShared, Volume};
+use crate::mutant::{Mutant, mutated};
 use crate::sync::atomic::Ordering;
 use crate::units::SectorRange;
 use crate::volume::{Buffer, DiskQueue, Done, Request, RequestKind, Status};
@@ -162,7 +163,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let active = self.slots.get(slot);
         active.failed |= !ok;
         active.left -= 1;
-        if active.left == 0 {
+        if active.left == 0 || mutated(Mutant::CompletedWithFirstPart) {
             let status = if active.failed { Status::IoError } else { Status::Ok };
             self.complete(slot, status);
         }
@@ -220,7 +221,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         match then {
             Then::Complete(slot) => self.complete(slot, status),
             Then::Flushed(slot) => {
-                self.volume.core.raise_epoch();
+                if !mutated(Mutant::EpochNotRaisedAtFlush) {
+                    self.volume.core.raise_epoch();
+                }
                 self.complete(slot, status);
             }
             Then::Bypass(slot) => self.bypass_killed(slot, durable),
@@ -233,6 +236,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 Outcome::Waiting => return,
                 decided => {
                     self.waiting_sync.pop_front();
+                    if mutated(Mutant::FlushNeverCompletes) {
+                        continue;
+                    }
                     self.go_on(then, decided == Outcome::Reached);
                 }
             }

@@ -14,6 +14,7 @@ use super::super::stripes::Ticket;
 use super::io::Purpose;
 use super::{Fill, Queue};
 use crate::backing::Op;
+use crate::mutant::{Mutant, mutated};
 use crate::pmem::{MediaError, Pmem};
 use crate::units::SectorRange;
 use crate::volume::{Buffer, GuestFault};
@@ -131,7 +132,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     fn answer_hit(&mut self, slot: u32, range: SectorRange, extent: &Extent) -> Hit {
         let base = (extent.range.start - range.start) as usize * 512;
         let data = &mut self.slots.get(slot).request.data;
-        let verify = self.volume.data_crc;
+        let verify = self.volume.data_crc && !mutated(Mutant::HitNotVerified);
         let result =
             self.volume.cache.copy_extent(extent, verify, |at, bytes| data.copy_in(base + at, bytes));
         let error = match result {
@@ -141,7 +142,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         };
         add(&self.shared().tally.checksum_errors, 1);
         let (volume, range) = (&self.volume.name, extent.range);
-        if !extent.place.dirty {
+        if !extent.place.dirty || mutated(Mutant::DamagedDirtyReadFromDisk) {
             tracing::warn!(volume, %range, %error, "a clean cached copy is damaged: reading the disk instead");
             let mut removed = Vec::new();
             self.volume.core.index.remove_if(*extent, &mut removed);

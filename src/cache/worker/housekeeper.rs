@@ -24,6 +24,7 @@ use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
 use super::super::volume::VolumeCore;
 use super::Progress;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{SegmentHeader, SegmentState};
 use crate::pmem::Pmem;
 
@@ -76,6 +77,7 @@ impl<E: Env> Housekeeper<E> {
                 _ => self.stay(Stage::Buried(ticket, victims)),
             },
             Stage::Freed(ticket, victims) => match self.cache.syncer.outcome(ticket) {
+                Outcome::Waiting if mutated(Mutant::ReusedBeforeGenerationDurable) => self.hand_out(victims),
                 Outcome::Reached => self.hand_out(victims),
                 _ => self.stay(Stage::Freed(ticket, victims)),
             },
@@ -132,7 +134,7 @@ impl<E: Env> Housekeeper<E> {
                 (self.cache.syncer.request(&*self.cache.media.pmem, None), full)
             }
         };
-        if self.cache.syncer.outcome(ticket) != Outcome::Reached {
+        if self.cache.syncer.outcome(ticket) != Outcome::Reached && !mutated(Mutant::SealedBeforeDurable) {
             self.sealing = Some((ticket, ids));
             return false;
         }
@@ -190,7 +192,7 @@ impl<E: Env> Housekeeper<E> {
             }
             return if free == 0 && self.close_idle_streams() { Progress::Did } else { Progress::Idle };
         }
-        for &id in &victims {
+        for &id in victims.iter().filter(|_| !mutated(Mutant::EvictionLeavesIndex)) {
             self.evict(id);
         }
         for volume in self.cache.all_volumes() {
@@ -245,6 +247,7 @@ impl<E: Env> Housekeeper<E> {
         let segment = &self.cache.segments[id as usize];
         let max_epoch = segment.max_epoch.load(Ordering::SeqCst);
         match self.cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
+            _ if mutated(Mutant::DirtySegmentReclaimed) => true,
             // A damaged volume's clean and dirty cannot be told apart with certainty.
             Some(volume) => {
                 max_epoch <= volume.tail.load(Ordering::SeqCst) && !volume.damaged.load(Ordering::Relaxed)
@@ -309,7 +312,8 @@ impl<E: Env> Housekeeper<E> {
         let mut freed = Vec::new();
         for id in victims {
             let segment = &cache.segments[id as usize];
-            let generation = segment.generation.load(Ordering::Relaxed) + 1;
+            let risen = u64::from(!mutated(Mutant::GenerationNotRaised));
+            let generation = segment.generation.load(Ordering::Relaxed) + risen;
             let written = cache.write_header(id, |h| {
                 h.state = SegmentState::Free;
                 h.generation = generation;

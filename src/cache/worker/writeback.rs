@@ -41,6 +41,7 @@ use super::super::volume::{Cursor, Order, Volume};
 use super::Progress;
 use super::retry::delay_ms;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::Key;
 use crate::sync::thread;
 use crate::units::SectorRange;
@@ -185,6 +186,7 @@ impl<E: Env> Writeback<E> {
         }
         let round = match self.volume.order() {
             Order::Relaxed => self.gather_relaxed(),
+            Order::Strict if mutated(Mutant::NewestAcrossEpochs) => self.gather_relaxed(),
             Order::Strict => self.gather_strict(),
         };
         match round {
@@ -277,13 +279,16 @@ impl<E: Env> Writeback<E> {
         let mut keys = Vec::new();
         let mut cursors = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
-            let (cursor, next) = self.consume(*id, cursor.clone(), epoch, &mut keys)?;
+            let upto = epoch + u64::from(mutated(Mutant::NextEpochAlong));
+            let (cursor, next) = self.consume(*id, cursor.clone(), upto, &mut keys)?;
             let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
             cursors.push(Consumed { id: *id, generation, cursor, next });
         }
         drop(dirty);
         tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
         keys.sort_unstable_by_key(|(k, _): &(Key, u32)| k.version);
+        if_mutated(Mutant::OldestOfEpochWritten, || keys.reverse());
+        if_mutated(Mutant::ZerosNotWrittenBack, || keys.retain(|(k, _)| k.kind.has_payload()));
         let mut newest = ExtentMap::new();
         let mut replaced = Vec::new();
         for (key, id) in &keys {
@@ -293,6 +298,7 @@ impl<E: Env> Writeback<E> {
         }
         let mut todo = VecDeque::new();
         newest.iter().for_each(|extent| cut(extent, &mut todo));
+        if_mutated(Mutant::WritesOverlap, || todo.extend(todo.clone()));
         let bytes = |len: u64| len * 512;
         let write = todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
         let payload: u64 =
@@ -312,6 +318,7 @@ impl<E: Env> Writeback<E> {
 
     fn records_durable(&mut self, round: Round, ticket: Durable) -> Progress {
         match self.volume.cache.syncer.outcome(ticket) {
+            Outcome::Waiting if mutated(Mutant::DiskBeforeRecordDurable) => self.write(round),
             Outcome::Waiting => {
                 self.phase = Phase::Gathered(round, ticket);
                 Progress::Waiting
@@ -355,6 +362,9 @@ impl<E: Env> Writeback<E> {
         if channel.in_flight() > 0 {
             self.phase = Phase::Writing(round);
             return Progress::Waiting;
+        }
+        if mutated(Mutant::TailBeforeFlush) {
+            return self.flushed(round);
         }
         self.submit(Op::Flush);
         self.channel.as_mut().expect("opened before the round").kick();
@@ -462,7 +472,11 @@ impl<E: Env> Writeback<E> {
         }
         let mut result = Ok(());
         for completion in done.drain(..) {
-            if let (Err(error), Ok(())) = (&completion.result, &result) {
+            let is_flush = matches!(completion.op, Op::Flush);
+            let unseen = if is_flush { Mutant::DiskFlushErrorIgnored } else { Mutant::DiskWriteErrorIgnored };
+            if let (Err(error), Ok(())) = (&completion.result, &result)
+                && !mutated(unseen)
+            {
                 result = Err(Failure::disk(&completion.op, error));
             }
             if let Op::Write { buf, .. } = &completion.op {
@@ -507,7 +521,11 @@ impl<E: Env> Writeback<E> {
         self.volume.core.pacer.flushed(self.volume.cache.clock.now_us());
         // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
         // and an older clean copy of those sectors would come back.
-        let ticket = match self.volume.cache.write_liveness(None) {
+        let cache = self.volume.cache.clone();
+        if mutated(Mutant::TailBeforeLiveness) {
+            return self.media_done(round, cache.syncer.request(&*cache.media.pmem, None));
+        }
+        let ticket = match cache.write_liveness(None) {
             Ok(ticket) => ticket,
             Err(error) => {
                 return self.fail(Failure::media(format!("liveness words cannot be written: {error}")));
@@ -520,6 +538,7 @@ impl<E: Env> Writeback<E> {
     fn media_done(&mut self, round: Round, ticket: Durable) -> Progress {
         let cache = self.volume.cache.clone();
         match cache.syncer.outcome(ticket) {
+            Outcome::Waiting if mutated(Mutant::TailBeforeLivenessDurable) => {}
             Outcome::Waiting => {
                 self.phase = Phase::MakingDurable(round, ticket);
                 return Progress::Waiting;
@@ -530,7 +549,7 @@ impl<E: Env> Writeback<E> {
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
-        let next = lock(&core.tail_page).1;
+        let next = lock(&core.tail_page).1 ^ usize::from(mutated(Mutant::TailNewestOverwritten));
         if let Err(error) = cache.write_tail(core, next, round.epoch) {
             return self.fail(Failure::media(format!("the tail cannot be written: {error}")));
         }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::super::books;
 use super::super::check::{EXHAUSTED_LINES, Instant, Judge, Recovered, disk_survival, survival, survivals};
 use super::super::loss::Loss;
-use super::super::machine::{Served, Style};
+use super::super::machine::{Served, Style, is_refusal};
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
 use super::between::Left;
@@ -18,7 +18,7 @@ const ROUNDS_MAX: u32 = 20_000;
 impl Run {
     fn faults(&mut self) -> Faults {
         match self.scenario.has_faults && self.rng.chance(1, 2) {
-            true => Faults { read: 150, write: 150, flush: 400, ..Faults::default() },
+            true => Faults { read: 300, write: 800, flush: 2000, ..Faults::default() },
             false => Faults::default(),
         }
     }
@@ -60,7 +60,7 @@ impl Run {
         let forgives = self.world.with(|w| w.faults.sync_failed);
         let mut judge =
             |image, host, rng: &mut Rng| match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
-                Err(error) if !forgives => Err(error),
+                Err(error) if !(forgives && is_refusal(&error)) => Err(error),
                 _ => Ok(()),
             };
         let (mut equal, mut both) = (0, 0);
@@ -106,7 +106,7 @@ impl Run {
         match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
-            Err(_) if world.with(|w| w.faults.sync_failed) => Ok(None),
+            Err(error) if world.with(|w| w.faults.sync_failed) && is_refusal(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }

@@ -48,6 +48,8 @@ pub struct Violation {
     pub plan: Plan,
     /// The step.
     pub step: u64,
+    /// Images judged before.
+    pub images: u64,
     /// What is wrong.
     pub what: String,
     /// The scenario and the last steps.
@@ -134,7 +136,8 @@ impl Run {
     /// [`Violation`].
     pub fn new(plan: Plan) -> Result<Run, Violation> {
         let scenario = Scenario::from_seed(plan.seed);
-        let fail = |what: String| Violation { plan: plan.clone(), step: 0, what, trace: Vec::new() };
+        let fail =
+            |what: String| Violation { plan: plan.clone(), step: 0, images: 0, what, trace: Vec::new() };
         let mut rng = Rng::new(scenario.seed ^ 0x5eed);
         let content = |number: usize| {
             let sector = |s| if rng.chance(1, 2) { s + 1 } else { 0 };
@@ -185,7 +188,7 @@ impl Run {
             std::mem::forget(self.machine.take());
             let head = format!("{:?}", self.scenario);
             let trace = std::iter::once(head).chain(self.trace.drain(..)).collect();
-            Violation { plan: self.plan.clone(), step: self.step, what, trace }
+            Violation { plan: self.plan.clone(), step: self.step, images: self.stats.images, what, trace }
         })
     }
 
@@ -217,7 +220,7 @@ impl Run {
             return Ok(());
         }
         self.rng = self.plan.dice(self.step);
-        let (rate, hardware) = (self.rng.pick(&[10, 40, 150]), self.rng.fork());
+        let (rate, hardware) = (self.rng.pick(&[20, 80, 300]), self.rng.fork());
         let every_edge = self.plan.is_dense(self.step);
         self.world.with(|w| {
             w.rng = hardware;
@@ -228,23 +231,23 @@ impl Run {
         self.trouble();
         self.act()?;
         let cuts = self.world.take_cuts();
-        let mut death = cuts.last().filter(|_| self.rng.chance(1, 12)).map(|(_, snapshot)| snapshot);
+        let mut death = cuts.last().filter(|_| self.rng.chance(1, 6)).map(|(_, snapshot)| snapshot);
         for (event, snapshot) in &cuts {
             self.stats.count_cut(*event);
             self.crash_at(snapshot)?;
         }
         let quiet = self.world.photograph("nothing");
-        if cuts.is_empty() && self.rng.chance(1, 60) {
+        if cuts.is_empty() && self.rng.chance(1, 120) {
             self.stats.cuts_quiet += 1;
             self.crash_at(&quiet)?;
-            death = Some(&quiet).filter(|_| self.rng.chance(1, 12));
+            death = Some(&quiet).filter(|_| self.rng.chance(1, 3));
         }
         if let Some(snapshot) = death {
             return self.die(snapshot);
         }
         let is_ack = !self.done.is_empty();
         self.see_completions()?;
-        if is_ack && (every_edge || self.rng.chance(1, 30)) {
+        if is_ack && (every_edge || self.rng.chance(1, 60)) {
             // Later than the acknowledgement only in what is owed.
             self.stats.cuts_acknowledgement += 1;
             self.crash_at(&Snapshot { what: "anything after an acknowledgement", ..quiet })?;

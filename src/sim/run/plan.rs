@@ -78,7 +78,7 @@ impl Plan {
 
     /// Whether every edge of this step is cut.
     pub(super) fn is_dense(&self, step: u64) -> bool {
-        self.dice(u64::MAX - step / STRETCH).chance(1, 16)
+        self.dice(u64::MAX - step / STRETCH).chance(1, 32)
     }
 }
 
