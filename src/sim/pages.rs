@@ -17,8 +17,8 @@ impl Pages {
     /// `len` zero bytes, a multiple of [`PAGE`].
     pub fn new(len: usize) -> Pages {
         assert!(len.is_multiple_of(PAGE), "{len} bytes are not whole pages");
-        let zero = Arc::new([0; PAGE]);
-        Pages((0..len / PAGE).map(|_| zero.clone()).collect())
+        let zeros = Arc::new([0; PAGE]);
+        Pages(std::iter::repeat_n(zeros, len / PAGE).collect())
     }
 
     pub fn len(&self) -> usize {

@@ -1,7 +1,7 @@
 //! What the simulation found once, each as the shortest story that shows it.
 //!
-//! The seeds at the end are those that found what is not told here by hand. A change of the
-//! simulation's own dice makes them ordinary seeds; the stories stay.
+//! The seeds at the end are those that find again what is not told here by hand, once its fix is
+//! undone. A change of the simulation's own dice makes them ordinary seeds; the stories stay.
 
 use std::sync::Arc;
 
@@ -258,8 +258,9 @@ fn page_cache_media_take_no_segments_that_no_record_fits() {
 
 #[test]
 fn seeds_that_failed_once_pass() {
-    for seed in [1, 2, 4, 5, 11, 18, 20, 31, 33, 34, 50, 63, 128, 142, 149, 161, 232, 259] {
-        if let Err(violation) = run_seed(seed, 300, 80) {
+    // A segment's next life was given the cursor of its last, and write-back passed over records.
+    for seed in [172] {
+        if let Err(violation) = run_seed(seed, 1200, 80) {
             panic!("{violation}");
         }
     }
