@@ -102,6 +102,11 @@ impl Memory {
         self.poison.push(range);
     }
 
+    /// Makes everything readable and writable again.
+    pub fn heal(&mut self) {
+        self.poison.clear();
+    }
+
     fn judge(&self, at: u64, len: usize) -> Result<(), MediaError> {
         let end = at + len as u64;
         assert!(end <= self.bytes.len() as u64, "access past the end: {at}+{len}");

@@ -323,7 +323,9 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     if segment.max_epoch.load(Ordering::SeqCst) < epoch {
         segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);
     }
-    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {
+    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp)
+        && !mutated(Mutant::RefusedRecordPublished)
+    {
         tracing::error!(%error, segment = open.id, "the cache media refused a record");
         core.retract(q);
         return false;
