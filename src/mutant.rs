@@ -43,6 +43,7 @@ mutants! {
     // Writing.
     RecordNotFenced 1 "a write completes before the fence after its record",
     PayloadAfterFence 1 "the last block of a record is stored after the fence",
+    RefusedRecordPublished 1 "a record that the media refused is published and its write acknowledged",
     CompletedUnsynced 1 "without a write cache, a write completes before its sync",
     TicketOfRunningSync 1 "a FLUSH joins the sync that has already begun",
     SyncFailureForgotten 8 "after a sync that failed the next one counts as if nothing was lost",

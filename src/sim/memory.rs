@@ -168,6 +168,11 @@ impl Memory {
         }
     }
 
+    /// Makes everything readable and writable again.
+    pub fn heal(&mut self) {
+        self.poison.clear();
+    }
+
     fn judge(&self, at: u64, len: usize) -> Result<(), MediaError> {
         let end = at + len as u64;
         assert!(end <= self.len() as u64, "access past the end: {at}+{len}");

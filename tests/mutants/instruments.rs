@@ -51,6 +51,9 @@ impl Instrument {
             M::FillOutlivesDiskCache => {
                 ("story of a fill", Story(stories::a_fill_and_the_disk_that_loses_its_bytes))
             }
+            M::RefusedRecordPublished => {
+                ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
+            }
             M::DiskBeforeRecordDurable => {
                 ("story of a disk ahead", Story(stories::the_disk_ahead_of_the_cache))
             }

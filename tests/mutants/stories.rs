@@ -3,7 +3,8 @@
 
 use pcache_vhost::cache::{Mode, Order};
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Rng, Scene, Style, Survival};
+use pcache_vhost::sim::{DiskSurvival, Rng, Scene, SimBuffer, Style, Survival};
+use pcache_vhost::volume::{RequestKind, Status};
 
 fn served(mode: Mode) -> Style {
     Style { mode, order: Order::Strict, write_cache: true, pass_discard: false }
@@ -18,6 +19,26 @@ pub fn a_fill_and_the_disk_that_loses_its_bytes(images: &mut u64) {
         scene.host_crash(Survival::Everything, DiskSurvival::Nothing);
         *images += 1;
         assert_eq!(scene.read(8), scene.on_disk(8), "the cache outlived the disk under it");
+    }
+}
+
+/// A write whose record cannot be stored where it was to go is stored elsewhere, or fails and leaves
+/// what it would have replaced.
+pub fn a_record_that_the_media_refuses(images: &mut u64) {
+    for class in [AssumeDax, PageCache] {
+        let mut scene = Scene::new(class, served(Mode::Writeback));
+        scene.write(8, 8, 900);
+        scene.flush();
+        // Of the segment in use the pages of the next records are gone, not those of the payload.
+        let geometry = scene.machine.cache.geometry();
+        let end = geometry.segment(0) + u64::from(geometry.data_end());
+        scene.world.with(|w| w.memory.poison(end - 8192..end));
+        let (status, _) = scene.request(RequestKind::Write, 8, SimBuffer::of_write(0, 8, 8, 901));
+        scene.world.with(|w| w.memory.heal());
+        let lasting = if status == Status::Ok { 901 } else { 900 };
+        scene.daemon_crash();
+        *images += 1;
+        assert_eq!(scene.read(8), lasting, "{class}: the write ended with {status:?}");
     }
 }
 

@@ -350,7 +350,9 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     if segment.min_epoch.load(Ordering::Relaxed) > epoch {
         segment.min_epoch.fetch_min(epoch, Ordering::SeqCst);
     }
-    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {
+    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp)
+        && !mutated(Mutant::RefusedRecordPublished)
+    {
         tracing::error!(%error, segment = open.id, "the cache media refused a record");
         core.retract(q);
         return false;
