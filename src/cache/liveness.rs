@@ -14,8 +14,9 @@ use super::index::Extent;
 use super::segments::State;
 use super::stripes::lock;
 use super::syncer::Durable;
-use crate::onmedia::liveness_word;
+use crate::onmedia::{Key, liveness_word};
 use crate::pmem::{MediaError, Pmem};
+use crate::units::SectorRange;
 use crate::wake::Waker;
 
 #[derive(Default)]
@@ -42,6 +43,20 @@ impl<E: Env> Cache<E> {
         let segment = &self.segments[id as usize];
         if segment.mark_dead(first, sectors) > 0 && !segment.liveness_pending.swap(true, Ordering::AcqRel) {
             lock(&self.liveness.pending).push(id);
+        }
+    }
+
+    /// Marks dead those parts of a new key's payload that the index was not made to point at. All of
+    /// it counted as live; `mapped` is ascending.
+    pub(crate) fn mark_unmapped_dead(&self, id: u32, key: &Key, mapped: &[Extent]) {
+        let (mut at, end) = (key.first, key.range().end());
+        for part in mapped.iter().map(|e| e.range).chain([SectorRange::new(end, 1)]) {
+            if part.start > at {
+                let dead = (part.start - at) as u32;
+                self.segments[id as usize].live.fetch_sub(dead, Ordering::Relaxed);
+                self.mark_sectors_dead(id, key.payload + (at - key.first) as u32, dead);
+            }
+            at = part.end();
         }
     }
 

@@ -23,6 +23,7 @@ mod core;
 mod judge;
 mod liveness;
 mod media;
+mod plan;
 mod record;
 mod recovery;
 mod scan;

@@ -166,9 +166,9 @@ impl Open {
 
 impl<E: Env> Cache<E> {
     /// Takes a free segment for `owner`. `None` when there is none: ask the housekeeper, wait.
-    pub(crate) fn open_segment(&self, owner: u64, stream: u16, for_fill: bool) -> Option<Open> {
+    pub(crate) fn open_segment(&self, owner: u64, stream: u16, spares_last: bool) -> Option<Open> {
         loop {
-            let id = self.take_free(for_fill)?;
+            let id = self.take_free(spares_last)?;
             let segment = &self.segments[id as usize];
             let generation = segment.generation.load(Ordering::Relaxed);
             segment.begin(&self.media.geometry, owner, generation, self.start_counter);

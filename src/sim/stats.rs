@@ -59,6 +59,10 @@ stats! {
     reclaimed,
     /// Sectors evicted.
     evicted,
+    /// Sectors relocated.
+    relocated,
+    /// Of these, dirty ones.
+    relocated_dirty,
     /// Sectors written back.
     written_back,
     /// Epochs that reached the disk.

@@ -4,6 +4,8 @@
 //! only [`Workers`] sleeps. So a simulation drives the same workers without threads or time.
 
 mod housekeeper;
+mod relocate;
+mod victims;
 mod writeback;
 
 use std::sync::Arc;
