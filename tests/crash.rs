@@ -11,6 +11,8 @@
 mod damage;
 #[path = "crash/regressions.rs"]
 mod regressions;
+#[path = "crash/relocation.rs"]
+mod relocation;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

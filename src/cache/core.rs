@@ -187,7 +187,7 @@ impl<E: Env> Cache<E> {
         self.free_count.store(free.len(), Ordering::Relaxed);
     }
 
-    /// Takes a free segment; fills and relocation spare the last one for the guest's writes.
+    /// Takes a free segment; fills and relocation leave the last one to the guest's writes.
     pub(crate) fn take_free(&self, spares_last: bool) -> Option<u32> {
         let mut free = lock(&self.free);
         let low = free.len() <= self.free_target();

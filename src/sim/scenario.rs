@@ -31,6 +31,13 @@ pub struct Scenario {
     pub ends_unsynced: bool,
     /// Longest request in sectors.
     pub request_max: u64,
+    /// Steps of the housekeeper after most batches: with some, segments are free more often than
+    /// not, and reclaim relocates instead of dropping in haste.
+    pub housekeeping: u64,
+    /// Writes among 100 requests, of the 80 that are writes or reads.
+    pub write_percent: u64,
+    /// Whether write-back gets few steps: dirty data then pins segments for long.
+    pub is_disk_slow: bool,
 }
 
 impl Scenario {
@@ -59,6 +66,9 @@ impl Scenario {
             has_faults: rng.chance(1, 4),
             ends_unsynced: class == MediaClass::PageCache && rng.chance(1, 4),
             request_max: rng.pick(&[4, 16, 40, 100]),
+            housekeeping: rng.pick(&[0, 0, 4, 10]),
+            write_percent: rng.pick(&[50, 50, 20]),
+            is_disk_slow: rng.chance(1, 4),
         }
     }
 }

@@ -30,8 +30,13 @@ pub struct Scene {
 impl Scene {
     /// A fresh cache of 12 segments of 64 KiB before a disk of 512 sectors.
     pub fn new(class: MediaClass, style: Style) -> Scene {
-        let disks = vec![DiskState::new((1..=512).collect())];
-        let geometry = Geometry::custom(16 << 10, 64 << 10, 12, 1).expect("a geometry");
+        Scene::sized(class, style, 12, 512)
+    }
+
+    /// A fresh cache of so many segments of 64 KiB before a disk of so many sectors.
+    pub fn sized(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Scene {
+        let disks = vec![DiskState::new((1..=sectors).collect())];
+        let geometry = Geometry::custom(16 << 10, 64 << 10, segments, 1).expect("a geometry");
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };

@@ -13,8 +13,8 @@
 //! Eviction holds the liveness writer's mutex from the index to the marks, so that a bypassing
 //! write that finds nothing in the index waits until the marks are there to be written.
 //!
-//! Which segments, is in `victims.rs`. A step relocates and evicts one of them at most, and nothing
-//! is relocated while no segment is free: those who wait for space come first.
+//! Which segments, is in `victims.rs`. A step relocates and evicts one of them at most; while no
+//! segment is free, only one of a batch is relocated: those who wait for space come first.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,7 +30,6 @@ use super::super::syncer::{Durable, Outcome};
 use super::super::volume::VolumeCore;
 use super::Progress;
 use super::relocate::Relocator;
-use super::victims::Picked;
 use crate::onmedia::{SegmentHeader, SegmentState};
 use crate::pmem::Pmem;
 
@@ -53,6 +52,8 @@ pub(crate) struct Housekeeper<E: Env> {
     pub(super) relocator: Relocator<E>,
     /// Whether anything is relocated; otherwise clean data is dropped, first in first out.
     pub(super) relocates: bool,
+    /// Victims looked for so far.
+    pub(super) turn: usize,
     stage: Stage,
     /// Full segments, to be sealed once their records are durable.
     sealing: Option<(Durable, Vec<u32>)>,
@@ -66,6 +67,7 @@ impl<E: Env> Housekeeper<E> {
         Self {
             relocator: Relocator::new(cache.clone()),
             relocates: true,
+            turn: 0,
             cache,
             stage: Stage::Idle,
             sealing: None,
@@ -192,7 +194,10 @@ impl<E: Env> Housekeeper<E> {
         if free >= target {
             return Progress::Idle;
         }
-        let Picked { victims, spared } = self.pick((target - free).min(BATCH));
+        if self.relocates {
+            self.relocator.fill_reserve();
+        }
+        let victims = self.pick((target - free).min(BATCH));
         if !victims.is_empty() {
             self.stage = Stage::Emptying(victims.into(), Vec::new());
             return Progress::Did;
@@ -200,8 +205,8 @@ impl<E: Env> Housekeeper<E> {
         for volume in self.cache.all_volumes() {
             volume.writeback.raise();
         }
-        let freed_by_moving = free > 0 && self.relocates && self.move_pinned();
-        if spared || freed_by_moving || free == 0 && self.close_idle_streams() {
+        let has_moved = self.relocates && self.move_pinned();
+        if has_moved || free == 0 && self.close_idle_streams() {
             return Progress::Did;
         }
         Progress::Idle
@@ -210,7 +215,7 @@ impl<E: Env> Housekeeper<E> {
     /// Takes out of one victim what is worth keeping, and the rest out of the index.
     fn empty_one(&mut self, mut full: VecDeque<u32>, mut empty: Vec<u32>) -> Progress {
         if let Some(id) = full.pop_front() {
-            if self.relocates && self.cache.free_segments() > 0 {
+            if self.relocates && (empty.is_empty() || self.cache.free_segments() > 0) {
                 self.relocator.save_hot(id);
             }
             self.evict(id);
@@ -325,7 +330,9 @@ impl<E: Env> Housekeeper<E> {
             if let Some(volume) = self.cache.volume_of(owner) {
                 add(&volume.tally.reclaimed, 1);
             }
-            self.cache.add_free(id);
+            if !self.relocates || !self.relocator.take_reserve(id) {
+                self.cache.add_free(id);
+            }
         }
         for volume in self.cache.all_volumes() {
             volume.wake_waiting();

@@ -48,6 +48,12 @@ impl<E: Env> Stepper<E> {
         }
     }
 
+    /// Whether reclaim relocates, as it does, or drops clean data first in, first out: a baseline to
+    /// compare with.
+    pub fn relocate(&mut self, on: bool) {
+        self.housekeeper.relocates = on;
+    }
+
     /// One `sync` if any is asked for; says whether it ran.
     pub fn sync(&self) -> bool {
         self.cache.syncer.step(&*self.cache.media.pmem)

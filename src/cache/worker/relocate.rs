@@ -18,8 +18,11 @@
 //! - In *strict* order a version above the tail that something newer has superseded is still needed
 //!   by its epoch, unless both are of one epoch. Such a version is in no index, so its segment is
 //!   left alone until the tail has passed it. In *relaxed* order it is needed by nobody.
-//! - There is one target in the cache at a time, and it is never the last free segment; without one
-//!   nothing is relocated, clean data is dropped and dirty data waits for write-back (law 12).
+//! - Copies go to one segment at a time, the target. Once that is half full an empty one is held in
+//!   reserve as the next, so the dirty data of a mostly dead segment always finds room: where the
+//!   disk is down nothing else makes any. Reclaim withholds these two segments and no more, and a
+//!   cache has at least six: with all others clean, guests get the second of those it frees (law 12).
+//!   Without a target nothing is relocated: clean data is dropped, dirty data waits for write-back.
 //! - What is copied was less than half of its segment, and a copy must be read again to be copied
 //!   again: reclaim writes less than it frees.
 
@@ -56,6 +59,8 @@ const LOOKS: u32 = 4;
 enum Stop {
     /// No target, or it is full and there is no other.
     NoRoom,
+    /// It would not pay, or something is needed that cannot be moved.
+    NotNow,
     /// The media refused a record, or dirty data does not match its checksum.
     Media,
 }
@@ -83,6 +88,8 @@ struct Moves {
 pub(super) struct Relocator<E: Env> {
     cache: Arc<Cache<E>>,
     target: Option<Target>,
+    /// The next target: free on the media, on no list.
+    reserve: Option<u32>,
     draft: Draft,
     stripes: Vec<u16>,
     bytes: Vec<u8>,
@@ -95,6 +102,7 @@ impl<E: Env> Relocator<E> {
         Self {
             cache,
             target: None,
+            reserve: None,
             draft: Draft::new(),
             stripes: Vec::new(),
             bytes: Vec::new(),
@@ -109,6 +117,35 @@ impl<E: Env> Relocator<E> {
         }
     }
 
+    /// Whether the target, if there is one, might not take the dirty data of one segment more.
+    fn wants_reserve(&self) -> bool {
+        let open = self.target.as_ref().and_then(|t| t.stream.open.as_ref());
+        let half = self.cache.capacity_sectors() / 2 * 512;
+        self.reserve.is_none() && open.is_none_or(|open| open.log_low - open.payload_end < half)
+    }
+
+    /// Takes a reserve off the free list, if there is need of one and it is not the last.
+    pub fn fill_reserve(&mut self) {
+        if self.wants_reserve() {
+            self.reserve = self.cache.take_free(true);
+        }
+    }
+
+    /// Keeps a segment that has just been freed back from the free list, if there is need of one.
+    pub fn take_reserve(&mut self, id: u32) -> bool {
+        let is_wanted = self.wants_reserve();
+        if is_wanted {
+            self.reserve = Some(id);
+        }
+        is_wanted
+    }
+
+    /// Whether there is somewhere to put dirty data of this volume.
+    pub fn has_room_for(&self, volume: &Arc<VolumeCore>) -> bool {
+        let is_aimed = self.target.as_ref().is_some_and(|t| Arc::ptr_eq(&t.volume, volume));
+        self.reserve.is_some() || is_aimed
+    }
+
     /// Copies what a clean segment has that guests have read. What does not fit is not kept.
     pub fn save_hot(&mut self, id: u32) {
         let Some((volume, mut keys)) = self.contents(id) else { return };
@@ -121,7 +158,7 @@ impl<E: Env> Relocator<E> {
             }
         }
         // A failure is noted where it happens; the rest is dropped as if it were cold.
-        _ = self.copy(&volume, id, u64::MAX, &mut pieces, &mut Moves::default());
+        _ = self.copy(&volume, id, u64::MAX, PATIENCE, &mut pieces, &mut Moves::default());
     }
 
     /// Moves all of a segment's dirty data that is still needed. When this returns true none is, and
@@ -132,15 +169,17 @@ impl<E: Env> Relocator<E> {
         let tail = volume.tail.load(Ordering::SeqCst);
         keys.retain(|k| k.kind != KeyKind::Fill && k.epoch > tail);
         let mut moves = Moves::default();
-        let is_empty = self.move_needed(&volume, id, tail, &keys, &mut moves);
+        let moved = self.move_needed(&volume, id, tail, &keys, &mut moves);
+        let is_empty = moved.is_ok();
         self.file(&volume, &mut plan, id, is_empty, &keys, moves);
         let segment = &self.cache.segments[id as usize];
-        if is_empty {
-            self.left_alone.remove(&id);
-            segment.max_epoch.store(0, Ordering::SeqCst);
-        } else {
-            let generation = segment.generation.load(Ordering::Relaxed);
-            self.left_alone.insert(id, (generation, tail));
+        match moved {
+            Ok(()) => segment.max_epoch.store(0, Ordering::SeqCst),
+            Err(Stop::NoRoom) => {}
+            Err(_) => {
+                let generation = segment.generation.load(Ordering::Relaxed);
+                self.left_alone.insert(id, (generation, tail));
+            }
         }
         is_empty
     }
@@ -182,7 +221,7 @@ impl<E: Env> Relocator<E> {
         found.iter().map(|e| cut(key, e.range)).collect()
     }
 
-    /// Copies a segment's dirty data until none is needed there; false if some is and stays.
+    /// Copies a segment's dirty data until none is needed there.
     fn move_needed(
         &mut self,
         volume: &Arc<VolumeCore>,
@@ -190,21 +229,22 @@ impl<E: Env> Relocator<E> {
         tail: u64,
         keys: &[Key],
         moves: &mut Moves,
-    ) -> bool {
+    ) -> Result<(), Stop> {
         let order = lock(&volume.descriptor).0.order;
         for look in 0..LOOKS {
-            let Some(mut pieces) = self.needed(volume, id, order, keys, moves) else { return false };
+            let mut pieces = self.needed(volume, id, order, keys, moves).ok_or(Stop::NotNow)?;
             if pieces.is_empty() {
-                return true;
+                return Ok(());
             }
-            let sectors: u64 = pieces.iter().map(|k| k.range().len).sum();
-            let is_much = pieces.iter().any(|k| k.kind.has_payload())
-                && sectors * 2 > u64::from(self.cache.capacity_sectors());
-            if look == 0 && is_much || self.copy(volume, id, tail, &mut pieces, moves).is_err() {
-                return false;
+            let sectors = |k: &Key| if k.kind.has_payload() { k.range().len } else { 0 };
+            let is_much =
+                pieces.iter().map(sectors).sum::<u64>() * 2 > u64::from(self.cache.capacity_sectors());
+            if look == 0 && is_much {
+                return Err(Stop::NotNow);
             }
+            self.copy(volume, id, tail, 0, &mut pieces, moves)?;
         }
-        false
+        Err(Stop::NotNow)
     }
 
     /// What of these dirty keys is to be copied; `None` if something is needed that cannot be.
@@ -312,17 +352,19 @@ impl<E: Env> Relocator<E> {
         plan.redirect(&positions, &mut moves.payload, is_empty);
     }
 
-    /// Copies pieces of a segment, a record at a time. Those above `tail` are dirty.
+    /// Copies pieces of a segment, a record at a time. Those above `tail` are dirty. Another volume's
+    /// target is left to it until asked for more than `patience` times.
     fn copy(
         &mut self,
         volume: &Arc<VolumeCore>,
         id: u32,
         tail: u64,
+        patience: u32,
         pieces: &mut VecDeque<Key>,
         moves: &mut Moves,
     ) -> Result<(), Stop> {
         while !pieces.is_empty() {
-            self.aim(volume)?;
+            self.aim(volume, patience)?;
             let sources = self.draft(id, tail, pieces)?;
             if sources.is_empty() && !pieces.is_empty() {
                 // Full. A fresh one takes any piece.
@@ -335,20 +377,22 @@ impl<E: Env> Relocator<E> {
     }
 
     /// Makes the target ready for a record of `volume`.
-    fn aim(&mut self, volume: &Arc<VolumeCore>) -> Result<(), Stop> {
+    fn aim(&mut self, volume: &Arc<VolumeCore>, patience: u32) -> Result<(), Stop> {
         let cache = &self.cache;
         if let Some(target) = &mut self.target
             && !Arc::ptr_eq(&target.volume, volume)
         {
             target.refused += 1;
             let is_gone = cache.volume_of(target.volume.incarnation).is_none();
-            if target.refused < PATIENCE && !is_gone {
+            if target.refused <= patience && !is_gone {
                 return Err(Stop::NoRoom);
             }
             self.close();
         }
         if self.target.is_none() {
-            let open = self.cache.open_segment(volume.incarnation, STREAM, true).ok_or(Stop::NoRoom)?;
+            self.fill_reserve();
+            let id = self.reserve.take().ok_or(Stop::NoRoom)?;
+            let open = self.cache.open_taken(id, volume.incarnation, STREAM).ok_or(Stop::NoRoom)?;
             let stream = Stream { open: Some(open) };
             self.target = Some(Target { volume: volume.clone(), stream, refused: 0 });
         }
@@ -491,6 +535,16 @@ impl<E: Env> Relocator<E> {
         segment.log_low.store(open.log_low, Ordering::Release);
         drop(held);
         Ok(())
+    }
+}
+
+impl<E: Env> Drop for Relocator<E> {
+    /// The segments outlive the housekeeper.
+    fn drop(&mut self) {
+        self.close();
+        if let Some(id) = self.reserve.take() {
+            self.cache.add_free(id);
+        }
     }
 }
 

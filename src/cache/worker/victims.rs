@@ -1,11 +1,12 @@
 //! Which segments reclaim takes next.
 //!
-//! Clean ones: the emptiest among the oldest, and no more than a turn of the clock keeps them.
+//! Clean ones: the emptiest among the oldest, and at every fourth turn the oldest, which a stream of
+//! slightly emptier ones would otherwise pass by for ever.
 //! - Empty ones go first, wherever they are.
 //! - One of which guests have read more than half gets a second chance: it goes to the young end and
 //!   what was read of it is forgotten. Copying it would cost more than it frees.
 //! - Of the others what was read is relocated, and the rest is dropped.
-//! - If all would be spared, or no segment is free, nothing is spared.
+//! - If all would be spared, the oldest of them are taken as if they were cold.
 //!
 //! Dirty ones: where no segment is clean and most of one is dead, what is still needed of it is
 //! moved, so that a slow disk pins no more space than its dirty data takes.
@@ -17,41 +18,39 @@ use super::super::segments::State;
 use super::super::stripes::lock;
 use super::housekeeper::Housekeeper;
 
-/// How many of the oldest clean segments are looked at for the emptiest.
+/// Most of the oldest clean segments that are looked at for the emptiest; of a small cache a
+/// quarter, or age, and with it a second chance, would mean nothing.
 const LOOK_AHEAD: usize = 32;
-
-/// What a look for victims came to.
-pub(super) struct Picked {
-    pub victims: Vec<u32>,
-    /// Whether some were given a second chance: another look may find more.
-    pub spared: bool,
-}
+/// Of so many victims one is the oldest, however much of it lives.
+const OLDEST_EVERY: usize = 4;
 
 impl<E: Env> Housekeeper<E> {
     /// Takes up to `count` clean segments off the list.
-    pub(super) fn pick(&self, count: usize) -> Picked {
+    pub(super) fn pick(&mut self, count: usize) -> Vec<u32> {
         let cache = &self.cache;
         let mut sealed = lock(&cache.sealed);
+        let oldest = (sealed.len() / 4).clamp(count, LOOK_AHEAD);
         let mut clean: Vec<(u32, usize, u32)> = Vec::new();
         for (age, &id) in sealed.iter().enumerate() {
             if self.is_clean(id) {
                 let live = cache.segments[id as usize].live.load(Ordering::Relaxed);
                 // Beyond the oldest only the empty ones are better than those.
-                let rank = if live > 0 && clean.len() >= LOOK_AHEAD { u32::MAX } else { live };
+                let rank = if live > 0 && clean.len() >= oldest { u32::MAX } else { live };
                 clean.push((rank, age, id));
             }
         }
         cache.clean_count.store(clean.len().saturating_sub(count), Ordering::Relaxed);
         clean.sort_unstable();
-        let may_spare = self.relocates && cache.free_segments() > 0;
         let mut spared = Vec::new();
         let mut victims = Vec::new();
-        for (_, _, id) in clean {
-            if victims.len() == count || spared.len() == LOOK_AHEAD {
-                break;
-            }
+        while !clean.is_empty() && victims.len() < count && spared.len() < LOOK_AHEAD {
+            self.turn += 1;
+            let is_turn_of_oldest = self.turn.is_multiple_of(OLDEST_EVERY) && clean[0].0 > 0;
+            let by_age = |at: &usize| clean[*at].1;
+            let at = if is_turn_of_oldest { (0..clean.len()).min_by_key(by_age) } else { None };
+            let (_, _, id) = clean.remove(at.unwrap_or(0));
             let is_hot = cache.segments[id as usize].hot_sectors() > cache.capacity_sectors() / 2;
-            if may_spare && is_hot { spared.push(id) } else { victims.push(id) }
+            if self.relocates && is_hot { spared.push(id) } else { victims.push(id) }
         }
         spared.iter().for_each(|&id| cache.segments[id as usize].forget_reads());
         if victims.is_empty() {
@@ -69,7 +68,7 @@ impl<E: Env> Housekeeper<E> {
                 dirty.known.retain(|&(_, other), _| other != id);
             }
         }
-        Picked { victims, spared: !spared.is_empty() }
+        victims
     }
 
     fn is_clean(&self, id: u32) -> bool {
@@ -95,6 +94,7 @@ impl<E: Env> Housekeeper<E> {
             let is_worth_it = live <= cache.capacity_sectors() / 2
                 && !self.is_clean(id)
                 && !volume.damaged.load(Ordering::Relaxed)
+                && self.relocator.has_room_for(&volume)
                 && !self.relocator.is_left_alone(id, volume.tail.load(Ordering::SeqCst));
             is_worth_it.then_some((live, id))
         };
