@@ -180,6 +180,8 @@ impl Run {
             self.stats.records += c.records;
             self.stats.reclaimed += c.reclaimed;
             self.stats.evicted += c.evicted_sectors;
+            self.stats.relocated += c.relocated_sectors;
+            self.stats.relocated_dirty += c.relocated_dirty_sectors;
             self.stats.written_back += c.written_back_sectors;
             self.stats.epochs += c.tail_epoch - c.tail_epoch.min(self.tails[number]);
             self.stats.fills += c.fill_sectors;
