@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sync;
+
 /// First and last length of a sleep of a queue without a kick descriptor.
 const NAP_MIN: Duration = Duration::from_micros(10);
 const NAP_MAX: Duration = Duration::from_millis(1);
@@ -106,12 +108,13 @@ impl Sleeper {
         let mut events = [EpollEvent::default(); 2];
         if self.has_kick || woken_only {
             // Errors are EINTR; the loop looks again anyway.
-            drop(self.epoll.wait(-1, &mut events));
+            sync::block(-1, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
         } else if self.nap < NAP_MAX {
-            std::thread::sleep(self.nap);
+            sync::thread::sleep(self.nap);
             self.nap *= 2;
         } else {
-            drop(self.epoll.wait(NAP_MAX.as_millis() as i32, &mut events));
+            let nap = NAP_MAX.as_millis() as i32;
+            sync::block(nap, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
         }
         start.elapsed()
     }

@@ -39,3 +39,5 @@ pub use server::{Endpoint, Options, Server, Stopper};
 
 #[cfg(test)]
 mod testing;
+#[cfg(all(test, feature = "weave"))]
+mod weave_tests;

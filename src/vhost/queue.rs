@@ -16,8 +16,6 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -29,6 +27,9 @@ use super::memory::{GuestBuffer, HostRange, MemoryMap, SharedMemory};
 use super::notify::Notifier;
 use super::request::{Action, Parser};
 use super::ring::{Ring, RingError};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::hint;
+use crate::sync::thread::{self, JoinHandle};
 use crate::volume::{Buffer, Disk, DiskQueue, Done, Request, RequestKind, Status};
 use crate::wake::Waker;
 
@@ -104,7 +105,7 @@ pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>)
     let waker = Waker::new(event);
     let started_at = Stopped { base: start.ring.next_avail(), used: start.ring.next_used(), broken: true };
     let name = format!("{}/q{}", start.name, start.index);
-    let thread = std::thread::Builder::new().name(name).spawn({
+    let thread = thread::Builder::new().name(name).spawn({
         let (stop, waker) = (Arc::clone(&stop), waker.clone());
         move || run(start, sleeper, &stop, waker)
     })?;
@@ -242,7 +243,7 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
                 continue;
             }
             if self.idle.keep_polling() {
-                std::hint::spin_loop();
+                hint::spin_loop();
                 continue;
             }
             if self.asked_for_notifications(sleeper.is_kicked()) {
