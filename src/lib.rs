@@ -20,6 +20,7 @@ pub mod onmedia;
 pub mod pmem;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod sync;
 pub mod tools;
 pub mod units;
 pub mod vhost;

@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 /// none of its business.
 const LAW: &[(&str, &[&str])] = &[
     ("units", &[]),
+    ("sync", &[]),
     ("wake", &[]),
     ("onmedia", &["units", "wake"]),
     ("pmem", &["units", "wake"]),
     ("backing", &["units", "wake"]),
     ("volume", &["units", "wake"]),
-    ("cache", &["backing", "onmedia", "pmem", "units", "volume", "wake"]),
+    ("cache", &["backing", "onmedia", "pmem", "sync", "units", "volume", "wake"]),
     ("vhost", &["pmem::guard", "units", "volume", "wake"]),
     ("sim", &["backing", "cache", "onmedia", "pmem", "units", "volume", "wake"]),
     ("tools", &["backing", "cache", "onmedia", "pmem", "units", "volume", "wake"]),

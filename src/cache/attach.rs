@@ -9,13 +9,14 @@
 //! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
 //!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
 use super::judge::{judge_identity, judge_options};
+use super::segments::State;
 use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
@@ -24,6 +25,7 @@ use super::worker::DrainError;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
+use crate::sync::Mutex;
 use crate::volume::DiskConfig;
 use crate::wake::Waker;
 
@@ -224,9 +226,18 @@ impl<E: Env> Cache<E> {
             flush(&*options.backing)
                 .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
-        _ = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect());
+        let is_first = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect()).is_ok();
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
         _ = core.streams.set((0..streams).map(|_| Mutex::new(Stream::default())).collect());
+        for (id, segment) in self.segments.iter().enumerate().filter(|_| is_first) {
+            let max_epoch = segment.max_epoch.load(Ordering::Relaxed);
+            if segment.owner.load(Ordering::Relaxed) == core.incarnation
+                && matches!(segment.state(), State::Full | State::Sealed)
+                && max_epoch > core.tail.load(Ordering::Relaxed)
+            {
+                core.pacer.found(max_epoch, id as u32, self.segment_capacity());
+            }
+        }
         let geometry = options.backing.geometry();
         let config = DiskConfig {
             sectors: descriptor.sectors,
@@ -398,6 +409,10 @@ impl<E: Env> Cache<E> {
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
         let path = volume.backing.identity().path;
+        if volume.core.facts.left_behind() > 0 {
+            let error = std::io::Error::other("operations left to it may still change it");
+            return Err(AttachError::Disk { path, error });
+        }
         let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;

@@ -20,9 +20,12 @@ pub mod worker;
 
 mod attach;
 mod core;
+mod ghost;
+mod health;
 mod judge;
 mod liveness;
 mod media;
+mod pacing;
 mod record;
 mod recovery;
 mod scan;
@@ -30,6 +33,8 @@ mod segments;
 mod stream;
 mod stripes;
 mod syncer;
+#[cfg(all(test, feature = "sim", any(feature = "weave", miri)))]
+mod weave_tests;
 
 pub use attach::{AttachError, AttachOptions};
 pub use check::{CheckReport, Verdict, check, dump};
@@ -37,6 +42,7 @@ pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
+pub use health::{Health, STALL_MS, VolumeState};
 pub use judge::{has_volume, would_attach};
 pub use recovery::RecoveryReport;
 pub use volume::{Mode, Order, Volume, VolumeDisk};

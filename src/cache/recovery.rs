@@ -7,7 +7,7 @@
 //! has been flushed since. Loss of keys that may
 //! have been dirty damages the volume they belonged to, and no other.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -61,7 +61,7 @@ struct Found {
 pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, OpenError> {
     let mut report = RecoveryReport { was_clean: lock(&cache.start).was_clean, ..RecoveryReport::default() };
     let volumes = load_volumes(cache, &mut report);
-    let mut found: HashMap<u64, Vec<Found>> = HashMap::new();
+    let mut found: BTreeMap<u64, Vec<Found>> = BTreeMap::new();
     let mut sealed: Vec<(u64, u32)> = Vec::new();
     for id in 0..cache.media.geometry.segment_count {
         let copies = cache.media.load_header(id);
@@ -111,9 +111,9 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
 }
 
 /// Reads descriptors and tails.
-fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMap<u64, Arc<VolumeCore>> {
+fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeMap<u64, Arc<VolumeCore>> {
     let media = &cache.media;
-    let mut volumes = HashMap::new();
+    let mut volumes = BTreeMap::new();
     for slot in 0..media.geometry.volume_slots {
         let copies = media.load(
             |copy| media.geometry.descriptor(slot, copy),
@@ -287,6 +287,7 @@ fn take_keys<E: Env>(
     }
     segment.max_version.store(max_version, Ordering::Relaxed);
     segment.max_epoch.store(max_dirty, Ordering::Relaxed);
+    segment.min_epoch.store(0, Ordering::Relaxed);
     volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
     volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);

@@ -17,6 +17,9 @@ pub enum Exit {
     Damaged = 3,
     /// `check`: there is no cache of ours.
     NotOurs = 4,
+    /// It has stopped without the answer of a disk. Nothing acknowledged is lost; what that disk
+    /// had under way may still reach it, and the next start waits for that.
+    Unanswered = 5,
 }
 
 impl From<Exit> for ExitCode {

@@ -117,6 +117,8 @@ impl<B: Buffer> DiskQueue<B> for NothingQueue<B> {
     }
 
     fn park(&mut self) {}
+
+    fn leave_behind(self) {}
 }
 
 /// What front ends share, made once: only what is sent is duplicated.

@@ -31,6 +31,7 @@ mod run;
 mod scenario;
 mod scene;
 mod stats;
+pub mod timed;
 mod world;
 
 pub use backing::{SimBacking, SimChannel};

@@ -4,7 +4,7 @@
 //! - a ring runs if and only if it has a size, addresses inside the guest's memory, a kick (a
 //!   descriptor, or the word that there is none), is enabled, and is not broken;
 //! - what a running ring was started with does not change under it: it is stopped first, which
-//!   returns everything in flight;
+//!   returns everything in flight, or leaves its marks in the in-flight area for the next start;
 //! - a broken ring stays stopped until the VMM takes its base or resets the device.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -72,6 +72,8 @@ pub(super) struct Vring {
     /// The used index it last stopped at, until the base is taken.
     stopped_at: Option<u16>,
     broken: bool,
+    /// Heads that the last run left with a disk that did not answer.
+    left: u16,
     running: Option<QueueHandle>,
 }
 
@@ -98,6 +100,7 @@ impl Vring {
             Kick::Unset | Kick::Polled => None,
         };
         self.running = Some(queue::spawn(start, kick)?);
+        self.left = 0;
         Ok(())
     }
 
@@ -162,32 +165,46 @@ impl Vring {
 
     /// Asks the thread to end; [`Vring::stop`] waits for it. Asking all rings before waiting for
     /// one lets them drain at the same time.
-    pub fn request_stop(&self) {
+    pub fn request_stop(&self, patience: Option<Duration>) {
         if let Some(running) = &self.running {
-            running.request_stop();
+            running.request_stop(patience);
         }
     }
 
-    /// Stops the thread, when everything in flight is returned.
-    pub fn stop(&mut self) {
-        self.request_stop();
+    /// Whether its last run left requests with a disk that did not answer.
+    pub fn has_left_requests(&self) -> bool {
+        self.left > 0
+    }
+
+    /// Stops the thread, when everything in flight is returned, or when nothing has been for
+    /// `patience`.
+    pub fn stop(&mut self, patience: Option<Duration>) {
+        self.request_stop(patience);
         if let Some(running) = self.running.take() {
             let stopped = running.join();
             self.base = stopped.base;
             self.stopped_at = Some(stopped.used);
+            self.left = stopped.left;
             self.broken |= stopped.broken;
         }
     }
 
     /// Stops the ring for good, as GET_VRING_BASE asks: its position. It needs a new kick to start.
-    pub fn take_base(&mut self, index: u16, inflight: Option<&InflightArea>) -> u16 {
-        self.stop();
+    pub fn take_base(
+        &mut self,
+        index: u16,
+        inflight: Option<&InflightArea>,
+        patience: Option<Duration>,
+    ) -> u16 {
+        self.stop(patience);
         self.kick = Kick::Unset;
         self.call.set(None);
         self.broken = false;
         // What a broken ring has left is counted by the base, so it will be taken again; marks that
-        // stayed would be taken for chains of whatever ring comes next.
+        // stayed would be taken for chains of whatever ring comes next. But what a disk has not
+        // answered is known by its marks alone: heads return in any order.
         if let Some(used) = self.stopped_at.take()
+            && self.left == 0
             && let Some(mut inflight) = inflight.and_then(|area| area.queue(index, self.size))
         {
             inflight.clear(used);
@@ -199,6 +216,6 @@ impl Vring {
 impl Drop for Vring {
     /// A thread must not outlive the session whose memory it was given.
     fn drop(&mut self) {
-        self.stop();
+        self.stop(None);
     }
 }

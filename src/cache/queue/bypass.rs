@@ -50,6 +50,12 @@ impl Bypasses {
     pub fn is_blocked(&self) -> bool {
         !self.blocked.is_empty()
     }
+
+    /// Takes the registrations of those that have operations with the disk.
+    pub fn take_under_way(&mut self) -> Vec<(Ticket, SectorRange)> {
+        let under_way = self.under_way.extract_if(|_, bypass| bypass.left > 0);
+        under_way.map(|(_, bypass)| (bypass.ticket, bypass.range)).collect()
+    }
 }
 
 impl<E: Env, B: Buffer> Queue<E, B> {
@@ -115,7 +121,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
 
     fn bypass_submit(&mut self, slot: u32, op: Op) {
         self.bypass.under_way.get_mut(&slot).expect("under way").left += 1;
-        if self.io.submit(&self.volume.backing, &self.waker, Purpose::Bypass { slot }, op).is_err() {
+        if self.submit_io(Purpose::Bypass { slot }, op).is_err() {
             self.bypass_part(slot, false);
         }
     }
@@ -145,7 +151,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             return self.end_bypass(slot, ok);
         }
         let purpose = Purpose::BypassFlush { slot };
-        if self.io.submit(&self.volume.backing, &self.waker, purpose, Op::Flush).is_err() {
+        if self.submit_io(purpose, Op::Flush).is_err() {
             self.end_bypass(slot, false);
         }
     }

@@ -58,6 +58,8 @@ enum Attempt {
     /// Something was committed or given up: go on.
     Progress,
     NoSpace,
+    /// The volume's writes wait for its disk.
+    Paced,
 }
 
 /// The next piece of a write: within one region, at most one extent.
@@ -101,13 +103,18 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 self.fail_gathered();
                 break;
             }
-            let attempt = {
+            let allowance = self.volume.core.allowance(self.index);
+            let attempt = if allowance == 0 {
+                Attempt::Paced
+            } else {
                 let Self { volume, index, slots, gather, scratch, .. } = &mut *self;
                 let mut stream = lock(volume.core.stream(*index));
-                commit_record(volume, *index, &mut stream, gather, slots, scratch)
+                commit_record(volume, *index, &mut stream, gather, slots, scratch, allowance)
             };
             match attempt {
                 Attempt::Progress => committed = true,
+                Attempt::Paced if self.wait_for_allowance() => {}
+                Attempt::Paced => break,
                 Attempt::NoSpace if self.wait_for_space() => {}
                 Attempt::NoSpace => break,
             }
@@ -148,6 +155,16 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
     }
 
+    /// Asks for an allowance and parks. True when one came meanwhile.
+    fn wait_for_allowance(&mut self) -> bool {
+        let shared = self.shared();
+        if !shared.waiting.swap(true, Ordering::SeqCst) {
+            add(&shared.tally.pace_waits, 1);
+            self.volume.core.writeback.raise();
+        }
+        self.volume.core.allowance(self.index) > 0
+    }
+
     /// Asks for space and parks. True when some came meanwhile.
     fn wait_for_space(&mut self) -> bool {
         let shared = self.shared();
@@ -179,6 +196,7 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
         let cursor = Cursor::Log(open.log_low);
         lock(&volume.core.dirty).drained.insert(open.id, cursor);
         stream.open = Some(open);
+        volume.pace(false);
     }
     if let Some(open) = &mut stream.open {
         if !cache.media.pmem.class().fence_is_durable() {
@@ -196,12 +214,13 @@ fn commit_record<E: Env, B: Buffer>(
     gather: &mut VecDeque<Gathered>,
     slots: &mut Slots<B>,
     scratch: &mut Scratch,
+    allowance: u32,
 ) -> Attempt {
     if !ensure_open(volume, q, stream, false) {
         return Attempt::NoSpace;
     }
     let open = stream.open.as_mut().expect("ensured above");
-    let staged = match stage(&volume.cache, open, gather, slots, &mut scratch.draft) {
+    let staged = match stage(&volume.cache, open, gather, slots, &mut scratch.draft, allowance) {
         Ok(staged) => staged,
         Err(()) => {
             volume.cache.close_segment(stream);
@@ -214,7 +233,9 @@ fn commit_record<E: Env, B: Buffer>(
         }
         return Attempt::Progress;
     }
-    if publish(volume, q, open, scratch) {
+    let is_published = publish(volume, q, open, scratch);
+    volume.core.charge(q, open.charge());
+    if is_published {
         for gathered in gather.iter_mut().take_while(|g| g.staged > 0) {
             gathered.done = std::mem::take(&mut gathered.staged);
         }
@@ -239,11 +260,13 @@ fn stage<E: Env, B: Buffer>(
     gather: &mut VecDeque<Gathered>,
     slots: &mut Slots<B>,
     draft: &mut Draft,
+    allowance: u32,
 ) -> Result<Staged, ()> {
     let segment = &cache.segments[open.id as usize];
     draft.begin(open);
     let longest = cache.piece_sectors_max();
-    let limit = open.payload_end + cache.record_payload_max();
+    // The least is one piece: a debt is paid before the next.
+    let limit = open.payload_end + cache.record_payload_max().min(allowance.max(longest as u32 * 512));
     for i in 0..gather.len() {
         let gathered = &mut gather[i];
         let mark = (draft.keys.len(), draft.checksums.len());
@@ -319,6 +342,9 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     // Before the record exists, so that no one takes the segment for clean while it holds it.
     if segment.max_epoch.load(Ordering::SeqCst) < epoch {
         segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);
+    }
+    if segment.min_epoch.load(Ordering::Relaxed) > epoch {
+        segment.min_epoch.fetch_min(epoch, Ordering::SeqCst);
     }
     if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {
         tracing::error!(%error, segment = open.id, "the cache media refused a record");

@@ -162,4 +162,8 @@ impl<B: Buffer> DiskQueue<B> for ScriptQueue<B> {
     fn park(&mut self) {
         assert_eq!(self.committed, self.held.len(), "parked before what was submitted is committed");
     }
+
+    fn leave_behind(self) {
+        drop(self);
+    }
 }
