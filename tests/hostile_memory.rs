@@ -153,7 +153,7 @@ fn two_volumes(workspace: &Workspace) -> (Daemon, [std::path::PathBuf; 2]) {
             disk.display().to_string()
         );
     }
-    (Daemon::configured(workspace, &config, sockets[0].clone()), sockets)
+    (Daemon::configured(workspace, &config, &sockets[0]), sockets)
 }
 
 #[test]

@@ -6,6 +6,8 @@
 //! - The fingerprint is valid only between a clean detach and the next attach: it is struck out
 //!   durably before a guest can write.
 //! - Entering a mode that writes around the cache, and leaving `relaxed` for `strict`, drain first.
+//! - A detach flushes the disk before it takes the fingerprint: what a power cut could still take
+//!   away must not be part of what the next attach compares with.
 //! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
 //!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
@@ -295,7 +297,7 @@ impl<E: Env> Cache<E> {
         Ok(())
     }
 
-    fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
+    pub(crate) fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
         self.all_volumes().into_iter().find(|v| unpad(&lock(&v.descriptor).0.name) == name.as_bytes())
     }
 
@@ -356,10 +358,11 @@ impl<E: Env> Cache<E> {
         };
         set_identity(&mut descriptor, identity);
         let core = Arc::new(VolumeCore::new(descriptor, next));
-        // The tail first: a descriptor without one would be a damaged volume.
+        // The tail first, durably: a descriptor without one would be a damaged volume.
         for copy in 0..2 {
             self.write_tail(&core, copy, 0)?;
         }
+        self.settle()?;
         self.update_descriptor(&core, |_| {})?;
         self.update_descriptor(&core, |_| {})?;
         write(&self.volumes).insert(incarnation, core.clone());
@@ -378,12 +381,18 @@ impl<E: Env> Cache<E> {
         descriptor.sequence += 1;
         let at = self.media.geometry.descriptor(core.slot, guard.1);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
-        let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
-            return Err(AttachError::SyncFailed);
-        }
+        self.settle()?;
         *guard = (descriptor, 1 - guard.1);
         Ok(())
+    }
+
+    /// Waits until what this thread has stored is durable.
+    fn settle(&self) -> Result<(), AttachError> {
+        let ticket = self.syncer.request(&*self.media.pmem, None);
+        match self.syncer.wait(&*self.media.pmem, ticket) {
+            Outcome::Failed => Err(AttachError::SyncFailed),
+            _ => Ok(()),
+        }
     }
 
     /// Writes one copy of a volume's tail. It counts once it is durable.
@@ -408,12 +417,16 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
-        let path = volume.backing.identity().path;
+        let of_disk = |error| AttachError::Disk { path: volume.backing.identity().path, error };
         if volume.core.facts.left_behind() > 0 {
-            let error = std::io::Error::other("operations left to it may still change it");
-            return Err(AttachError::Disk { path, error });
+            return Err(of_disk(std::io::Error::other("operations left to it may still change it")));
         }
-        let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
+        if !volume.backing.geometry().read_only {
+            // Else a power cut after this takes from the disk what the fingerprint has seen, and the
+            // next attach takes it for another's work.
+            flush(&*volume.backing).map_err(of_disk)?;
+        }
+        let fingerprint = volume.backing.fingerprint().map_err(of_disk)?;
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;
             d.fingerprint_valid = true;

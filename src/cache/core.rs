@@ -173,6 +173,12 @@ impl<E: Env> Cache<E> {
         }
     }
 
+    /// The free list, for the audit.
+    #[cfg(feature = "sim")]
+    pub(crate) fn free_list(&self) -> Vec<u32> {
+        lock(&self.free).iter().copied().collect()
+    }
+
     /// Free segments that reclaim keeps in hand.
     pub(crate) fn free_target(&self) -> usize {
         // Enough that opening never waits for reclaim at a steady rate, without idling the cache:

@@ -19,7 +19,10 @@ pub mod volume;
 pub mod worker;
 
 mod attach;
+#[cfg(feature = "sim")]
+mod audit;
 mod core;
+mod delete;
 mod ghost;
 mod health;
 mod judge;
@@ -37,9 +40,12 @@ mod syncer;
 mod weave_tests;
 
 pub use attach::{AttachError, AttachOptions};
+#[cfg(feature = "sim")]
+pub use audit::Audit;
 pub use check::{CheckReport, Verdict, check, dump};
 pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
+pub use delete::DeleteError;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
 pub use health::{Health, STALL_MS, VolumeState};

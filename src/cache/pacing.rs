@@ -269,8 +269,18 @@ impl<E: Env> Volume<E> {
         let ending = (u128::from(state.rate) * u128::from(state.ending_us) / 1_000_000) as u64;
         let (began_us, todo) = (self.cache.clock.now_us(), todo.max(1));
         let ending = ending.min(todo);
-        state.round =
-            Some(Round { todo, done: 0, seen: 0, seen_us: began_us, ending, began_us, written_us: None, settles, taken, room });
+        state.round = Some(Round {
+            todo,
+            done: 0,
+            seen: 0,
+            seen_us: began_us,
+            ending,
+            began_us,
+            written_us: None,
+            settles,
+            taken,
+            room,
+        });
     }
 
     /// Bytes in use, and of these those that no ended round has settled.

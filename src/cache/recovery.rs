@@ -133,7 +133,14 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeM
         if descriptor.state == VolumeState::Empty {
             continue;
         }
+        let is_deleted = descriptor.state == VolumeState::Deleting;
         let volume = VolumeCore::new(descriptor, next);
+        if is_deleted {
+            if let Err(error) = cache.finish_delete(&volume) {
+                report.findings.push(format!("volume slot {slot} cannot be emptied: {error}"));
+            }
+            continue;
+        }
         let tails = media.load(
             |copy| media.geometry.tail(slot, copy),
             |bytes| Tail::decode(bytes, &media.uuid, volume.incarnation),

@@ -27,7 +27,7 @@ codes! {
         Empty = 0 "empty",
         /// A volume.
         InUse = 1 "in-use",
-        /// A volume whose segments are being freed; becomes empty when none is left.
+        /// A volume being deleted: it counts as none.
         Deleting = 2 "deleting",
     }
 }

@@ -20,6 +20,7 @@
 //!   cannot pass for a right one.
 
 mod backing;
+mod books;
 mod check;
 mod content;
 mod disk;
@@ -44,4 +45,4 @@ pub use run::{Run, Violation, run_seed};
 pub use scenario::Scenario;
 pub use scene::Scene;
 pub use stats::Stats;
-pub use world::{Faults, SimClock, SimEnv, Snapshot, World};
+pub use world::{DiskDeeds, Faults, SimClock, SimEnv, Snapshot, World};

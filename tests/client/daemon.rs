@@ -78,14 +78,6 @@ impl Daemon {
         Self::start(env!("CARGO_BIN_EXE_pcache-vhost").into(), all, socket, workspace.path("daemon.log"))
     }
 
-    /// Our own binary with a configuration file, once `socket`, one of those in it, answers.
-    pub fn configured(workspace: &Workspace, config: &str, socket: PathBuf) -> Self {
-        let file = workspace.path("pcache.toml");
-        fs::write(&file, config).expect("a configuration file");
-        let args = vec!["--config".to_owned(), text(&file)];
-        Self::start(env!("CARGO_BIN_EXE_pcache-vhost").into(), args, socket, workspace.path("daemon.log"))
-    }
-
     /// Our own binary with a cache and a backing file in the workspace, made if missing.
     pub fn cached(workspace: &Workspace, cache: &str, disk: u64, queues: u16, more: &[&str]) -> Self {
         let backing = workspace.path("disk.img");

@@ -32,6 +32,8 @@ struct Bypass {
     ticket: Ticket,
     /// Drawn before the disk write was issued.
     version: u64,
+    /// Whether the disk is flushed before it completes.
+    is_through: bool,
     /// Disk operations under way.
     left: u32,
     failed: bool,
@@ -81,8 +83,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         core.index.remove(range, &mut removed);
         self.volume.cache.mark_dead(&removed);
         self.scratch.replaced = removed;
-        let kind = gathered.kind;
-        let bypass = Bypass { range, kind, ticket, version, left: 0, failed: false, written: Vec::new() };
+        let Gathered { kind, is_through, .. } = gathered;
+        let (left, failed, written) = (0, false, Vec::new());
+        let bypass = Bypass { range, kind, ticket, version, is_through, left, failed, written };
         self.bypass.under_way.insert(slot, bypass);
         add(&self.shared().tally.bypass_sectors, range.len);
         match self.volume.cache.write_liveness(Some(&self.waker)) {
@@ -146,7 +149,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         if bypass.left > 0 {
             return;
         }
-        if bypass.failed || self.volume.has_write_cache() {
+        if bypass.failed || !bypass.is_through {
             let ok = !bypass.failed;
             return self.end_bypass(slot, ok);
         }

@@ -27,6 +27,8 @@ pub(crate) struct Gathered {
     pub slot: u32,
     pub range: SectorRange,
     pub kind: KeyKind,
+    /// Whether it completes durably: the guest had no write cache when it was submitted.
+    pub is_through: bool,
     /// Sectors committed by earlier records.
     pub done: u64,
     /// Sectors that will be committed when the draft is.
@@ -35,8 +37,8 @@ pub(crate) struct Gathered {
 }
 
 impl Gathered {
-    pub fn new(slot: u32, range: SectorRange, kind: KeyKind) -> Self {
-        Self { slot, range, kind, done: 0, staged: 0, failed: false }
+    pub fn new(slot: u32, range: SectorRange, kind: KeyKind, is_through: bool) -> Self {
+        Self { slot, range, kind, is_through, done: 0, staged: 0, failed: false }
     }
 }
 
@@ -93,7 +95,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             // only look it up twice.
             self.volume.core.index.prefetch(range.start);
         }
-        self.gather.push_back(Gathered::new(slot, range, kind));
+        self.gather.push_back(Gathered::new(slot, range, kind, !self.volume.has_write_cache()));
     }
 
     pub(super) fn commit_writes(&mut self) {
@@ -127,7 +129,6 @@ impl<E: Env, B: Buffer> Queue<E, B> {
 
     /// Completes the requests whose last part is committed.
     fn complete_committed(&mut self) {
-        let write_cache = self.volume.has_write_cache();
         let mut ticket = None;
         while let Some(front) = self.gather.front() {
             if front.done < front.range.len && !front.failed {
@@ -136,7 +137,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             let front = self.gather.pop_front().expect("it was there");
             if front.failed {
                 self.complete(front.slot, Status::IoError);
-            } else if write_cache {
+            } else if !front.is_through {
                 self.complete(front.slot, Status::Ok);
             } else {
                 // Without a write cache completion is the only order there is: it ends an epoch.
