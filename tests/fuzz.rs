@@ -200,7 +200,7 @@ fn image() {
 
 #[test]
 fn messages() {
-    fuzz("messages", 10_000);
+    fuzz("messages", 4_000);
 }
 
 #[test]
