@@ -185,7 +185,7 @@ fn fuzz(name: &str, executions: u64) {
 
 #[test]
 fn ring() {
-    fuzz("ring", 400_000);
+    fuzz("ring", 250_000);
 }
 
 #[test]
@@ -195,7 +195,7 @@ fn media() {
 
 #[test]
 fn image() {
-    fuzz("image", 1_500);
+    fuzz("image", 1_000);
 }
 
 #[test]
