@@ -105,6 +105,10 @@ mutants! {
     WritesOverlap 7 "write-back has overlapping writes in flight",
     NewerMarkedClean 6 "what was written during a round is marked clean with it",
     DirtyDroppedAtDetach 6 "a detach declares the dirty data written back",
+    // Volumes and disks.
+    IncarnationReused 2 "a volume gets the incarnation of one that was deleted",
+    WrongDiskAccepted 10 "an attach takes any disk of the right size",
+    DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Recovery.
     OldestWins 2 "recovery lets the oldest version win",
     ZerosForgotten 2 "recovery passes over dirty zeros",

@@ -5,9 +5,6 @@
 //! [`Cache::write_liveness`] writes what changed. It runs under one mutex *including its fence*, so
 //! that nobody sees an empty list while another's words are still on their way.
 
-use std::sync::Mutex;
-use std::sync::atomic::Ordering;
-
 use super::core::Cache;
 use super::env::Env;
 use super::index::Extent;
@@ -17,6 +14,8 @@ use super::syncer::Durable;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::liveness_word;
 use crate::pmem::{MediaError, Pmem};
+use crate::sync::Mutex;
+use crate::sync::atomic::Ordering;
 use crate::wake::Waker;
 
 #[derive(Default)]
@@ -40,9 +39,24 @@ impl<E: Env> Cache<E> {
 
     /// Marks payload dead that the index never pointed at.
     pub(crate) fn mark_sectors_dead(&self, id: u32, first: u32, sectors: u32) {
-        let segment = &self.segments[id as usize];
-        if segment.mark_dead(first, sectors) > 0 && !segment.liveness_pending.swap(true, Ordering::AcqRel) {
-            lock(&self.liveness.pending).push(id);
+        if self.segments[id as usize].mark_dead(first, sectors) > 0 {
+            self.list_pending(id);
+        }
+    }
+
+    /// Puts a segment on the list of those with words to write, unless it stands there.
+    ///
+    /// `liveness_pending` says that it does, and so is raised together with the list: raised first,
+    /// it would let another thread go by a segment that is not there yet, write an empty list and
+    /// take its own marks for durable. Both sides change the flag and do not just look at it, so
+    /// that whoever clears it sees every mark made before it was found raised.
+    fn list_pending(&self, id: u32) {
+        let flag = &self.segments[id as usize].liveness_pending;
+        if flag.compare_exchange(true, true, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            let mut pending = lock(&self.liveness.pending);
+            if !flag.swap(true, Ordering::AcqRel) {
+                pending.push(id);
+            }
         }
     }
 
@@ -56,7 +70,7 @@ impl<E: Env> Cache<E> {
         let mut failed = None;
         for id in pending {
             let segment = &self.segments[id as usize];
-            segment.liveness_pending.store(false, Ordering::Release);
+            segment.liveness_pending.swap(false, Ordering::AcqRel);
             if matches!(segment.state(), State::Free | State::Bad) {
                 continue;
             }
@@ -76,9 +90,7 @@ impl<E: Env> Cache<E> {
         match failed {
             None => Ok(ticket),
             Some((id, e)) => {
-                if !self.segments[id as usize].liveness_pending.swap(true, Ordering::AcqRel) {
-                    lock(&self.liveness.pending).push(id);
-                }
+                self.list_pending(id);
                 Err(e)
             }
         }
