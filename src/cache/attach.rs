@@ -419,13 +419,13 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
-        if mutated(Mutant::DirtyDroppedAtDetach) {
-            let copy = lock(&volume.core.tail_page).1;
-            self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
-        }
         let of_disk = |error| AttachError::Disk { path: volume.backing.identity().path, error };
         if volume.core.facts.left_behind() > 0 {
             return Err(of_disk(std::io::Error::other("operations left to it may still change it")));
+        }
+        if mutated(Mutant::DirtyDroppedAtDetach) {
+            let copy = lock(&volume.core.tail_page).1;
+            self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
         }
         if !volume.backing.geometry().read_only && !mutated(Mutant::DetachUnflushed) {
             // Else a power cut after this takes from the disk what the fingerprint has seen, and the

@@ -1,13 +1,15 @@
 //! The cache: media, segments, free list, and the volumes that live on it.
 //!
-//! Locks, in the order they may be taken: stream → stripes → index shard → the small lists here.
+//! Locks, in the order they may be taken: stream or write-back's plan → stripes → index shard → the
+//! small lists here.
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::env::{Clock, Env};
+use super::format::has_small_segments;
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
@@ -46,6 +48,12 @@ pub enum OpenError {
         formatted: u64,
         /// Bytes now.
         found: u64,
+    },
+    /// It was formatted on DAX, and this is not.
+    #[error("the cache's segments of {segment_size} bytes are usable with DAX only")]
+    SmallSegments {
+        /// Bytes of one.
+        segment_size: u32,
     },
     /// The media failed.
     #[error(transparent)]
@@ -110,6 +118,9 @@ impl<E: Env> Cache<E> {
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let media = load_media(pmem)?;
+        if has_small_segments(&media.geometry, media.pmem.class()) {
+            return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
+        }
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
         if !mutated(Mutant::RecoveryNotSyncedFirst) {
@@ -196,11 +207,11 @@ impl<E: Env> Cache<E> {
         self.free_count.store(free.len(), Ordering::Relaxed);
     }
 
-    /// Takes a free segment; a fill leaves the last ones to the guest's writes.
-    pub(crate) fn take_free(&self, for_fill: bool) -> Option<u32> {
+    /// Takes a free segment; fills and relocation leave the last one to the guest's writes.
+    pub(crate) fn take_free(&self, spares_last: bool) -> Option<u32> {
         let mut free = lock(&self.free);
         let low = free.len() <= self.free_target();
-        let taken = if for_fill && free.len() <= 1 { None } else { free.pop_front() };
+        let taken = if spares_last && free.len() <= 1 { None } else { free.pop_front() };
         self.free_count.store(free.len(), Ordering::Relaxed);
         drop(free);
         if low {
@@ -217,6 +228,12 @@ impl<E: Env> Cache<E> {
     /// Most payload of a record in bytes: well below a segment, and short enough under a fence.
     pub(crate) fn record_payload_max(&self) -> u32 {
         (self.media.geometry.segment_size / 8).clamp(8192, 1 << 20)
+    }
+
+    /// Sectors of a segment that are not taken by its fixed parts.
+    pub(crate) fn capacity_sectors(&self) -> u32 {
+        let geometry = &self.media.geometry;
+        (geometry.data_end() - geometry.data_start()) / 512
     }
 
     pub(crate) fn queue_for_sealing(&self, id: u32) {
@@ -321,6 +338,11 @@ fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
 
 /// The kernel's identity of this boot; zeros where it has none.
 fn boot_id() -> [u8; 16] {
+    static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+    *BOOT_ID.get_or_init(read_boot_id)
+}
+
+fn read_boot_id() -> [u8; 16] {
     let mut id = [0; 16];
     if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         let digits: Vec<u8> =

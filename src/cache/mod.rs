@@ -29,6 +29,7 @@ mod judge;
 mod liveness;
 mod media;
 mod pacing;
+mod plan;
 mod record;
 mod recovery;
 mod scan;

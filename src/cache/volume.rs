@@ -16,8 +16,9 @@ use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
 use super::health::{Facts, Owed};
-use super::index::{Extent, Index};
+use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
+use super::plan::Plan;
 use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
@@ -106,6 +107,12 @@ pub(crate) struct DirtySegments {
     pub drained: BTreeMap<u32, Cursor>,
 }
 
+/// Shards of the index of a volume of so many sectors: no more than it has regions, and at the least
+/// what a few queues need, should it grow while it is open.
+fn index_shards(sectors: u64) -> usize {
+    sectors.div_ceil(REGION_SECTORS).clamp(16, 1024) as usize
+}
+
 /// A volume without its disk.
 pub(crate) struct VolumeCore {
     pub incarnation: u64,
@@ -125,6 +132,8 @@ pub(crate) struct VolumeCore {
     /// Highest epoch wholly on the disk, durably so.
     pub tail: AtomicU64,
     pub dirty: Mutex<DirtySegments>,
+    /// What write-back's present round holds.
+    pub plan: Mutex<Plan>,
     /// Whether keys of dirty records were lost: not to be opened for writing.
     pub damaged: AtomicBool,
     pub queues: OnceLock<Box<[QueueShared]>>,
@@ -146,15 +155,15 @@ impl VolumeCore {
             incarnation: descriptor.incarnation,
             slot: descriptor.slot,
             damaged: AtomicBool::new(descriptor.damaged),
-            descriptor: Mutex::new((descriptor, next)),
             tail_page: Mutex::new((0, 0)),
-            index: Index::new(1024),
-            stripes: Stripes::new(),
+            index: Index::new(index_shards(descriptor.sectors)),
+            stripes: Stripes::new(descriptor.sectors),
             version: AtomicU64::new(1),
             epoch: AtomicU64::new(1),
             stamped: AtomicU64::new(0),
             tail: AtomicU64::new(0),
             dirty: Mutex::default(),
+            plan: Mutex::default(),
             queues: OnceLock::new(),
             streams: OnceLock::new(),
             writeback: Signal::default(),
@@ -163,6 +172,7 @@ impl VolumeCore {
             tally: Tally::default(),
             facts: Facts::default(),
             dirty_since: AtomicU64::new(0),
+            descriptor: Mutex::new((descriptor, next)),
         }
     }
 

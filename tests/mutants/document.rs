@@ -7,6 +7,8 @@ const TABLE: &str = include_str!("../../src/sim/MUTANTS.md");
 /// Which check a violation's words come from, first match first.
 const CHECKS: &[(&str, &str)] = &[
     ("panic: ", "an assertion"),
+    ("audit: ", "the audit of the books"),
+    ("was attached to", "a disk that was to be refused"),
     ("nothing is told", "silent loss"),
     ("cache lost", "the disk alone"),
     ("is not attached", "service refused"),

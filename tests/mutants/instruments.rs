@@ -10,7 +10,7 @@ use pcache_vhost::sim::{Scenario, run_seed};
 use super::{rest, starts, stories};
 
 /// Images judged in each seed of a random run.
-const IMAGES_PER_SEED: u64 = 300;
+const IMAGES_PER_SEED: u64 = 1200;
 
 /// Something that judges images.
 #[derive(Clone, Copy)]

@@ -28,9 +28,9 @@ fn used_cache(rng: &mut Rng) -> Scene {
 /// event; `None` if it has fewer.
 fn torn_start(image: &Snapshot, n: u64, rng: &mut Rng) -> Result<Option<Snapshot>, String> {
     let world = World::new(image.clone(), 1);
-    world.with(|w| w.snapshot_at = n + 1);
+    world.with(|w| w.cuts.at = n + 1);
     Machine::open(&world, &[STYLE], 1)?;
-    let Some(cut) = world.take_snapshot() else { return Ok(None) };
+    let Some((_, cut)) = world.take_cuts().pop() else { return Ok(None) };
     Ok(Some(cut.host_crash(&Survival::Torn, DiskSurvival::Nothing, rng).0))
 }
 
