@@ -40,6 +40,7 @@ use super::super::stream::{Stamp, Stream};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, Order, VolumeCore};
 use super::housekeeper::life;
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
 use crate::pmem::Pmem;
 use crate::sync::atomic::Ordering;
@@ -172,7 +173,9 @@ impl<E: Env> Relocator<E> {
         let mut moves = Moves::default();
         let moved = self.move_needed(&volume, id, tail, &keys, &mut moves);
         let is_empty = moved.is_ok();
-        self.file(&volume, &mut plan, id, is_empty, &keys, moves);
+        if !mutated(Mutant::RelocatedNotFiled) {
+            self.file(&volume, &mut plan, id, is_empty, &keys, moves);
+        }
         let segment = &self.cache.segments[id as usize];
         match moved {
             Ok(()) => {
@@ -264,13 +267,13 @@ impl<E: Env> Relocator<E> {
         for key in keys {
             if !key.kind.has_payload() {
                 // As long as it is dirty it may count beside anything newer.
-                if !moves.zeros.contains(&key.version) {
+                if !moves.zeros.contains(&key.version) && !mutated(Mutant::RelocationDropsZeros) {
                     pieces.push_back(*key);
                 }
                 continue;
             }
             let live = self.live_parts(volume, id, key);
-            if order == Order::Strict {
+            if order == Order::Strict && !mutated(Mutant::RelocationDropsSuperseded) {
                 let mut gone = Vec::new();
                 let mut at = key.first;
                 for part in live.iter().map(Key::range).chain([SectorRange::new(key.range().end(), 1)]) {
@@ -353,7 +356,9 @@ impl<E: Env> Relocator<E> {
         plan.cursors.retain(|c| c.id != id);
         let first = self.position(id, 0);
         let positions = first..first + u64::from(self.cache.media.geometry.segment_size / 512);
-        plan.redirect(&positions, &mut moves.payload, is_empty);
+        if !mutated(Mutant::RoundKeepsOldPositions) {
+            plan.redirect(&positions, &mut moves.payload, is_empty);
+        }
     }
 
     /// Copies pieces of a segment, a record at a time. Those above `tail` are dirty. Another volume's
@@ -467,6 +472,11 @@ impl<E: Env> Relocator<E> {
             }
             for key in &mut draft.keys[from..] {
                 (key.version, key.epoch) = (piece.version, piece.epoch);
+                let core = &target.volume;
+                let fresh = || key.version = core.version.fetch_add(1, Ordering::SeqCst);
+                if_mutated(Mutant::RelocatedWithNewVersion, fresh);
+                let now = || key.epoch = core.epoch.load(Ordering::SeqCst);
+                if_mutated(Mutant::RelocatedInNewEpoch, now);
                 sources.push(piece.payload + (key.first - piece.first) as u32);
             }
         }
@@ -495,7 +505,9 @@ impl<E: Env> Relocator<E> {
         let is_dirty = |key: &Key| key.kind != KeyKind::Fill && key.epoch > tail;
         // Before the record exists, so that no one takes the segment for clean while it holds it.
         let highest = draft.keys.iter().filter(|k| is_dirty(k)).map(|k| k.epoch).max().unwrap_or(0);
-        segment.max_epoch.fetch_max(highest, Ordering::SeqCst);
+        if !mutated(Mutant::RelocatedCountsClean) {
+            segment.max_epoch.fetch_max(highest, Ordering::SeqCst);
+        }
         segment.min_epoch.store(0, Ordering::SeqCst);
         // The keys have epochs of their own. The record's never falls within a segment and is not
         // below any of its keys': what a damaged record may have held is judged by it.
