@@ -9,8 +9,12 @@
 
 #[path = "crash/damage.rs"]
 mod damage;
+#[path = "crash/lost.rs"]
+mod lost;
 #[path = "crash/regressions.rs"]
 mod regressions;
+#[path = "crash/unsynced.rs"]
+mod unsynced;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -4,11 +4,12 @@
 //! place stands nothing valid meanwhile, so a formatted-over cache cannot come back half either.
 
 use super::env::Clock;
+use super::stream::takes_a_block;
 use super::syncer::{Outcome, Syncer};
 use crate::onmedia::{
     Geometry, GeometryError, Secret, SegmentHeader, StartPage, Superblock, VolumeDescriptor, pad, pad_cut,
 };
-use crate::pmem::{MediaError, Pmem};
+use crate::pmem::{MediaClass, MediaError, Pmem};
 
 /// How to format.
 #[derive(Clone, Debug, Default)]
@@ -36,6 +37,16 @@ pub enum FormatError {
     /// The size does not make a cache.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// Segments too small for this media.
+    #[error(
+        "segments of {segment_size} bytes cannot hold a whole block on {class} media: use at least 64 KiB"
+    )]
+    SegmentSize {
+        /// Bytes asked for.
+        segment_size: u32,
+        /// The media.
+        class: MediaClass,
+    },
     /// The label does not fit.
     #[error("the label is longer than 64 bytes")]
     Label,
@@ -55,7 +66,7 @@ pub enum FormatError {
 /// On return it is durable.
 ///
 /// # Errors
-/// [`FormatError`]. Nothing has been written on the first three; after the others there may be no
+/// [`FormatError`]. Nothing has been written on the first four; after the others there may be no
 /// cache any more.
 pub fn format<P: Pmem>(
     pmem: &P,
@@ -67,6 +78,9 @@ pub fn format<P: Pmem>(
         None => Geometry::choose(pmem.len(), options.segment_size)?,
     };
     geometry.validate()?;
+    if !takes_a_block(&geometry, !pmem.class().fence_is_durable()) {
+        return Err(FormatError::SegmentSize { segment_size: geometry.segment_size, class: pmem.class() });
+    }
     let label = pad(&options.label).ok_or(FormatError::Label)?;
     let (mut uuid, mut secret) = ([0; 16], [0; 16]);
     for bytes in [&mut uuid, &mut secret] {
@@ -120,7 +134,7 @@ fn write_tables<P: Pmem>(pmem: &P, geometry: &Geometry, uuid: [u8; 16]) -> Resul
 
 /// Makes all that was written durable.
 fn settle<P: Pmem>(pmem: &P) -> Result<(), FormatError> {
-    let syncer = Syncer::new(pmem.class(), false);
+    let syncer = Syncer::new(pmem.class());
     let ticket = syncer.request(pmem, None);
     match syncer.wait(pmem, ticket) {
         Outcome::Failed => Err(FormatError::NotDurable),

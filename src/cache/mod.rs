@@ -22,6 +22,7 @@ mod attach;
 mod core;
 mod judge;
 mod liveness;
+mod lost;
 mod media;
 mod record;
 mod recovery;

@@ -17,7 +17,7 @@ use super::media::Media;
 use super::record::Draft;
 use super::segments::{Segment, State};
 use crate::onmedia::{
-    RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
+    Geometry, RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
 };
 use crate::pmem::{MediaError, Pmem};
 
@@ -27,6 +27,18 @@ pub(crate) struct Packed {
     /// Offset in the segment, in sectors.
     pub next: u32,
     pub left: u32,
+}
+
+/// What aligning a record and the summary may cost.
+fn slack(by_page: bool) -> usize {
+    if by_page { 2 * 4096 } else { 256 }
+}
+
+/// Whether a fresh segment has room for the least that a draft asks for: a block, and a packed one.
+pub(crate) fn takes_a_block(geometry: &Geometry, by_page: bool) -> bool {
+    let (keys, checksums) = (2, 1 + 7);
+    let log = record_len(keys, checksums) + summary_len(keys, checksums) + slack(by_page);
+    geometry.data_start() as usize + 2 * 4096 + log <= geometry.data_end() as usize
 }
 
 /// A writer's place. Locked for the whole of one record.
@@ -68,9 +80,8 @@ impl Open {
     /// Whether a record of so many keys and checksums, with payload up to `payload_end`, leaves
     /// room for the summary of the whole segment.
     pub fn fits(&self, payload_end: u32, keys: usize, checksums: usize) -> bool {
-        let slack = if self.by_page { 2 * 4096 } else { 256 };
         let record = record_len(keys, checksums);
-        let summary = summary_len(self.keys + keys, self.checksums + checksums) + slack;
+        let summary = summary_len(self.keys + keys, self.checksums + checksums) + slack(self.by_page);
         u64::from(payload_end) + (record + summary) as u64 <= u64::from(self.log_low)
     }
 
@@ -204,7 +215,8 @@ impl<E: Env> Cache<E> {
         let zeros = vec![0; words];
         self.media.pmem.write(self.media.in_segment(id, geometry.liveness_offset()), &zeros)?;
         for copy in 0..2 {
-            self.media.pmem.write(self.media.in_segment(id, geometry.witness_offset(copy)), &[0; 64])?;
+            // The witness and the floor behind it.
+            self.media.pmem.write(self.media.in_segment(id, geometry.witness_offset(copy)), &[0; 128])?;
         }
         self.write_header(id, |h| {
             h.state = SegmentState::Open;

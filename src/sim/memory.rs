@@ -6,8 +6,9 @@
 //! are, so a crash keeps, per sector, any state since the last `sync`.
 //!
 //! Threads are logical: the run says on whose behalf it calls ([`World::act_as`](super::World)). A
-//! fence covers its own thread's stores only. The stores of a daemon that died belong to nobody:
-//! no fence ever covers them, only a `sync` does, or a store over them.
+//! fence covers its own thread's stores only. The stores of a daemon that died belong to nobody: no
+//! fence ever covers them. On page-cache a `sync` does, on DAX only a `settle` of their range, or a
+//! store over them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -149,6 +150,23 @@ impl Memory {
 
     fn sync(&mut self) {
         self.pending.clear();
+    }
+
+    /// Makes durable what anybody has stored in a range.
+    fn settle(&mut self, range: Range<u64>) {
+        let line = self.line as u64;
+        let lines = (range.start / line) as u32..range.end.div_ceil(line) as u32;
+        let settled: Vec<u32> = self.pending.range(lines).map(|(&number, _)| number).collect();
+        settled.iter().for_each(|number| _ = self.pending.remove(number));
+    }
+
+    /// Shows what the device holds where pages that it never got have been read so far.
+    fn reread(&mut self) {
+        self.sync();
+        for (number, durable) in std::mem::take(&mut self.lost) {
+            let at = number as usize * self.line;
+            self.bytes[at..at + self.line].copy_from_slice(&durable);
+        }
     }
 
     /// A `sync` that failed: each line has reached the device or never will.
@@ -297,7 +315,29 @@ impl Pmem for SimPmem {
                 w.faults.sync_failed = true;
                 return Err(SyncError(std::io::Error::from_raw_os_error(5)));
             }
-            w.memory.sync();
+            match self.class {
+                MediaClass::PageCache => w.memory.sync(),
+                _ => w.memory.fence(w.thread),
+            }
+            Ok(())
+        })
+    }
+
+    fn settle(&self, at: u64, len: u64) -> Result<(), MediaError> {
+        self.world.with(|w| {
+            w.memory.judge(at, len as usize)?;
+            if self.class.fence_is_durable() {
+                w.event("settle");
+                w.memory.settle(at..at + len);
+            }
+            Ok(())
+        })
+    }
+
+    fn reread(&self) -> Result<(), SyncError> {
+        self.world.with(|w| {
+            w.event("reread");
+            w.memory.reread();
             Ok(())
         })
     }
@@ -336,16 +376,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dead_daemon_stored_is_covered_by_sync_and_by_no_fence() {
-        for (sync, kept) in [(false, 0), (true, 7)] {
+    fn what_a_dead_daemon_stored_is_covered_where_it_is_settled_and_by_no_fence() {
+        for (settled, kept) in [(64..128, 0), (0..64, 7), (32..40, 7)] {
             let mut memory = Memory::new(MediaClass::AssumeDax, 4096);
             memory.write(0, &[7; 64], 1).unwrap();
             memory.daemon_crash();
             assert_eq!(word(&memory, 0), 7, "it still reads back");
             memory.fence(1);
-            if sync {
-                memory.sync();
-            }
+            memory.settle(settled);
             memory.host_crash(&Survival::Nothing, &mut Rng::new(1));
             assert_eq!(word(&memory, 0), kept);
         }
@@ -377,7 +415,10 @@ mod tests {
             memory.lose_sync(&mut Rng::new(seed));
             memory.sync();
             assert_eq!(memory.bytes[0], 9);
+            let mut reread = memory.clone();
+            reread.reread();
             memory.host_crash(&Survival::Everything, &mut Rng::new(seed));
+            assert_eq!(reread.bytes[0], memory.bytes[0]);
             lost += u32::from(memory.bytes[0] == 0);
         }
         assert!(lost > 10 && lost < 50, "{lost} of 50");

@@ -22,6 +22,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use self::fill::Fill;
 use self::io::Io;
+pub(crate) use self::read::HitError;
 use self::write::{Gathered, Scratch};
 use super::counters::add;
 use super::env::Env;

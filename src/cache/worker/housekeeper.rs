@@ -99,6 +99,7 @@ impl<E: Env> Housekeeper<E> {
                 }
             }
         }
+        self.cache.settle_floors();
         self.cache.media.pmem.fence();
     }
 

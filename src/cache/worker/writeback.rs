@@ -11,18 +11,25 @@
 //!    around the cache wait for it);
 //! 5. make the liveness words of all that has died durable: what zeros have replaced must not
 //!    outlive them;
-//! 6. write the tail's older copy and make that durable;
+//! 6. write the tail's older copy and make that durable; then the other one, so that no damage to one
+//!    copy sets the tail back: reclaim waits for durability once more before it frees what became
+//!    clean here, and by then both copies are;
 //! 7. mark clean, only where the index still points at what was written.
+//!
+//! Damaged payload is left out of a round; the tail's own update lists it as lost (`../lost.rs`).
 //!
 //! A failure anywhere leaves tail and marks as they were; the round is repeated after a delay that
 //! grows. Overlapping writes are never in flight together: the extents of a round are disjoint,
 //! and a round begins when all of the last one has ended.
+
+mod damage;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use self::damage::Damage;
 use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::index::{Extent, ExtentMap};
@@ -61,6 +68,7 @@ enum Phase {
 }
 
 /// One round.
+#[derive(Default)]
 struct Round {
     /// The tail if it succeeds.
     epoch: u64,
@@ -72,6 +80,7 @@ struct Round {
     written: Vec<Extent>,
     /// Where segments go on: what the round has consumed.
     cursors: Vec<Consumed>,
+    damage: Damage,
 }
 
 /// How far a round has read a segment's records.
@@ -145,7 +154,9 @@ impl<E: Env> Writeback<E> {
             return Progress::Idle;
         }
         let age = now.saturating_sub(core.dirty_since.load(Ordering::Relaxed));
-        let urgent = self.volume.draining.load(Ordering::SeqCst) || self.volume.cache.is_pressed();
+        let urgent = self.volume.draining.load(Ordering::SeqCst)
+            || self.volume.cache.is_pressed()
+            || core.damage_seen.load(Ordering::Relaxed);
         if !urgent && age < AGE_MS_MAX {
             return Progress::Idle;
         }
@@ -192,9 +203,7 @@ impl<E: Env> Writeback<E> {
         if epoch <= core.tail.load(Ordering::SeqCst) {
             return Ok(None);
         }
-        let round =
-            Round { epoch, todo: VecDeque::new(), sweep: Some(0), written: Vec::new(), cursors: Vec::new() };
-        Ok(Some(round))
+        Ok(Some(Round { sweep: Some(0), ..Round::empty(epoch) }))
     }
 
     fn gather_strict(&mut self) -> Result<Option<Round>, WalkError> {
@@ -232,7 +241,7 @@ impl<E: Env> Writeback<E> {
         }
         let mut todo = VecDeque::new();
         newest.iter().for_each(|extent| cut(extent, &mut todo));
-        Ok(Some(Round { epoch, todo, sweep: None, written: Vec::new(), cursors }))
+        Ok(Some(Round { todo, cursors, ..Round::empty(epoch) }))
     }
 
     /// The lowest epoch of any dirty record, after looking for new ones in open segments.
@@ -344,7 +353,8 @@ impl<E: Env> Writeback<E> {
                 return Progress::Waiting;
             }
             let op = match self.next_op(&mut round) {
-                Ok(op) => op,
+                Ok(Some(op)) => op,
+                Ok(None) => continue,
                 Err(error) => return self.abort(error),
             };
             let channel = self.channel.as_mut().expect("opened before the round");
@@ -377,8 +387,9 @@ impl<E: Env> Writeback<E> {
         false
     }
 
-    /// The next operation: a run of adjacent extents of one kind.
-    fn next_op(&mut self, round: &mut Round) -> Result<Op, String> {
+    /// The next operation: a run of adjacent extents of one kind. `None` when damage has taken the run
+    /// apart: what is good of it comes next.
+    fn next_op(&mut self, round: &mut Round) -> Result<Option<Op>, String> {
         let first = *round.todo.front().expect("the caller looked");
         let longest = if first.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
         let mut run = Vec::new();
@@ -396,10 +407,10 @@ impl<E: Env> Writeback<E> {
         }
         let offset = first.range.start * 512;
         let sectors = end - first.range.start;
-        round.written.extend_from_slice(&run);
         if first.place.zero {
+            round.written.extend_from_slice(&run);
             let unmap = self.volume.pass_discard && first.place.position % 2 == 1;
-            return Ok(Op::Zero { offset, len: sectors * 512, unmap });
+            return Ok(Some(Op::Zero { offset, len: sectors * 512, unmap }));
         }
         let mut buf = self.buffer(sectors as usize * 512);
         let mut at = 0;
@@ -408,13 +419,14 @@ impl<E: Env> Writeback<E> {
                 buf[at + offset..][..bytes.len()].copy_from_slice(bytes);
                 Ok(())
             });
-            if let Err(error) = copied {
-                add(&self.volume.core.tally.checksum_errors, 1);
-                return Err(format!("dirty data of {} is damaged: {error}", extent.range));
+            if copied.is_err() {
+                self.set_aside(round, run)?;
+                return Ok(None);
             }
             at += extent.range.len as usize * 512;
         }
-        Ok(Op::Write { offset, buf })
+        round.written.extend_from_slice(&run);
+        Ok(Some(Op::Write { offset, buf }))
     }
 
     fn buffer(&mut self, len: usize) -> AlignedBuf {
@@ -473,7 +485,10 @@ impl<E: Env> Writeback<E> {
         self.flushed(round)
     }
 
-    fn flushed(&mut self, round: Round) -> Progress {
+    fn flushed(&mut self, mut round: Round) -> Progress {
+        if let Err(error) = self.list_lost(&mut round) {
+            return self.fail(error);
+        }
         // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
         // and an older clean copy of those sectors would come back.
         let ticket = match self.volume.cache.write_liveness(None) {
@@ -484,7 +499,7 @@ impl<E: Env> Writeback<E> {
         Progress::Did
     }
 
-    fn media_done(&mut self, round: Round, ticket: Durable) -> Progress {
+    fn media_done(&mut self, mut round: Round, ticket: Durable) -> Progress {
         let cache = self.volume.cache.clone();
         match cache.syncer.outcome(ticket) {
             Outcome::Waiting => {
@@ -495,6 +510,7 @@ impl<E: Env> Writeback<E> {
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
+        *lock(&core.lost) = round.damage.take_list();
         let next = lock(&core.tail_page).1;
         if let Err(error) = cache.write_tail(core, next, round.epoch) {
             return self.fail(format!("the tail cannot be written: {error}"));
@@ -515,12 +531,16 @@ impl<E: Env> Writeback<E> {
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
+        if let Err(error) = cache.write_tail_again(core, round.epoch) {
+            return self.fail(format!("the tail's second copy cannot be written: {error}"));
+        }
         let mut written = 0;
         for extent in &round.written {
             core.index.mark_clean_if(*extent, true);
             written += extent.range.len;
         }
         add(&core.tally.written_back_sectors, written);
+        self.lose(&round.damage);
         // Last: from then on reclaim may take the segments, and with them their cursors.
         let epoch = round.epoch;
         self.settle(round);
@@ -575,6 +595,6 @@ fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
 
 impl Round {
     fn empty(epoch: u64) -> Self {
-        Self { epoch, todo: VecDeque::new(), sweep: None, written: Vec::new(), cursors: Vec::new() }
+        Self { epoch, ..Self::default() }
     }
 }
