@@ -14,10 +14,13 @@
 pub mod backing;
 pub mod cache;
 pub mod control;
+#[cfg(feature = "sim")]
+pub mod fuzz;
 pub mod onmedia;
 pub mod pmem;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod sync;
 pub mod tools;
 pub mod units;
 pub mod vhost;

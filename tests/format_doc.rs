@@ -125,6 +125,7 @@ fn every_constant_has_the_value_it_says() {
         ("LIVENESS_SECTORS", format::LIVENESS_SECTORS.into()),
         ("LIVENESS_WORD", format::LIVENESS_WORD as u64),
         ("LOST_MAX", format::LOST_MAX as u64),
+        ("COUNTER_MAX", format::COUNTER_MAX),
         ("GC_PERCENT_MAX", format::GC_PERCENT_MAX.into()),
         ("GC_PERCENT_UNSET", format::GC_PERCENT_UNSET.into()),
     ];

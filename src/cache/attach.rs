@@ -6,16 +6,19 @@
 //! - The fingerprint is valid only between a clean detach and the next attach: it is struck out
 //!   durably before a guest can write.
 //! - Entering a mode that writes around the cache, and leaving `relaxed` for `strict`, drain first.
+//! - A detach flushes the disk before it takes the fingerprint: what a power cut could still take
+//!   away must not be part of what the next attach compares with.
 //! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
 //!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
 use super::judge::{judge_identity, judge_options};
+use super::segments::State;
 use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
@@ -24,6 +27,7 @@ use super::worker::DrainError;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
+use crate::sync::Mutex;
 use crate::volume::DiskConfig;
 use crate::wake::Waker;
 
@@ -262,9 +266,18 @@ impl<E: Env> Cache<E> {
             flush(&*options.backing)
                 .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
-        _ = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect());
+        let is_first = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect()).is_ok();
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
         _ = core.streams.set((0..streams).map(|_| Mutex::new(Stream::default())).collect());
+        for (id, segment) in self.segments.iter().enumerate().filter(|_| is_first) {
+            let max_epoch = segment.max_epoch.load(Ordering::Relaxed);
+            if segment.owner.load(Ordering::Relaxed) == core.incarnation
+                && matches!(segment.state(), State::Full | State::Sealed)
+                && max_epoch > core.tail.load(Ordering::Relaxed)
+            {
+                core.pacer.found(max_epoch, id as u32, self.segment_capacity());
+            }
+        }
         let geometry = options.backing.geometry();
         let config = DiskConfig {
             sectors: descriptor.sectors,
@@ -330,7 +343,7 @@ impl<E: Env> Cache<E> {
         Ok(())
     }
 
-    fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
+    pub(crate) fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
         self.all_volumes().into_iter().find(|v| unpad(&lock(&v.descriptor).0.name) == name.as_bytes())
     }
 
@@ -391,10 +404,11 @@ impl<E: Env> Cache<E> {
         };
         set_identity(&mut descriptor, identity);
         let core = Arc::new(VolumeCore::new(descriptor, next));
-        // The tail first: a descriptor without one would be a damaged volume.
+        // The tail first, durably: a descriptor without one would be a damaged volume.
         for copy in 0..2 {
             self.write_tail(&core, copy, 0)?;
         }
+        self.settle()?;
         self.update_descriptor(&core, |_| {})?;
         self.update_descriptor(&core, |_| {})?;
         write(&self.volumes).insert(incarnation, core.clone());
@@ -413,12 +427,18 @@ impl<E: Env> Cache<E> {
         descriptor.sequence += 1;
         let at = self.media.geometry.descriptor(core.slot, guard.1);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
-        let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
-            return Err(AttachError::SyncFailed);
-        }
+        self.settle()?;
         *guard = (descriptor, 1 - guard.1);
         Ok(())
+    }
+
+    /// Waits until what this thread has stored is durable.
+    fn settle(&self) -> Result<(), AttachError> {
+        let ticket = self.syncer.request(&*self.media.pmem, None);
+        match self.syncer.wait(&*self.media.pmem, ticket) {
+            Outcome::Failed => Err(AttachError::SyncFailed),
+            _ => Ok(()),
+        }
     }
 
     /// Writes one copy of a volume's tail. It counts once it is durable.
@@ -452,8 +472,16 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
-        let path = volume.backing.identity().path;
-        let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
+        let of_disk = |error| AttachError::Disk { path: volume.backing.identity().path, error };
+        if volume.core.facts.left_behind() > 0 {
+            return Err(of_disk(std::io::Error::other("operations left to it may still change it")));
+        }
+        if !volume.backing.geometry().read_only {
+            // Else a power cut after this takes from the disk what the fingerprint has seen, and the
+            // next attach takes it for another's work.
+            flush(&*volume.backing).map_err(of_disk)?;
+        }
+        let fingerprint = volume.backing.fingerprint().map_err(of_disk)?;
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;
             d.fingerprint_valid = true;

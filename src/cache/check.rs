@@ -112,7 +112,7 @@ fn check_volumes<P: Pmem>(media: &Media<P>, report: &mut CheckReport) -> HashMap
         for error in copies.errors.iter().flatten() {
             report.findings.push(format!("volume slot {slot}: a copy of its descriptor is damaged: {error}"));
         }
-        let Some(descriptor) = copies.newest.filter(|d| d.state != VolumeState::Empty) else { continue };
+        let Some(descriptor) = copies.newest.filter(|d| d.state == VolumeState::InUse) else { continue };
         let tails = media.load(
             |copy| media.geometry.tail(slot, copy),
             |bytes| Tail::decode(bytes, &media.uuid, descriptor.incarnation),

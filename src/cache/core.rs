@@ -3,9 +3,8 @@
 //! Locks, in the order they may be taken: stream → stripes → index shard → the small lists here.
 //! The liveness writer's mutex is taken with none of these held.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::env::{Clock, Env};
@@ -22,6 +21,8 @@ use crate::onmedia::{
     Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
 use crate::pmem::{MediaClass, MediaError, Pmem};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Why a cache cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +96,7 @@ pub struct Cache<E: Env> {
     pub(crate) syncer: Syncer,
     pub(crate) housekeeper: Signal,
     /// Volumes by incarnation, attached or not.
-    pub(crate) volumes: RwLock<HashMap<u64, Arc<VolumeCore>>>,
+    pub(crate) volumes: RwLock<BTreeMap<u64, Arc<VolumeCore>>>,
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
     pub(crate) stopping: AtomicBool,
@@ -194,6 +195,12 @@ impl<E: Env> Cache<E> {
             used: count(|s| !matches!(s, State::Free | State::Bad)),
             bad: count(|s| s == State::Bad),
         }
+    }
+
+    /// The free list, for the audit.
+    #[cfg(feature = "sim")]
+    pub(crate) fn free_list(&self) -> Vec<u32> {
+        lock(&self.free).iter().copied().collect()
     }
 
     /// Free segments that reclaim keeps in hand.
@@ -374,12 +381,12 @@ fn boot_id() -> [u8; 16] {
 }
 
 /// Reads a lock whose writers cannot leave it half-changed.
-pub(crate) fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+pub(crate) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Writes such a lock.
-pub(crate) fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 

@@ -54,6 +54,10 @@ counters! {
     discards,
     /// Requests that ended in an error.
     errors,
+    /// Times a write waited because the space fills up faster than the disk takes it.
+    pace_waits,
+    /// Operations of queues that the backing disk failed.
+    disk_errors,
     /// Records committed.
     records,
     /// Sectors filled after a miss.

@@ -16,9 +16,6 @@
 //! durable, and asks for none itself. Until it is durable a stale word may pass for a good one; the
 //! words themselves lag behind nothing.
 
-use std::sync::Mutex;
-use std::sync::atomic::Ordering;
-
 use super::core::Cache;
 use super::env::Env;
 use super::index::Extent;
@@ -28,6 +25,8 @@ use super::stripes::lock;
 use super::syncer::{Durable, Outcome};
 use crate::onmedia::{LivenessFloor, liveness_bits, liveness_word};
 use crate::pmem::{MediaError, Pmem};
+use crate::sync::Mutex;
+use crate::sync::atomic::Ordering;
 use crate::wake::Waker;
 
 /// A floor to be written once the words it counts are durable.
@@ -105,9 +104,24 @@ impl<E: Env> Cache<E> {
 
     /// Marks payload dead that the index never pointed at.
     pub(crate) fn mark_sectors_dead(&self, id: u32, first: u32, sectors: u32) {
-        let segment = &self.segments[id as usize];
-        if segment.mark_dead(first, sectors) > 0 && !segment.liveness_pending.swap(true, Ordering::AcqRel) {
-            lock(&self.liveness.pending).push(id);
+        if self.segments[id as usize].mark_dead(first, sectors) > 0 {
+            self.list_pending(id);
+        }
+    }
+
+    /// Puts a segment on the list of those with words to write, unless it stands there.
+    ///
+    /// `liveness_pending` says that it does, and so is raised together with the list: raised first,
+    /// it would let another thread go by a segment that is not there yet, write an empty list and
+    /// take its own marks for durable. Both sides change the flag and do not just look at it, so
+    /// that whoever clears it sees every mark made before it was found raised.
+    fn list_pending(&self, id: u32) {
+        let flag = &self.segments[id as usize].liveness_pending;
+        if flag.compare_exchange(true, true, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            let mut pending = lock(&self.liveness.pending);
+            if !flag.swap(true, Ordering::AcqRel) {
+                pending.push(id);
+            }
         }
     }
 
@@ -124,7 +138,7 @@ impl<E: Env> Cache<E> {
         let mut failed = Ok(());
         for id in pending {
             let segment = &self.segments[id as usize];
-            segment.liveness_pending.store(false, Ordering::Release);
+            segment.liveness_pending.swap(false, Ordering::AcqRel);
             let is_gone = matches!(segment.state(), State::Free | State::Bad);
             if is_gone || segment.is_buried.load(Ordering::Relaxed) {
                 continue;
@@ -138,9 +152,7 @@ impl<E: Env> Cache<E> {
                         "liveness words cannot be written: what is clean in the segment will not outlive the daemon"
                     ),
                     Err(error) => {
-                        if !segment.liveness_pending.swap(true, Ordering::AcqRel) {
-                            lock(&self.liveness.pending).push(id);
-                        }
+                        self.list_pending(id);
                         failed = Err(error);
                     }
                 },

@@ -61,6 +61,18 @@ pub(super) fn add(list: &mut Vec<LostRange>, lost: LostRange) {
     }
 }
 
+/// The parts of a list that nothing newer has replaced.
+pub(super) fn still_lost(core: &VolumeCore, list: &[LostRange]) -> Vec<LostRange> {
+    let mut left = Vec::new();
+    for lost in list {
+        let mut found = Vec::new();
+        core.index.lookup(lost.range, &mut found);
+        let parts = found.iter().filter(|e| e.place.is_lost());
+        parts.for_each(|e| add(&mut left, LostRange { range: e.range, ..*lost }));
+    }
+    left
+}
+
 /// Sectors of a list. Ranges of different versions may name the same one, which counts once.
 pub(super) fn sectors(list: &[LostRange]) -> u64 {
     let mut ranges: Vec<SectorRange> = list.iter().map(|l| l.range).collect();

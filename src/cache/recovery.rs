@@ -8,7 +8,7 @@
 //! has been flushed since. Loss of keys that may
 //! have been dirty damages the volume they belonged to, and no other.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -67,7 +67,7 @@ struct Found {
 pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, OpenError> {
     let mut report = RecoveryReport { was_clean: lock(&cache.start).was_clean, ..RecoveryReport::default() };
     let volumes = load_volumes(cache, &mut report);
-    let mut found: HashMap<u64, Vec<Found>> = HashMap::new();
+    let mut found: BTreeMap<u64, Vec<Found>> = BTreeMap::new();
     let mut sealed: Vec<(u64, u32)> = Vec::new();
     for id in 0..cache.media.geometry.segment_count {
         cache.media.settle_segment(id);
@@ -119,9 +119,9 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
 }
 
 /// Reads descriptors and tails.
-fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMap<u64, Arc<VolumeCore>> {
+fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeMap<u64, Arc<VolumeCore>> {
     let media = &cache.media;
-    let mut volumes = HashMap::new();
+    let mut volumes = BTreeMap::new();
     for slot in 0..media.geometry.volume_slots {
         let copies = media.load(
             |copy| media.geometry.descriptor(slot, copy),
@@ -141,7 +141,14 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMa
         if descriptor.state == VolumeState::Empty {
             continue;
         }
+        let is_deleted = descriptor.state == VolumeState::Deleting;
         let volume = VolumeCore::new(descriptor, next);
+        if is_deleted {
+            if let Err(error) = cache.finish_delete(&volume) {
+                report.findings.push(format!("volume slot {slot} cannot be emptied: {error}"));
+            }
+            continue;
+        }
         let tails = media.load(
             |copy| media.geometry.tail(slot, copy),
             |bytes| Tail::decode(bytes, &media.uuid, volume.incarnation),
@@ -309,6 +316,7 @@ fn take_keys<E: Env>(
     }
     segment.max_version.store(max_version, Ordering::Relaxed);
     segment.max_epoch.store(max_dirty, Ordering::Relaxed);
+    segment.min_epoch.store(0, Ordering::Relaxed);
     volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
     volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);

@@ -8,9 +8,9 @@
 //! - A segment has at most one writer: the stream that opened it, until it is full.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use crate::onmedia::Geometry;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// Where a segment is in its life.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,6 +56,8 @@ pub(crate) struct Segment {
     pub header_sequence: AtomicU64,
     /// Highest epoch of any dirty key in it, 0 for none.
     pub max_epoch: AtomicU64,
+    /// Lowest epoch of any dirty key in it, `u64::MAX` for none. Set before the record exists.
+    pub min_epoch: AtomicU64,
     pub max_version: AtomicU64,
     pub last_sequence: AtomicU64,
     /// Lowest byte of the records committed (they grow down); offset in the segment.
@@ -131,6 +133,7 @@ impl Segment {
         for n in [&self.max_epoch, &self.max_version, &self.last_sequence] {
             n.store(0, Ordering::Relaxed);
         }
+        self.min_epoch.store(u64::MAX, Ordering::Relaxed);
         self.key_count.store(0, Ordering::Relaxed);
         self.live.store(0, Ordering::Relaxed);
         self.dead_count.store(0, Ordering::Relaxed);

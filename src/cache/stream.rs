@@ -66,6 +66,9 @@ pub(crate) struct Open {
     /// Sequence number of the last record a witness was written for.
     witnessed: u64,
     by_page: bool,
+    /// Bytes of it that have been charged to a queue.
+    charged: u32,
+    room: u32,
 }
 
 /// What stands in a record's header beside what the segment knows.
@@ -83,6 +86,20 @@ impl Open {
         let record = record_len(keys, checksums);
         let summary = summary_len(self.keys + keys, self.checksums + checksums) + slack(self.by_page);
         u64::from(payload_end) + (record + summary) as u64 <= u64::from(self.log_low)
+    }
+
+    /// Bytes taken since the last call.
+    pub fn charge(&mut self) -> u32 {
+        let room = self.log_low - self.payload_end;
+        let taken = self.room - room;
+        self.room = room;
+        self.charged += taken;
+        taken
+    }
+
+    /// Bytes that [`Open::charge`] has told of.
+    pub fn charged(&self) -> u32 {
+        self.charged
     }
 
     /// Whether anything was appended.
@@ -199,6 +216,8 @@ impl<E: Env> Cache<E> {
                         appended_at: 0,
                         witnessed: 0,
                         by_page: !self.media.pmem.class().fence_is_durable(),
+                        charged: 0,
+                        room: self.media.geometry.data_end() - self.media.geometry.data_start(),
                     });
                 }
                 Err(error) => {
@@ -247,13 +266,5 @@ impl<E: Env> Cache<E> {
         }
         segment.header_sequence.store(sequence, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// Ends a stream's segment; the housekeeper seals it.
-    pub(crate) fn close_segment(&self, stream: &mut Stream) {
-        if let Some(open) = stream.open.take() {
-            self.segments[open.id as usize].set_state(State::Full);
-            self.queue_for_sealing(open.id);
-        }
     }
 }

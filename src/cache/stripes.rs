@@ -9,10 +9,9 @@
 //! - A *bypass* is registered before its disk write is issued and removed after that ended; no two
 //!   overlapping ones exist at a time, and a placeholder born under one is born broken.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-
 use super::index::REGION_SECTORS;
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Mutex, MutexGuard, hint, thread};
 use crate::units::SectorRange;
 
 /// Names one registration.
@@ -174,14 +173,14 @@ impl Stripe {
             while self.locked.load(Ordering::Relaxed) {
                 spins += 1;
                 // The holder is a header's store and a fence away, unless it was preempted.
-                if spins < 200 { std::hint::spin_loop() } else { std::thread::yield_now() }
+                if spins < 200 { hint::spin_loop() } else { thread::yield_now() }
             }
         }
     }
 }
 
 /// Locks a mutex whose holders cannot leave it half-changed.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 

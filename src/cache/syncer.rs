@@ -4,12 +4,12 @@
 //! was stored before. A failed `sync` is final: no later ticket is ever durable, because the kernel
 //! may have dropped the pages it could not write (the data still reads back, the disk never got it).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use super::stripes::lock;
 use crate::pmem::{MediaClass, Pmem};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Condvar, Mutex};
 use crate::wake::Waker;
 
 /// A moment after which everything stored before the ticket was drawn is durable.
@@ -109,7 +109,11 @@ impl Syncer {
             match self.outcome(ticket) {
                 Outcome::Waiting if self.running.load(Ordering::SeqCst) => {
                     let state = lock(&self.state);
-                    drop(self.done.wait_timeout(state, Duration::from_millis(10)));
+                    // Looked at again under the lock, through which whoever decides it or stops
+                    // running goes before it notifies: the wake-up cannot come too early.
+                    if self.outcome(ticket) == Outcome::Waiting && self.running.load(Ordering::SeqCst) {
+                        drop(self.done.wait_timeout(state, Duration::from_millis(10)));
+                    }
                 }
                 Outcome::Waiting => {
                     self.step(pmem);
@@ -163,6 +167,7 @@ impl Syncer {
             let state = lock(&self.state);
             if state.stop {
                 self.running.store(false, Ordering::SeqCst);
+                self.done.notify_all();
                 return;
             }
             if state.requested <= self.started.load(Ordering::SeqCst) || self.has_failed() {

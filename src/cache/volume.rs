@@ -9,20 +9,23 @@
 //! - Epoch e is closed when the counter is above it and no queue announces a number ≤ e.
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, OnceLock};
 
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
+use super::health::{Facts, Owed};
 use super::index::{Extent, Index};
+use super::pacing::{Pacer, Purse};
 use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use crate::backing::Backing;
 use crate::onmedia::{Key, LostRange, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
+use crate::sync::{Mutex, thread};
 use crate::volume::{Buffer, Disk, DiskConfig};
 use crate::wake::Waker;
 
@@ -50,7 +53,10 @@ pub(crate) struct QueueShared {
     /// Whether a `Queue` for it exists.
     pub taken: AtomicBool,
     pub waker: Mutex<Waker>,
+    pub purse: Purse,
     pub tally: Tally,
+    /// What the disk owes it.
+    pub owed: Owed,
 }
 
 impl QueueShared {
@@ -61,8 +67,23 @@ impl QueueShared {
             waiting: AtomicBool::new(false),
             taken: AtomicBool::new(false),
             waker: Mutex::default(),
+            purse: Purse::default(),
             tally: Tally::default(),
+            owed: Owed::default(),
         }
+    }
+
+    /// Begins a section: from here on the queue's thread may hold positions.
+    pub fn enter(&self) {
+        // Only that thread writes it.
+        self.section.store(self.section.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        // The section is seen to be open before anything is looked up.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Ends it.
+    pub fn leave(&self) {
+        self.section.store(self.section.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 }
 
@@ -81,7 +102,7 @@ pub(crate) struct DirtySegments {
     /// `(epoch, segment)` of the next dirty record.
     pub known: BTreeMap<(u64, u32), Cursor>,
     /// Open segments whose records have all been seen.
-    pub drained: HashMap<u32, Cursor>,
+    pub drained: BTreeMap<u32, Cursor>,
 }
 
 /// A volume without its disk.
@@ -114,9 +135,12 @@ pub(crate) struct VolumeCore {
     pub queues: OnceLock<Box<[QueueShared]>>,
     pub streams: OnceLock<Box<[Mutex<Stream>]>>,
     pub writeback: Signal,
+    pub pacer: Pacer,
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
+    /// What its state is judged by.
+    pub facts: Facts,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
 }
@@ -142,8 +166,10 @@ impl VolumeCore {
             queues: OnceLock::new(),
             streams: OnceLock::new(),
             writeback: Signal::default(),
+            pacer: Pacer::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
+            facts: Facts::default(),
             dirty_since: AtomicU64::new(0),
         }
     }
@@ -227,9 +253,9 @@ impl VolumeCore {
             while seen % 2 == 1 && shared.section.load(Ordering::SeqCst) == seen {
                 spins += 1;
                 if spins < 100 {
-                    std::thread::yield_now();
+                    thread::yield_now();
                 } else {
-                    std::thread::sleep(std::time::Duration::from_micros(50));
+                    thread::sleep(std::time::Duration::from_micros(50));
                 }
             }
         }

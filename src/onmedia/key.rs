@@ -159,6 +159,8 @@ impl Key {
     pub(super) fn judge(&self, payload: &Range<u32>) -> Result<(), Corruption> {
         let sectors = u64::from(self.sectors);
         JUDGE.at_least("sectors", 1, sectors)?;
+        JUDGE.counter("version", self.version)?;
+        JUDGE.counter("epoch", self.epoch)?;
         JUDGE.at_most("first", VOLUME_SECTORS_MAX - 1, self.first)?;
         JUDGE.at_most("first + sectors", VOLUME_SECTORS_MAX, self.first + sectors)?;
         let start = u64::from(self.payload);

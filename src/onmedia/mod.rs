@@ -68,6 +68,10 @@ pub use witness::Witness;
 /// Bytes in a metadata page; the unit of payload checksums as well.
 pub const PAGE: usize = 4096;
 
+/// Largest value of a number that is only ever raised (sequence, version, epoch, generation and the
+/// like). No cache lives to see it; a higher one is damage, and raising it could wrap to zero.
+pub const COUNTER_MAX: u64 = 1 << 62;
+
 /// 16 bytes that name a cache or a volume for good.
 pub type Uuid = [u8; 16];
 

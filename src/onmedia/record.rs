@@ -222,6 +222,8 @@ fn judge_belonging(header: &RecordHeader, expect: &RecordExpect) -> Result<(), C
 #[inline]
 fn judge_place(header: &RecordHeader) -> Result<(), Corruption> {
     JUDGE.at_least("sequence", 1, header.sequence)?;
+    JUDGE.counter("sequence", header.sequence)?;
+    JUDGE.counter("epoch", header.epoch)?;
     JUDGE.multiple_of("offset", LOG_ALIGN.into(), header.offset.into())?;
     JUDGE.multiple_of("payload_end", SECTOR, header.payload_end.into())?;
     JUDGE.at_least("offset", header.payload_end.into(), header.offset.into())
@@ -311,7 +313,7 @@ impl Body {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{Rng, assert_every_flip_is_noticed, assert_golden, assert_total};
-    use super::super::{KEY_SECTORS_MAX, KeyKind, VOLUME_SECTORS_MAX};
+    use super::super::{COUNTER_MAX, KEY_SECTORS_MAX, KeyKind, VOLUME_SECTORS_MAX};
     use super::*;
 
     const EXPECT: RecordExpect = RecordExpect { segment: 2, generation: 9, incarnation: 5, offset: 52 << 10 };
@@ -502,7 +504,8 @@ mod tests {
                 let sectors = 1 + rng.below(20) as u32;
                 let payload = if kind.has_payload() { 60 + rng.below(20) as u32 } else { 0 };
                 let first = rng.below(VOLUME_SECTORS_MAX - 20);
-                keys.push(Key { first, kind, sectors, payload, version: rng.next(), epoch: rng.next() });
+                let (version, epoch) = (rng.next() % COUNTER_MAX, rng.next() % COUNTER_MAX);
+                keys.push(Key { first, kind, sectors, payload, version, epoch });
             }
             let count = keys.iter().map(Key::checksum_count).sum();
             let checksums: Vec<u32> = (0..count).map(|_| rng.next() as u32).collect();
@@ -528,6 +531,8 @@ mod tests {
         refused(RecordHeader { offset: 255, ..header() }, &keys(), &CHECKSUMS);
         refused(RecordHeader { payload_end: 54 << 10, ..header() }, &keys(), &CHECKSUMS);
         refused(RecordHeader { payload_end: 45 << 10, ..header() }, &keys(), &CHECKSUMS);
+        refused(RecordHeader { epoch: COUNTER_MAX + 1, ..header() }, &keys(), &CHECKSUMS);
+        refused(header(), &[Key { version: COUNTER_MAX + 1, ..keys()[0] }, keys()[1]], &CHECKSUMS);
         refused(header(), &keys(), &CHECKSUMS[1..]);
         refused(header(), &[Key { sectors: 0, ..keys()[1] }], &[]);
         refused(header(), &[keys()[1]; RECORD_LEN_MAX / Key::SIZE], &[]);

@@ -27,7 +27,7 @@ codes! {
         Empty = 0 "empty",
         /// A volume.
         InUse = 1 "in-use",
-        /// A volume whose segments are being freed; becomes empty when none is left.
+        /// A volume being deleted: it counts as none.
         Deleting = 2 "deleting",
     }
 }
@@ -168,6 +168,7 @@ impl VolumeDescriptor {
         let volume = VolumeDescriptor::get(page)?;
         DESCRIPTOR.cache(cache_uuid, &volume.cache_uuid)?;
         DESCRIPTOR.exactly("slot", slot.into(), volume.slot.into())?;
+        DESCRIPTOR.counter("sequence", volume.sequence)?;
         if volume.state != VolumeState::Empty {
             volume.judge_used()?;
         }
@@ -177,6 +178,7 @@ impl VolumeDescriptor {
     /// Judges the fields that mean something only in a used slot.
     fn judge_used(&self) -> Result<(), Corruption> {
         DESCRIPTOR.at_least("incarnation", 1, self.incarnation)?;
+        DESCRIPTOR.counter("incarnation", self.incarnation)?;
         DESCRIPTOR.at_least("sectors", 1, self.sectors)?;
         DESCRIPTOR.at_most("sectors", VOLUME_SECTORS_MAX, self.sectors)?;
         let block = self.block_size;
@@ -188,7 +190,8 @@ impl VolumeDescriptor {
         let gc_good = gc <= GC_PERCENT_MAX || gc == GC_PERCENT_UNSET;
         DESCRIPTOR.that(gc_good, "gc_percent", gc_rule, gc.into())?;
         let name = text("VolumeDescriptor", "name", &self.name)?;
-        DESCRIPTOR.that(!name.is_empty(), "name", Expected::Text("a name"), 0)
+        let is_name = !name.is_empty() && !name.contains(char::is_control);
+        DESCRIPTOR.that(is_name, "name", Expected::Text("a name"), 0)
     }
 }
 
@@ -305,6 +308,9 @@ impl Tail {
         let raw = RawTail::get(page)?;
         TAIL.cache(cache_uuid, &raw.cache_uuid)?;
         TAIL.exactly("incarnation", incarnation, raw.incarnation)?;
+        TAIL.counter("sequence", raw.sequence)?;
+        TAIL.counter("epoch", raw.epoch)?;
+        TAIL.counter("version_floor", raw.version_floor)?;
         TAIL.at_most("lost_count", LOST_MAX as u64, raw.lost_count.into())?;
         let lost = raw.lost.as_chunks::<{ LostRange::SIZE }>().0.iter().take(raw.lost_count as usize);
         let lost = lost.map(LostRange::decode).collect::<Result<_, _>>()?;
@@ -321,6 +327,7 @@ impl Sequenced for Tail {
 
 #[cfg(test)]
 mod tests {
+    use super::super::COUNTER_MAX;
     use super::super::testing::{
         assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
     };
@@ -425,6 +432,22 @@ mod tests {
     }
 
     #[test]
+    fn a_counter_that_could_wrap_is_refused() {
+        let end = COUNTER_MAX + 1;
+        for bad in [
+            Tail { sequence: end, ..tail() },
+            Tail { epoch: end, ..tail() },
+            Tail { version_floor: u64::MAX, ..tail() },
+        ] {
+            assert!(Tail::decode(&bad.encode(), &CACHE, 5).is_err(), "{bad:?}");
+        }
+        let bad = VolumeDescriptor { sequence: end, ..volume() };
+        assert_eq!(VolumeDescriptor::decode(&bad.encode(), &CACHE, 3).unwrap_err().field, "sequence");
+        let last = Tail { epoch: COUNTER_MAX, ..tail() };
+        assert_eq!(Tail::decode(&last.encode(), &CACHE, 5), Ok(last));
+    }
+
+    #[test]
     fn fields_out_of_bounds_are_refused_though_the_crc_holds() {
         for (field, bad) in [
             ("incarnation", VolumeDescriptor { incarnation: 0, ..volume() }),
@@ -437,6 +460,7 @@ mod tests {
             ("gc_percent", VolumeDescriptor { gc_percent: 254, ..volume() }),
             ("name", VolumeDescriptor { name: [0; 64], ..volume() }),
             ("name", VolumeDescriptor { name: [0xff; 64], ..volume() }),
+            ("name", VolumeDescriptor { name: [b'\n'; 64], ..volume() }),
         ] {
             let error = VolumeDescriptor::decode(&bad.encode(), &CACHE, 3).unwrap_err();
             assert_eq!(error.field, field, "{error}");

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::books::{self, Dirty};
 use super::disk::DiskSurvival;
 use super::machine::{Machine, Style};
 use super::memory::Survival;
@@ -28,6 +29,8 @@ pub(super) struct Recovered {
     pub machine: Machine,
     /// What every sector of every volume reads as.
     pub values: Vec<Vec<u64>>,
+    /// What was dirty before anything was read.
+    pub dirty: Dirty,
 }
 
 impl Judge<'_> {
@@ -45,6 +48,7 @@ impl Judge<'_> {
         world.with(|w| w.rate = 0);
         stats.images += 1;
         stats.host_images += u64::from(self.host);
+        books::audit(&machine, rng.chance(1, 4), stats)?;
         let recovered = self.compare(world, machine)?;
         if let Some(snapshot) = recovered.world.take_snapshot() {
             self.inside_recovery(&snapshot, rng, stats)?;
@@ -56,10 +60,7 @@ impl Judge<'_> {
     }
 
     fn compare(&self, world: Arc<World>, mut machine: Machine) -> Result<Recovered, String> {
-        let space = machine.cache.space();
-        if space.free + space.used + space.bad != space.total || space.bad > 0 {
-            return Err(format!("space does not add up after recovery: {space:?}"));
-        }
+        let dirty = books::dirty(&machine);
         let mut values = Vec::new();
         for (volume, oracle) in self.oracles.iter().enumerate() {
             let read = machine.read_all(volume)?;
@@ -70,7 +71,7 @@ impl Judge<'_> {
             }
             values.push(read);
         }
-        Ok(Recovered { world, machine, values })
+        Ok(Recovered { world, machine, values, dirty })
     }
 
     /// With the cache lost, each ordered disk is a legal older state of its volume.
@@ -98,6 +99,7 @@ impl Judge<'_> {
         let what = snapshot.what;
         let judge = Judge { host, depth: self.depth - 1, ..*self };
         stats.recovery_images += 1;
+        stats.host_in_recovery += u64::from(host && !self.host);
         judge.image(image, rng, stats).map_err(|e| format!("crash inside recovery before {what}: {e}"))?;
         Ok(())
     }
@@ -108,8 +110,15 @@ impl Judge<'_> {
         let survival = if rng.chance(1, 2) { Survival::Nothing } else { survival(40, rng) };
         let (image, _) = snapshot.host_crash(&survival, DiskSurvival::Nothing, rng);
         stats.second_images += 1;
+        stats.host_after_recovery += u64::from(!self.host);
         let judge = Judge { host: true, depth: 0, ..*self };
         let second = judge.image(image, rng, stats).map_err(|e| format!("host crash after recovery: {e}"))?;
+        if first.dirty != second.dirty {
+            return Err(format!(
+                "dirty after a recovery {:?}, after the next {:?}",
+                first.dirty, second.dirty
+            ));
+        }
         for (volume, (a, b)) in first.values.iter().zip(&second.values).enumerate() {
             // A disk's own write cache outlives a daemon, and its loss is no business of the cache.
             let is_settled = self.host || !self.styles[volume].mode.bypasses();

@@ -20,6 +20,7 @@
 //!   cannot pass for a right one.
 
 mod backing;
+mod books;
 mod check;
 mod content;
 mod disk;
@@ -31,6 +32,7 @@ mod run;
 mod scenario;
 mod scene;
 mod stats;
+pub mod timed;
 mod world;
 
 pub use backing::{SimBacking, SimChannel};
@@ -43,4 +45,4 @@ pub use run::{Run, Violation, run_seed};
 pub use scenario::Scenario;
 pub use scene::Scene;
 pub use stats::Stats;
-pub use world::{Faults, SimClock, SimEnv, Snapshot, World};
+pub use world::{DiskDeeds, Faults, SimClock, SimEnv, Snapshot, World};

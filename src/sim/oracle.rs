@@ -7,7 +7,8 @@
 //! - after a crash a sector may show a write unless one that it precedes was acknowledged (daemon)
 //!   or durable (host);
 //! - the disk alone, in strict order: if it shows anything that began after a FLUSH had ended, then
-//!   it shows nothing that precedes a write which had ended when that FLUSH began.
+//!   it shows nothing that precedes a write which had ended when that FLUSH began. A write submitted
+//!   without a write cache is its own FLUSH, of itself alone.
 //!
 //! A write that failed, or was under way in a crash, may have happened, until something that it
 //! precedes covers it. After a crash the run reads everything and tells ([`Oracle::narrow`]): what
@@ -26,6 +27,9 @@ struct Write {
     /// Whether it was acknowledged, so that it must be there.
     is_acked: bool,
     is_durable: bool,
+    /// Whether its completion orders as a FLUSH does, for itself alone: written without a write
+    /// cache.
+    is_through: bool,
 }
 
 impl Write {
@@ -55,8 +59,17 @@ pub struct Oracle {
 impl Oracle {
     /// A volume whose disk holds `content`, durably.
     pub fn new(content: &[u64]) -> Oracle {
-        let first =
-            |&value| vec![Write { id: 0, value, began: 0, ended: 0, is_acked: true, is_durable: true }];
+        let first = |&value| {
+            vec![Write {
+                id: 0,
+                value,
+                began: 0,
+                ended: 0,
+                is_acked: true,
+                is_durable: true,
+                is_through: false,
+            }]
+        };
         Oracle {
             sectors: content.iter().map(first).collect(),
             flushes: Vec::new(),
@@ -76,7 +89,8 @@ impl Oracle {
     pub fn begin_write(&mut self, first: u64, count: u64, value: u64) -> u64 {
         let (id, began) = (self.next_id, self.tick());
         self.next_id += 1;
-        let write = Write { id, value, began, ended: NEVER, is_acked: false, is_durable: false };
+        let write =
+            Write { id, value, began, ended: NEVER, is_acked: false, is_durable: false, is_through: false };
         for sector in &mut self.sectors[first as usize..(first + count) as usize] {
             sector.push(write);
         }
@@ -102,8 +116,17 @@ impl Oracle {
         }
     }
 
+    /// A write that was acknowledged had been submitted without a write cache: it is durable, and
+    /// orders itself before what begins from here on.
+    pub fn end_through(&mut self, id: u64, first: u64, count: u64) {
+        self.end_write(id, first, count, true, true);
+        for sector in &mut self.sectors[first as usize..(first + count) as usize] {
+            sector.iter_mut().find(|w| w.id == id).expect("it began").is_through = true;
+        }
+    }
+
     /// Marks a moment that orders as a FLUSH does.
-    pub fn barrier(&mut self) {
+    fn barrier(&mut self) {
         let (began, ended) = (self.tick(), self.tick());
         self.flushes.push(Flush { began, ended });
     }
@@ -144,7 +167,8 @@ impl Oracle {
             for write in sector.iter_mut() {
                 write.ended = write.ended.min(now - 1);
             }
-            let truth = Write { id, value, began: now, ended: now, is_acked: true, is_durable };
+            let truth =
+                Write { id, value, began: now, ended: now, is_acked: true, is_durable, is_through: false };
             sector.push(truth);
         }
         if is_durable {
@@ -167,17 +191,19 @@ impl Oracle {
             newest_began = newest_began.max(oldest.began);
         }
         let flush = self.flushes.iter().filter(|f| f.ended < newest_began).max_by_key(|f| f.began);
-        let Some(flush) = flush else { return Ok(()) };
+        let flushed = flush.map_or(0, |f| f.began);
         for (sector, &value) in values.iter().enumerate() {
             let writes = &self.sectors[sector];
             let lost = |shown: &Write| {
-                writes.iter().find(|w| w.is_acked && w.ended < flush.began && shown.precedes(w))
+                let must =
+                    |w: &&Write| w.is_acked && w.ended < if w.is_through { newest_began } else { flushed };
+                writes.iter().filter(must).find(|w| shown.precedes(w))
             };
             let mut named = writes.iter().filter(|w| w.value == value);
             if named.clone().all(|shown| lost(shown).is_some()) {
                 let shown = named.next_back();
                 return Err(format!(
-                    "the disk alone shows a write begun at {newest_began}, after the flush {flush:?}, but at \
+                    "the disk alone shows a write begun at {newest_began}, after {flush:?}, but at \
                      sector {sector} {shown:?} and not {:?}",
                     shown.and_then(lost)
                 ));

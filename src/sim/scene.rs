@@ -30,14 +30,35 @@ pub struct Scene {
 impl Scene {
     /// A fresh cache of 12 segments of 64 KiB before a disk of 512 sectors.
     pub fn new(class: MediaClass, style: Style) -> Scene {
+        let world = Scene::world(class);
+        let machine = Machine::open(&world, &[style], 1).expect("a fresh cache");
+        Scene { world, machine, style, next_tag: 1, rng: Rng::new(2) }
+    }
+
+    /// Such a cache, formatted and never opened.
+    fn world(class: MediaClass) -> Arc<World> {
         let disks = vec![DiskState::new((1..=512).collect())];
         let geometry = Geometry::custom(16 << 10, 64 << 10, 12, 1).expect("a geometry");
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
         format(&SimPmem::new(&world), &SimClock::default(), &options).expect("fresh memory");
-        let machine = Machine::open(&world, &[style], 1).expect("a fresh cache");
-        Scene { world, machine, style, next_tag: 1, rng: Rng::new(2) }
+        world
+    }
+
+    /// A snapshot from before the `n`-th store, fence, `sync` or disk operation of the first start,
+    /// which makes the volume; `None` if there were not so many.
+    pub fn cut_beginning(class: MediaClass, style: Style, n: u64) -> Option<Snapshot> {
+        let world = Scene::world(class);
+        world.with(|w| w.snapshot_at = w.events + n + 1);
+        Machine::open(&world, &[style], 1).expect("a fresh cache");
+        world.take_snapshot()
+    }
+
+    /// Ends in order and returns what is left.
+    pub fn end(self) -> Snapshot {
+        self.machine.close().expect("nothing fails here");
+        self.world.photograph("the end").daemon_crash(&mut Rng::new(3))
     }
 
     /// Submits a request, ends the batch and returns its tag.

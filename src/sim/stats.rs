@@ -75,6 +75,50 @@ stats! {
     writeback_errors,
     /// Times a write waited for space.
     space_waits,
+    /// Audits of what the cache counts against what there is.
+    audits,
+    /// Requests submitted again to the next daemon.
+    resubmitted,
+    /// Images of a daemon's death and the host's before anything recovered.
+    host_before_recovery,
+    /// Images of a daemon's death and the host's inside the recovery.
+    host_in_recovery,
+    /// Images of a daemon's death and the host's right after the recovery.
+    host_after_recovery,
+    /// Times a guest turned its write cache on or off with requests under way.
+    cache_toggles,
+    /// Transfers of a disk that were short.
+    short_transfers,
+    /// Operations of a disk that took far longer than others.
+    slow_ops,
+    /// Times a disk did not answer for a while.
+    stalls,
+    /// Times a disk went away and came back.
+    outages,
+    /// Operations that failed on a disk that was away.
+    failed_away,
+    /// Reads that the cache had to answer while the disk was away.
+    outage_hits,
+    /// Sectors that failed flushes and returning disks have lost.
+    lost_by_flush,
+    /// Other disks refused in a disk's place.
+    other_disks,
+    /// Disks refused that had grown or shrunk.
+    other_sizes,
+    /// Disks refused that somebody else had written to.
+    changed_disks,
+    /// Copies of a disk taken for it.
+    copied_disks,
+    /// Starts without a disk refused.
+    absent_disks,
+    /// Host crashes after an orderly end.
+    late_crashes,
+    /// Volumes deleted, and made anew in their slot before another disk.
+    deletes,
+    /// Of these, with dirty data that was given up.
+    deletes_of_dirty,
+    /// Images of a crash inside a delete.
+    delete_images,
 }
 
 impl fmt::Display for Stats {

@@ -56,6 +56,14 @@ pub struct Faults {
     pub sync: u64,
     /// Whether one has failed.
     pub sync_failed: bool,
+    /// Disks that are not there, one bit each: everything on them fails.
+    pub away: u64,
+    /// Disks that do not answer, one bit each: nothing on them ends.
+    pub hung: u64,
+    /// Whether disks make short transfers and take their time now and then.
+    pub is_uneven: bool,
+    /// Disks whose failed flushes lose what was not durable, one bit each.
+    pub lossy: u64,
 }
 
 impl Faults {
@@ -66,8 +74,26 @@ impl Faults {
 
     /// Whether a guest's request may fail through no fault of the engine.
     pub fn may_fail_requests(&self) -> bool {
-        self.read + self.write + self.flush > 0 || self.sync_failed
+        self.read + self.write + self.flush + self.away > 0 || self.sync_failed
     }
+
+    /// Whether `disks` has the bit of this disk.
+    pub(super) fn has(disks: u64, disk: usize) -> bool {
+        disks >> disk & 1 == 1
+    }
+}
+
+/// What disks have done beyond answering at once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiskDeeds {
+    /// Transfers that took two goes, or ended after the first.
+    pub short_transfers: u64,
+    /// Operations that took far longer than others.
+    pub slow_ops: u64,
+    /// Operations that failed because the disk was not there.
+    pub failed_away: u64,
+    /// Sectors that a failed flush has lost.
+    pub lost_by_flush: u64,
 }
 
 /// Memory and disks at one instant.
@@ -111,6 +137,8 @@ pub struct State {
     pub thread: u32,
     /// What fails.
     pub faults: Faults,
+    /// What disks have done in this world.
+    pub deeds: DiskDeeds,
     /// The hardware's chance: delays, order of completions, faults.
     pub rng: Rng,
     /// A snapshot is taken before one event in so many; 0 for none.
@@ -149,6 +177,7 @@ impl World {
             disks: snapshot.disks,
             thread: 0,
             faults: Faults::default(),
+            deeds: DiskDeeds::default(),
             rng: Rng::new(seed),
             rate: 0,
             snapshot_at: 0,

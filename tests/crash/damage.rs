@@ -159,7 +159,8 @@ impl Subject {
         settle(&mut machine);
         let lost = all.iter().map(|v| v.iter().map(Option::is_none).collect()).collect();
         let expected = all.iter().map(|v| v.iter().map(|s| s.unwrap_or(0)).collect()).collect();
-        let image = world.photograph("at rest");
+        // Nobody is at work any more, on the disks either.
+        let image = world.photograph("at rest").daemon_crash(&mut rng);
         Subject { seed, geometry, styles, image, early, expected, lost }
     }
 
@@ -335,7 +336,8 @@ impl Subject {
             }
         }
         drop(machine);
-        let mut again = Machine::open(world, &self.styles, 1).map_err(|e| format!("the next start: {e}"))?;
+        let world = World::new(world.photograph("drained").daemon_crash(&mut Rng::new(1)), 1);
+        let mut again = Machine::open(&world, &self.styles, 1).map_err(|e| format!("the next start: {e}"))?;
         let verdict = self.judge(&mut again);
         match verdict.changed {
             Some(changed) => Err(format!("after a drain and a start {changed}")),

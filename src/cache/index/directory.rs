@@ -18,12 +18,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::entry::{Extent, Place};
 use super::runs::{Runs, extent_of};
 use super::{POISONED, REGION_SECTORS};
+use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::SectorRange;
 
 /// `log2` of the regions in a group: one bit each in a word.

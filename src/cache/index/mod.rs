@@ -37,7 +37,6 @@ mod table;
 mod tests;
 
 use std::ops::Range;
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub use entry::{Extent, POSITION_END, Place, ZERO_NAME_END};
 pub use map::ExtentMap;
@@ -48,6 +47,7 @@ use self::entry::push_joined;
 use self::region::{Change, Region, Window};
 use self::runs::extent_of;
 use self::table::{Seed, Sums, Table};
+use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::units::SectorRange;
 
 /// Sectors in a region (1 MiB), the unit of sharding; stored entries never cross one.

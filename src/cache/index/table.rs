@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::entry::Entry;
 use super::region::{Change, Region};
+use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// The regions of one shard that hold anything but a whole region of zeros.
 pub(super) struct Table {

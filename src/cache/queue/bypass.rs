@@ -32,6 +32,8 @@ struct Bypass {
     ticket: Ticket,
     /// Drawn before the disk write was issued.
     version: u64,
+    /// Whether the disk is flushed before it completes.
+    is_through: bool,
     /// Disk operations under way.
     left: u32,
     failed: bool,
@@ -49,6 +51,12 @@ pub(crate) struct Bypasses {
 impl Bypasses {
     pub fn is_blocked(&self) -> bool {
         !self.blocked.is_empty()
+    }
+
+    /// Takes the registrations of those that have operations with the disk.
+    pub fn take_under_way(&mut self) -> Vec<(Ticket, SectorRange)> {
+        let under_way = self.under_way.extract_if(|_, bypass| bypass.left > 0);
+        under_way.map(|(_, bypass)| (bypass.ticket, bypass.range)).collect()
     }
 }
 
@@ -75,8 +83,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         core.index.remove(range, &mut removed);
         self.volume.cache.mark_dead(&removed);
         self.scratch.replaced = removed;
-        let kind = gathered.kind;
-        let bypass = Bypass { range, kind, ticket, version, left: 0, failed: false, written: Vec::new() };
+        let Gathered { kind, is_through, .. } = gathered;
+        let (left, failed, written) = (0, false, Vec::new());
+        let bypass = Bypass { range, kind, ticket, version, is_through, left, failed, written };
         self.bypass.under_way.insert(slot, bypass);
         add(&self.shared().tally.bypass_sectors, range.len);
         match self.volume.cache.write_liveness(Some(&self.waker)) {
@@ -115,7 +124,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
 
     fn bypass_submit(&mut self, slot: u32, op: Op) {
         self.bypass.under_way.get_mut(&slot).expect("under way").left += 1;
-        if self.io.submit(&self.volume.backing, &self.waker, Purpose::Bypass { slot }, op).is_err() {
+        if self.submit_io(Purpose::Bypass { slot }, op).is_err() {
             self.bypass_part(slot, false);
         }
     }
@@ -140,12 +149,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         if bypass.left > 0 {
             return;
         }
-        if bypass.failed || self.volume.has_write_cache() {
+        if bypass.failed || !bypass.is_through {
             let ok = !bypass.failed;
             return self.end_bypass(slot, ok);
         }
         let purpose = Purpose::BypassFlush { slot };
-        if self.io.submit(&self.volume.backing, &self.waker, purpose, Op::Flush).is_err() {
+        if self.submit_io(purpose, Op::Flush).is_err() {
             self.end_bypass(slot, false);
         }
     }

@@ -133,6 +133,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             cache.close_segment(&mut stream);
             return Some(count);
         }
+        core.charge(q, open.charge());
         open.appended(cache.syncer.started());
         let mut inserted = std::mem::take(&mut scratch.replaced);
         for key in &draft.keys {

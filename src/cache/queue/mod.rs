@@ -18,7 +18,6 @@ mod write;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
 use self::fill::Fill;
 use self::io::Io;
@@ -30,6 +29,7 @@ use super::index::Extent;
 use super::stripes::lock;
 use super::syncer::{Durable, Outcome};
 use super::volume::{QueueShared, Volume};
+use crate::sync::atomic::Ordering;
 use crate::units::SectorRange;
 use crate::volume::{Buffer, DiskQueue, Done, Request, RequestKind, Status};
 use crate::wake::Waker;
@@ -137,11 +137,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     pub(crate) fn enter(&mut self) {
         if !self.inside {
             self.inside = true;
-            // Only this thread writes it.
-            let section = &self.shared().section;
-            section.store(section.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-            // The section is seen to be open before anything is looked up.
-            fence(Ordering::SeqCst);
+            self.shared().enter();
         }
     }
 
@@ -149,8 +145,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     fn leave(&mut self) {
         if self.inside {
             self.inside = false;
-            let section = &self.shared().section;
-            section.store(section.load(Ordering::Relaxed) + 1, Ordering::Release);
+            self.shared().leave();
         }
     }
 
@@ -301,6 +296,10 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         // A flush of this core's stores is ordered by nobody else's fence.
         crate::pmem::Pmem::fence(&*self.volume.cache.media.pmem);
     }
+
+    fn leave_behind(mut self) {
+        self.leave_io();
+    }
 }
 
 impl<E: Env, B: Buffer> Drop for Queue<E, B> {
@@ -308,6 +307,7 @@ impl<E: Env, B: Buffer> Drop for Queue<E, B> {
         self.abandon();
         self.leave();
         let shared = self.shared();
+        shared.owed.set(None);
         *lock(&shared.waker) = Waker::default();
         shared.waiting.store(false, Ordering::SeqCst);
         shared.taken.store(false, Ordering::SeqCst);

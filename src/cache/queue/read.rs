@@ -178,7 +178,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             let op = Op::Read { offset: range.start * 512, buf };
             self.slots.get(slot).left += 1;
             let purpose = Purpose::Miss { slot, range, fill };
-            if let Err(purpose) = self.io.submit(&self.volume.backing, &self.waker, purpose, op) {
+            if let Err(purpose) = self.submit_io(purpose, op) {
                 let Purpose::Miss { slot, range, fill } = purpose else { unreachable!("it is a miss") };
                 self.drop_placeholder(fill.map(|f| f.0), range);
                 self.part_done(slot, false);

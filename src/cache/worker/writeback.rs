@@ -19,10 +19,16 @@
 //! Damaged payload is left out of a round; the tail's own update lists it as lost (`../lost.rs`).
 //!
 //! A failure anywhere leaves tail and marks as they were; the round is repeated after a delay that
-//! grows. Overlapping writes are never in flight together: the extents of a round are disjoint,
-//! and a round begins when all of the last one has ended.
+//! grows. All of it is repeated: Linux reports a page it could not write once and calls it clean, so
+//! after a failed flush nothing since the last good one counts as being on the disk. Overlapping
+//! writes are never in flight together: the extents of a round are disjoint, and a round begins when
+//! all of the last one has ended, also when it failed.
+//!
+//! A disk that does not answer holds up its own volume's worker and nothing else. [`Writeback::leave`]
+//! ends the worker without that answer.
 
 mod damage;
+mod op;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -32,15 +38,19 @@ use std::time::Duration;
 use self::damage::Damage;
 use super::super::counters::add;
 use super::super::env::{Clock, Env};
+use super::super::ghost;
+use super::super::health::Failure;
 use super::super::index::{Extent, ExtentMap};
 use super::super::scan::WalkError;
 use super::super::segments::State;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
-use super::super::volume::{Cursor, DirtySegments, Order, Volume};
+use super::super::volume::{Cursor, Order, Volume};
 use super::Progress;
+use super::retry::delay_ms;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
-use crate::onmedia::{Key, KeyKind, SegmentHeader};
+use crate::onmedia::Key;
+use crate::sync::thread;
 use crate::units::SectorRange;
 use crate::wake::Waker;
 
@@ -52,8 +62,6 @@ const WRITE_SECTORS_MAX: u64 = 2048;
 const ZERO_SECTORS_MAX: u64 = 1 << 21;
 /// Dirty data older than this is written back even when nothing presses.
 const AGE_MS_MAX: u64 = 2000;
-/// First and longest delay after a failed round.
-const RETRY_MS: (u64, u64) = (100, 30_000);
 /// Extents looked up at a time in `relaxed`.
 const SWEEP: usize = 4096;
 
@@ -63,6 +71,8 @@ enum Phase {
     Gathered(Round, Durable),
     Writing(Round),
     Flushing(Round),
+    /// A failed round whose other operations have not ended.
+    Failing(Failure),
     MakingDurable(Round, Durable),
     MovingTail(Round, Durable),
 }
@@ -94,7 +104,7 @@ struct Consumed {
 }
 
 pub(crate) struct Writeback<E: Env> {
-    volume: Arc<Volume<E>>,
+    pub(super) volume: Arc<Volume<E>>,
     channel: Option<<E::Backing as Backing>::Channel>,
     phase: Phase,
     completions: Vec<Completion>,
@@ -102,6 +112,8 @@ pub(crate) struct Writeback<E: Env> {
     failures: u32,
     last_error: String,
     retry_at_ms: u64,
+    /// The epoch that was current when dirty data grew too old: rounds go on until it is reached.
+    overdue: u64,
 }
 
 impl<E: Env> Writeback<E> {
@@ -115,6 +127,7 @@ impl<E: Env> Writeback<E> {
             failures: 0,
             last_error: String::new(),
             retry_at_ms: 0,
+            overdue: 0,
         }
     }
 
@@ -129,19 +142,30 @@ impl<E: Env> Writeback<E> {
 
     /// Waits for the disk or the media, after [`Progress::Waiting`].
     pub fn wait(&mut self, timeout: Duration) {
-        match (&self.phase, &mut self.channel) {
-            (Phase::Writing(_) | Phase::Flushing(_), Some(channel)) => channel.wait(timeout),
-            _ => std::thread::sleep(timeout.min(Duration::from_millis(1))),
+        let for_media =
+            matches!(self.phase, Phase::Gathered(..) | Phase::MakingDurable(..) | Phase::MovingTail(..));
+        match &mut self.channel {
+            Some(channel) if !for_media && channel.in_flight() > 0 => channel.wait(timeout),
+            _ => thread::sleep(timeout.min(Duration::from_millis(1))),
         }
     }
 
     /// Does a bounded piece of work.
     pub fn step(&mut self) -> Progress {
+        let progress = self.work();
+        if self.volume.core.is_paced() {
+            self.volume.pace(progress == Progress::Idle);
+        }
+        progress
+    }
+
+    fn work(&mut self) -> Progress {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => self.begin(),
             Phase::Gathered(round, ticket) => self.records_durable(round, ticket),
             Phase::Writing(round) => self.write(round),
             Phase::Flushing(round) => self.flush_done(round),
+            Phase::Failing(failure) => self.abort(failure),
             Phase::MakingDurable(round, ticket) => self.media_done(round, ticket),
             Phase::MovingTail(round, ticket) => self.tail_done(round, ticket),
         }
@@ -156,14 +180,18 @@ impl<E: Env> Writeback<E> {
         let age = now.saturating_sub(core.dirty_since.load(Ordering::Relaxed));
         let urgent = self.volume.draining.load(Ordering::SeqCst)
             || self.volume.cache.is_pressed()
+            || self.volume.is_round_due()
             || core.damage_seen.load(Ordering::Relaxed);
         if !urgent && age < AGE_MS_MAX {
             return Progress::Idle;
         }
+        if age >= AGE_MS_MAX && core.tail.load(Ordering::SeqCst) >= self.overdue {
+            self.overdue = core.epoch.load(Ordering::SeqCst);
+        }
         if self.channel.is_none() {
             match self.volume.backing.channel(&Waker::default(), DEPTH) {
                 Ok(channel) => self.channel = Some(channel),
-                Err(error) => return self.fail(format!("cannot open a channel to the disk: {error}")),
+                Err(error) => return self.fail(Failure::resources(&error)),
             }
         }
         let round = match self.volume.order() {
@@ -180,20 +208,52 @@ impl<E: Env> Writeback<E> {
             Err(error) => {
                 // Records of dirty data are gone: only this volume stops.
                 core.damaged.store(true, Ordering::SeqCst);
-                self.fail(format!("dirty records cannot be read, the volume stops: {error}"))
+                let cause = format!("dirty records cannot be read, the volume stops: {error}");
+                self.fail(Failure::damage(cause))
             }
         }
     }
 
-    fn fail(&mut self, error: String) -> Progress {
-        let delay = (RETRY_MS.0 << self.failures.min(10)).min(RETRY_MS.1);
+    fn fail(&mut self, failure: Failure) -> Progress {
+        let now = self.volume.cache.clock.now_ms();
+        let delay = delay_ms(self.failures, self.volume.core.incarnation ^ now);
         self.failures += 1;
-        self.retry_at_ms = self.volume.cache.clock.now_ms() + delay;
+        self.retry_at_ms = now + delay;
         add(&self.volume.core.tally.writeback_errors, 1);
-        let volume = &self.volume.name;
-        tracing::error!(volume, failures = self.failures, retry_ms = delay, error, "write-back failed");
-        self.last_error = error;
+        let (volume, error) = (&self.volume.name, &failure.cause);
+        tracing::warn!(volume, failures = self.failures, retry_ms = delay, error, "write-back failed");
+        self.last_error.clone_from(error);
+        self.volume.core.facts.writeback_failed(failure, self.failures, now, self.retry_at_ms);
+        self.volume.core.pacer.end_round(false);
         Progress::Idle
+    }
+
+    /// Whether operations are with the disk.
+    pub fn is_owed(&self) -> bool {
+        self.channel.as_ref().is_some_and(|c| c.in_flight() > 0)
+    }
+
+    /// Takes what has ended, of a round that will not go on.
+    pub fn end_operations(&mut self) {
+        // The next start finds the tail where it was and writes all of it again.
+        drop(self.reap());
+    }
+
+    /// Ends the worker. What the disk has not answered is left to it.
+    pub fn leave(mut self) {
+        if let Some(channel) = self.channel.take()
+            && channel.in_flight() > 0
+        {
+            let since_ms = self.volume.core.facts.writeback.since_ms();
+            ghost::leave(&self.volume.core, &self.volume.name, channel, since_ms, Vec::new());
+        }
+        self.volume.core.facts.writeback.set(None);
+    }
+
+    /// Shows since when the disk owes this worker an answer: it waits for all of a round, so what
+    /// counts is the last time that anything ended.
+    fn note_owed(&self) {
+        self.volume.core.facts.writeback.set(self.is_owed().then(|| self.volume.cache.clock.now_ms()));
     }
 
     fn gather_relaxed(&mut self) -> Result<Option<Round>, WalkError> {
@@ -203,6 +263,7 @@ impl<E: Env> Writeback<E> {
         if epoch <= core.tail.load(Ordering::SeqCst) {
             return Ok(None);
         }
+        self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
         Ok(Some(Round { sweep: Some(0), ..Round::empty(epoch) }))
     }
 
@@ -241,73 +302,12 @@ impl<E: Env> Writeback<E> {
         }
         let mut todo = VecDeque::new();
         newest.iter().for_each(|extent| cut(extent, &mut todo));
+        let bytes = |len: u64| len * 512;
+        let write = todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
+        let payload: u64 =
+            keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
+        self.volume.begin_pace(write, Some(payload + payload / 16));
         Ok(Some(Round { todo, cursors, ..Round::empty(epoch) }))
-    }
-
-    /// The lowest epoch of any dirty record, after looking for new ones in open segments.
-    fn lowest_epoch(&self, dirty: &mut DirtySegments) -> Result<Option<u64>, WalkError> {
-        let tail = self.volume.core.tail.load(Ordering::SeqCst);
-        for (id, cursor) in std::mem::take(&mut dirty.drained) {
-            self.file(dirty, id, cursor, tail)?;
-        }
-        while let Some((&(epoch, id), _)) = dirty.known.first_key_value() {
-            if epoch > tail {
-                return Ok(Some(epoch));
-            }
-            // Left behind by relaxed rounds.
-            let cursor = dirty.known.remove(&(epoch, id)).expect("it is the first");
-            self.file(dirty, id, cursor, tail)?;
-        }
-        Ok(None)
-    }
-
-    /// Files a segment under the epoch of its next record above `tail`.
-    fn file(&self, dirty: &mut DirtySegments, id: u32, cursor: Cursor, tail: u64) -> Result<(), WalkError> {
-        // The state before the log: what is full by then has nothing to come.
-        let state = self.volume.cache.segments[id as usize].state();
-        match self.consume(id, cursor, tail, &mut Vec::new())? {
-            (cursor, Some(next)) => _ = dirty.known.insert((next, id), cursor),
-            (cursor @ Cursor::Log(_), None) if state == State::Open => {
-                dirty.drained.insert(id, cursor);
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Takes the dirty keys of epochs ≤ `upto`; returns where to go on and the next epoch there.
-    fn consume(
-        &self,
-        id: u32,
-        cursor: Cursor,
-        upto: u64,
-        keys: &mut Vec<(Key, u32)>,
-    ) -> Result<(Cursor, Option<u64>), WalkError> {
-        match cursor {
-            Cursor::Keys(mut queue) => {
-                while let Some(key) = queue.pop_front_if(|k| k.epoch <= upto) {
-                    keys.push((key, id));
-                }
-                let next = queue.front().map(|k| k.epoch);
-                Ok((Cursor::Keys(queue), next))
-            }
-            Cursor::Log(from) => {
-                let segment = &self.volume.cache.segments[id as usize];
-                let header = SegmentHeader {
-                    incarnation: self.volume.core.incarnation,
-                    generation: segment.generation.load(Ordering::Relaxed),
-                    start_counter: segment.start_counter.load(Ordering::Relaxed),
-                    ..SegmentHeader::default()
-                };
-                let low = segment.log_low.load(Ordering::Acquire);
-                let (cursor, next) =
-                    self.volume.cache.media.walk_from(id, &header, from, low, upto, |record| {
-                        let dirty = record.keys.iter().filter(|k| k.kind != KeyKind::Fill);
-                        keys.extend(dirty.map(|k| (*k, id)));
-                    })?;
-                Ok((Cursor::Log(cursor), next))
-            }
-        }
     }
 
     /// Makes durable what is about to be written: were the disk to have it and the cache to lose it,
@@ -325,7 +325,7 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::Gathered(round, ticket);
                 Progress::Waiting
             }
-            Outcome::Failed => self.abort("the cache cannot be made durable".to_owned()),
+            Outcome::Failed => self.abort(Failure::media("the cache cannot be made durable".to_owned())),
             Outcome::Reached => {
                 self.phase = Phase::Writing(round);
                 Progress::Did
@@ -357,8 +357,7 @@ impl<E: Env> Writeback<E> {
                 Ok(None) => continue,
                 Err(error) => return self.abort(error),
             };
-            let channel = self.channel.as_mut().expect("opened before the round");
-            assert!(channel.submit(0, op).is_ok(), "fewer than the depth are in flight");
+            self.submit(op);
             add(&self.volume.core.tally.writeback_ops, 1);
         }
         let channel = self.channel.as_mut().expect("opened before the round");
@@ -367,11 +366,21 @@ impl<E: Env> Writeback<E> {
             self.phase = Phase::Writing(round);
             return Progress::Waiting;
         }
-        assert!(channel.submit(0, Op::Flush).is_ok(), "nothing is in flight");
-        channel.kick();
+        self.submit(Op::Flush);
+        self.channel.as_mut().expect("opened before the round").kick();
+        self.volume.core.pacer.written(self.volume.cache.clock.now_us());
         add(&self.volume.core.tally.writeback_flushes, 1);
         self.phase = Phase::Flushing(round);
         Progress::Waiting
+    }
+
+    fn submit(&mut self, op: Op) {
+        let channel = self.channel.as_mut().expect("opened before the round");
+        let is_first = channel.in_flight() == 0;
+        assert!(channel.submit(0, op).is_ok(), "fewer than the depth are in flight");
+        if is_first {
+            self.note_owed();
+        }
     }
 
     /// Looks up more dirty extents for a relaxed round. False when there are no more.
@@ -379,6 +388,7 @@ impl<E: Env> Writeback<E> {
         while let Some(from) = round.sweep {
             let mut found = Vec::new();
             round.sweep = self.volume.core.index.dirty_from(from, SWEEP, &mut found);
+            found.retain(|extent| !self.is_newer(extent, round.epoch));
             found.into_iter().for_each(|extent| cut(extent, &mut round.todo));
             if !round.todo.is_empty() {
                 return true;
@@ -387,69 +397,34 @@ impl<E: Env> Writeback<E> {
         false
     }
 
-    /// The next operation: a run of adjacent extents of one kind. `None` when damage has taken the run
-    /// apart: what is good of it comes next.
-    fn next_op(&mut self, round: &mut Round) -> Result<Option<Op>, String> {
-        let first = *round.todo.front().expect("the caller looked");
-        let longest = if first.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
-        let mut run = Vec::new();
-        let mut end = first.range.start;
-        while let Some(extent) = round.todo.front() {
-            let len = extent.range.end() - first.range.start;
-            let joins = extent.range.start == end
-                && extent.place.zero == first.place.zero
-                && (!first.place.zero || extent.place.position % 2 == first.place.position % 2);
-            if !joins || (len > longest && !run.is_empty()) {
-                break;
-            }
-            end = extent.range.end();
-            run.push(round.todo.pop_front().expect("it is there"));
+    /// Whether an extent came after the round's epoch was closed: the next round's business, else a
+    /// round would chase the guest. The `sync` that precedes the tail covers its record, so what it
+    /// replaced, older than the tail and never written, cannot come back without it.
+    fn is_newer(&self, extent: &Extent, epoch: u64) -> bool {
+        if extent.place.zero {
+            return false;
         }
-        let offset = first.range.start * 512;
-        let sectors = end - first.range.start;
-        if first.place.zero {
-            round.written.extend_from_slice(&run);
-            let unmap = self.volume.pass_discard && first.place.position % 2 == 1;
-            return Ok(Some(Op::Zero { offset, len: sectors * 512, unmap }));
-        }
-        let mut buf = self.buffer(sectors as usize * 512);
-        let mut at = 0;
-        for extent in &run {
-            let copied = self.volume.cache.copy_extent(extent, true, |offset, bytes| {
-                buf[at + offset..][..bytes.len()].copy_from_slice(bytes);
-                Ok(())
-            });
-            if copied.is_err() {
-                self.set_aside(round, run)?;
-                return Ok(None);
-            }
-            at += extent.range.len as usize * 512;
-        }
-        round.written.extend_from_slice(&run);
-        Ok(Some(Op::Write { offset, buf }))
-    }
-
-    fn buffer(&mut self, len: usize) -> AlignedBuf {
-        match self.spare.iter().position(|b| b.capacity() >= len) {
-            Some(i) => {
-                let mut buf = self.spare.swap_remove(i);
-                buf.set_len(len);
-                buf
-            }
-            None => AlignedBuf::new(len),
-        }
+        let cache = &self.volume.cache;
+        let (id, _) = cache.media.locate(extent.place.position);
+        cache.segments[id as usize].min_epoch.load(Ordering::SeqCst) > epoch
     }
 
     /// Takes completions. The first failure fails the round.
-    fn reap(&mut self) -> Result<(), String> {
+    fn reap(&mut self) -> Result<(), Failure> {
         let mut done = std::mem::take(&mut self.completions);
         if let Some(channel) = &mut self.channel {
             channel.reap(&mut done);
         }
+        if !done.is_empty() {
+            self.note_owed();
+        }
         let mut result = Ok(());
         for completion in done.drain(..) {
-            if let Err(error) = completion.result {
-                result = Err(format!("the disk failed: {error}"));
+            if let (Err(error), Ok(())) = (&completion.result, &result) {
+                result = Err(Failure::disk(&completion.op, error));
+            }
+            if let Op::Write { buf, .. } = &completion.op {
+                self.volume.core.pacer.wrote(buf.len() as u64);
             }
             if let Op::Write { buf, .. } = completion.op
                 && self.spare.len() < DEPTH as usize
@@ -461,17 +436,18 @@ impl<E: Env> Writeback<E> {
         result
     }
 
-    /// Ends a round that failed, after all of its operations have ended.
-    fn abort(&mut self, error: String) -> Progress {
-        while self.channel.as_ref().is_some_and(|c| c.in_flight() > 0) {
-            if let Some(channel) = &mut self.channel {
-                channel.kick();
-                channel.wait(Duration::from_secs(1));
-            }
-            // Further failures of the same round say nothing new.
-            drop(self.reap());
+    /// Ends a round that failed, once all of its operations have ended.
+    fn abort(&mut self, failure: Failure) -> Progress {
+        // Further failures of the same round say nothing new.
+        drop(self.reap());
+        if let Some(channel) = &mut self.channel
+            && channel.in_flight() > 0
+        {
+            channel.kick();
+            self.phase = Phase::Failing(failure);
+            return Progress::Waiting;
         }
-        self.fail(error)
+        self.fail(failure)
     }
 
     fn flush_done(&mut self, round: Round) -> Progress {
@@ -486,6 +462,7 @@ impl<E: Env> Writeback<E> {
     }
 
     fn flushed(&mut self, mut round: Round) -> Progress {
+        self.volume.core.pacer.flushed(self.volume.cache.clock.now_us());
         if let Err(error) = self.list_lost(&mut round) {
             return self.fail(error);
         }
@@ -493,7 +470,9 @@ impl<E: Env> Writeback<E> {
         // and an older clean copy of those sectors would come back.
         let ticket = match self.volume.cache.write_liveness(None) {
             Ok(ticket) => ticket,
-            Err(error) => return self.fail(format!("liveness words cannot be written: {error}")),
+            Err(error) => {
+                return self.fail(Failure::media(format!("liveness words cannot be written: {error}")));
+            }
         };
         self.phase = Phase::MakingDurable(round, ticket);
         Progress::Did
@@ -506,14 +485,16 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::MakingDurable(round, ticket);
                 return Progress::Waiting;
             }
-            Outcome::Failed => return self.fail("the cache cannot be made durable".to_owned()),
+            Outcome::Failed => {
+                return self.fail(Failure::media("the cache cannot be made durable".to_owned()));
+            }
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
         *lock(&core.lost) = round.damage.take_list();
         let next = lock(&core.tail_page).1;
         if let Err(error) = cache.write_tail(core, next, round.epoch) {
-            return self.fail(format!("the tail cannot be written: {error}"));
+            return self.fail(Failure::media(format!("the tail cannot be written: {error}")));
         }
         let ticket = cache.syncer.request(&*cache.media.pmem, None);
         self.phase = Phase::MovingTail(round, ticket);
@@ -527,12 +508,14 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::MovingTail(round, ticket);
                 return Progress::Waiting;
             }
-            Outcome::Failed => return self.fail("the tail cannot be made durable".to_owned()),
+            Outcome::Failed => {
+                return self.fail(Failure::media("the tail cannot be made durable".to_owned()));
+            }
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
         if let Err(error) = cache.write_tail_again(core, round.epoch) {
-            return self.fail(format!("the tail's second copy cannot be written: {error}"));
+            return self.fail(Failure::media(format!("the tail's other copy cannot be written: {error}")));
         }
         let mut written = 0;
         for extent in &round.written {
@@ -545,9 +528,17 @@ impl<E: Env> Writeback<E> {
         let epoch = round.epoch;
         self.settle(round);
         core.tail.store(epoch, Ordering::SeqCst);
-        let oldest = if core.is_clean() { 0 } else { cache.clock.now_ms().max(1) };
-        core.dirty_since.store(oldest, Ordering::Relaxed);
-        self.failures = 0;
+        core.pacer.end_round(true);
+        if core.is_clean() {
+            core.dirty_since.store(0, Ordering::Relaxed);
+        } else if epoch >= self.overdue {
+            // Only what is younger is left. A guest that flushes often leaves many epochs behind
+            // it, and they are all as old as the first.
+            core.dirty_since.store(cache.clock.now_ms().max(1), Ordering::Relaxed);
+        }
+        if std::mem::take(&mut self.failures) > 0 {
+            core.facts.writeback_recovered();
+        }
         cache.housekeeper.raise();
         Progress::Did
     }

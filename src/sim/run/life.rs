@@ -1,13 +1,15 @@
 //! Lives: how one begins, how it ends by a crash or in order, and what is compared then.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use super::super::books;
 use super::super::check::{Judge, Recovered, disk_survival, survival};
-use super::super::machine::{Machine, Style};
+use super::super::machine::Style;
 use super::super::memory::Survival;
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
-use super::Run;
+use super::between::Left;
+use super::{Run, UnderWay};
 use crate::cache::{Mode, Order};
 
 /// Rounds of everything after which a request counts as hung.
@@ -22,8 +24,9 @@ impl Run {
     }
 
     pub(super) fn begin_life(&mut self) {
-        let faults = self.faults();
+        let faults = Faults { lossy: self.lossy_disks(), is_uneven: true, ..self.faults() };
         self.world.with(|w| w.faults = faults);
+        self.trouble_ends = None;
         self.forgives = faults.may_fail_requests();
         for volume in 0..self.scenario.volumes {
             let style = self.styles[volume];
@@ -61,6 +64,9 @@ impl Run {
         let image = snapshot.daemon_crash(&mut rng);
         self.judge(image, false, &mut rng)
             .map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
+        if self.rng.chance(1, 3) {
+            self.both_die(snapshot)?;
+        }
         if !self.rng.chance(1, 25) {
             return Ok(false);
         }
@@ -68,7 +74,24 @@ impl Run {
         Ok(true)
     }
 
-    fn judge(&mut self, image: Snapshot, host: bool, rng: &mut Rng) -> Result<Option<Recovered>, String> {
+    /// The daemon dies, and the host before anything has recovered.
+    fn both_die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+        let mut rng = self.rng.fork();
+        let dead = snapshot.daemon_crash(&mut rng);
+        let how = survival(dead.memory.pending_lines(), &mut rng);
+        let (image, _) = dead.host_crash(&how, disk_survival(&mut rng), &mut rng);
+        self.stats.host_before_recovery += 1;
+        self.judge(image, true, &mut rng)
+            .map_err(|e| format!("daemon, then host crash before {}: {e}", snapshot.what))?;
+        Ok(())
+    }
+
+    pub(super) fn judge(
+        &mut self,
+        image: Snapshot,
+        host: bool,
+        rng: &mut Rng,
+    ) -> Result<Option<Recovered>, String> {
         let Self { oracles, styles, stats, scenario, world, .. } = self;
         let judge = Judge { oracles, styles, queues: scenario.queues, host, depth: 2 };
         match judge.image(image, rng, stats) {
@@ -89,22 +112,45 @@ impl Run {
         } else {
             snapshot.daemon_crash(&mut rng)
         };
-        let died = self.styles.clone();
         self.harvest();
         self.machine = None;
-        self.under_way.clear();
         self.done.clear();
-        self.change_styles();
         self.note(|| format!("{} crash before {}", if host { "host" } else { "daemon" }, snapshot.what));
+        self.stats.crashes += 1;
+        self.begin_again(Left { image, host, in_order: false })
+    }
+
+    /// What is left becomes the next life, with whatever happens to it before that. A front end that
+    /// has lost its daemon, and not its host, submits again what it has no answer to.
+    fn begin_again(&mut self, mut left: Left) -> Result<(), String> {
+        let mut rng = self.rng.fork();
+        let died = self.styles.clone();
+        self.change_styles();
+        if !self.world.with(|w| w.faults.sync_failed) {
+            self.between_lives(&mut left)?;
+        }
+        let Left { image, host, .. } = left;
+        let unanswered = std::mem::take(&mut self.under_way);
         let Some(recovered) = self.judge(image, host, &mut rng)? else { return Ok(()) };
         for (volume, values) in recovered.values.iter().enumerate() {
             // What a disk's write cache held when only the daemon died may still be lost.
-            self.oracles[volume].narrow(values, host || !died[volume].mode.bypasses());
+            let is_durable = host || !died[volume].mode.bypasses();
+            self.oracles[volume].narrow(values, is_durable);
         }
         (self.world, self.machine) = (recovered.world, Some(recovered.machine));
-        self.stats.crashes += 1;
         self.begin_life();
+        if !host {
+            self.submit_unanswered(unanswered);
+        }
         Ok(())
+    }
+
+    fn submit_unanswered(&mut self, unanswered: BTreeMap<(usize, usize, u32), UnderWay>) {
+        for ((volume, queue, _), request) in unanswered {
+            let UnderWay { kind, first, count, value, is_gone, .. } = request;
+            self.submit_again(volume, queue, kind, (first, count), value, is_gone);
+            self.stats.resubmitted += 1;
+        }
     }
 
     fn change_styles(&mut self) {
@@ -131,12 +177,18 @@ impl Run {
             self.stats.space_waits += c.space_waits;
         }
         self.stats.steps = self.step;
+        let deeds = self.world.with(|w| std::mem::take(&mut w.deeds));
+        self.stats.short_transfers += deeds.short_transfers;
+        self.stats.slow_ops += deeds.slow_ops;
+        self.stats.failed_away += deeds.failed_away;
+        self.stats.lost_by_flush += deeds.lost_by_flush;
     }
 
     /// Lets everything end that was begun, maybe drains, and closes.
     pub(super) fn end_in_order(&mut self, drain: bool) -> Result<(), String> {
         self.note(|| format!("the end, drained: {drain}"));
         self.world.with(|w| (w.faults, w.rate, w.snapshot) = (Faults::default(), 0, None));
+        self.trouble_ends = None;
         for volume in 0..self.scenario.volumes {
             for queue in 0..usize::from(self.scenario.queues) {
                 self.machine().commit(volume, queue);
@@ -165,7 +217,9 @@ impl Run {
             self.drain()?;
         }
         self.harvest();
-        self.machine.take().expect("it was running").close()?;
+        let mut machine = self.machine.take().expect("it was running");
+        books::settle(&mut machine, &mut self.stats)?;
+        machine.close()?;
         self.stats.clean_ends += 1;
         Ok(())
     }
@@ -198,19 +252,9 @@ impl Run {
 
     /// Opens again what was closed in order; everything must read as before.
     pub(super) fn reopen(&mut self) -> Result<(), String> {
-        self.change_styles();
-        let queues = self.scenario.queues;
-        let mut machine = Machine::open(&self.world, &self.styles, queues)?;
-        for (volume, oracle) in self.oracles.iter().enumerate() {
-            for (sector, &value) in machine.read_all(volume)?.iter().enumerate() {
-                oracle
-                    .may_recover(sector as u64, value, false)
-                    .map_err(|e| format!("volume {volume}, reopened: {e}"))?;
-            }
-        }
-        self.machine = Some(machine);
-        self.begin_life();
-        Ok(())
+        let image = self.world.photograph("the end of a life").daemon_crash(&mut self.rng);
+        self.begin_again(Left { image, host: false, in_order: true })
+            .map_err(|e| format!("after a life that ended in order: {e}"))
     }
 
     /// Ends with a `sync` that fails: nothing after it may be promised.

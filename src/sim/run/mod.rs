@@ -5,13 +5,16 @@
 //! a snapshot; from each come several images, every one of them recovered and compared with what
 //! the model allowed *before* that call's acknowledgements. Some images become the next life.
 
+mod between;
 mod life;
+mod trouble;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use super::books;
 use super::disk::DiskState;
 use super::machine::{Machine, SimBuffer, Style};
 use super::memory::{Memory, SimPmem};
@@ -57,8 +60,14 @@ struct UnderWay {
     /// The model's name of a write.
     id: u64,
     began: u64,
+    /// What a write writes.
+    value: u64,
     /// Whether part of its buffer is not there.
     is_gone: bool,
+    /// Whether the guest had no write cache when it was submitted.
+    is_through: bool,
+    /// Whether the cache held all that it reads when it was submitted.
+    is_held: bool,
 }
 
 /// See the module's head.
@@ -77,6 +86,12 @@ pub struct Run {
     stats: Stats,
     /// Whether this life's disks fail: a request may then fail, also one that is seen later.
     forgives: bool,
+    /// Whether disks hang and go away, and the guest toggles its write cache.
+    has_trouble: bool,
+    /// The step in which the disks are back.
+    trouble_ends: Option<u64>,
+    /// Disks that are not there at the next start, one bit each.
+    absent: u64,
     trace: VecDeque<String>,
     /// Lines kept in the trace.
     pub trace_len: usize,
@@ -109,9 +124,9 @@ impl Run {
     pub fn new(scenario: Scenario, images: u64) -> Result<Run, Violation> {
         let fail = |what: String| Violation { seed: scenario.seed, step: 0, what, trace: Vec::new() };
         let mut rng = Rng::new(scenario.seed ^ 0x5eed);
-        let content = |_| {
+        let content = |number: usize| {
             let sector = |s| if rng.chance(1, 2) { s + 1 } else { 0 };
-            DiskState::new((0..scenario.sectors).map(sector).collect())
+            DiskState::new((0..scenario.sectors).map(sector).collect()).named(number as u64 + 1)
         };
         let disks: Vec<DiskState> = (0..scenario.volumes).map(content).collect();
         let oracles = disks.iter().map(|d| Oracle::new(d.durable_values())).collect();
@@ -124,6 +139,9 @@ impl Run {
             styles: scenario.styles.clone(),
             next_value: scenario.sectors + 1,
             scenario,
+            has_trouble: rng.chance(1, 3),
+            trouble_ends: None,
+            absent: 0,
             rng,
             world,
             machine: Some(machine),
@@ -184,6 +202,7 @@ impl Run {
     fn step(&mut self) -> Result<(), String> {
         self.step += 1;
         let rate = self.rng.pick(&[10, 40, 150]);
+        self.trouble();
         self.world.with(|w| w.rate = rate);
         self.act()?;
         self.world.with(|w| w.rate = 0);
@@ -225,7 +244,12 @@ impl Run {
                 self.machine().clock.advance(ms);
             }
             975..985 => self.machine().park(volume, queue),
-            985..998 => {
+            985..990 => {
+                let with_records = self.rng.chance(1, 3);
+                let machine = self.machine.as_ref().expect("between two lives nothing steps");
+                books::audit(machine, with_records, &mut self.stats)?;
+            }
+            990..998 => {
                 let Self { oracles, world, under_way, .. } = self;
                 for (volume, oracle) in oracles.iter_mut().enumerate() {
                     let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
@@ -256,8 +280,8 @@ impl Run {
         }
     }
 
-    fn range(&mut self) -> (u64, u64) {
-        let sectors = self.scenario.sectors;
+    fn range(&mut self, volume: usize) -> (u64, u64) {
+        let sectors = self.oracles[volume].len();
         let mut first = self.rng.below(sectors);
         if self.rng.chance(1, 2) {
             // A hot spot, so that writes meet.
@@ -271,14 +295,14 @@ impl Run {
     }
 
     fn submit(&mut self, volume: usize, queue: usize) {
-        let (mut first, mut count) = self.range();
+        let (mut first, mut count) = self.range(volume);
         let kind = match self.rng.below(100) {
             0..50 => RequestKind::Write,
             50..80 => RequestKind::Read,
             80..90 => RequestKind::Flush,
             n => {
                 if n == 99 {
-                    (first, count) = (0, self.scenario.sectors);
+                    (first, count) = (0, self.oracles[volume].len());
                 }
                 match self.rng.chance(1, 2) {
                     true => RequestKind::Discard { sectors: count },
@@ -286,29 +310,46 @@ impl Run {
                 }
             }
         };
-        let oracle = &mut self.oracles[volume];
-        let mut under_way = UnderWay { kind, first, count, id: 0, began: 0, is_gone: false };
-        let mut data = SimBuffer::default();
-        let mut value = 0;
-        match kind {
-            RequestKind::Flush => (under_way.began, under_way.first, under_way.count) = (oracle.tick(), 0, 0),
-            RequestKind::Read => {
-                under_way.began = oracle.tick();
-                data = SimBuffer::to_read(count);
-            }
-            RequestKind::Write => {
-                value = self.next_value;
-                self.next_value += 1;
-                data = SimBuffer::of_write(volume, first, count, value);
-                if self.rng.chance(1, 150) {
-                    under_way.is_gone = true;
-                    data.gone_from = Some(self.rng.index(data.bytes.len()));
-                }
-            }
-            RequestKind::Discard { .. } | RequestKind::WriteZeroes { .. } => {}
+        if kind == RequestKind::Flush {
+            (first, count) = (0, 0);
         }
-        if under_way.began == 0 {
-            under_way.id = oracle.begin_write(first, count, value);
+        let mut value = 0;
+        if kind == RequestKind::Write {
+            value = self.next_value;
+            self.next_value += 1;
+        }
+        let is_gone = kind == RequestKind::Write && self.rng.chance(1, 150);
+        self.submit_again(volume, queue, kind, (first, count), value, is_gone);
+    }
+
+    /// Submits a request for the first time, or once more to the next daemon.
+    fn submit_again(
+        &mut self,
+        volume: usize,
+        queue: usize,
+        kind: RequestKind,
+        (first, count): (u64, u64),
+        value: u64,
+        is_gone: bool,
+    ) {
+        let is_through = !self.styles[volume].write_cache;
+        let (mut id, mut began, mut is_held) = (0, 0, false);
+        let mut data = SimBuffer::default();
+        let oracle = &mut self.oracles[volume];
+        match kind {
+            RequestKind::Flush => began = oracle.tick(),
+            RequestKind::Read => {
+                began = oracle.tick();
+                data = SimBuffer::to_read(count);
+                let reads_cache = self.styles[volume].mode != Mode::Passthrough;
+                is_held =
+                    reads_cache && self.is_away(volume) && books::holds(self.machine(), volume, first, count);
+            }
+            _ => id = oracle.begin_write(first, count, value),
+        }
+        if kind == RequestKind::Write {
+            data = SimBuffer::of_write(volume, first, count, value);
+            data.gone_from = is_gone.then(|| self.rng.index(data.bytes.len()));
         }
         self.next_tag += 1;
         let tag = self.next_tag;
@@ -316,9 +357,9 @@ impl Run {
             let range = format!("{first}+{count}");
             format!("submit {volume}.{queue} #{tag} {kind:?} {range} value {value:#x}")
         });
+        let under_way = UnderWay { kind, first, count, id, began, value, is_gone, is_through, is_held };
         self.under_way.insert((volume, queue, tag), under_way);
-        let sector = if kind == RequestKind::Flush { 0 } else { first };
-        self.machine().submit(volume, queue, Request { tag, kind, sector, data });
+        self.machine().submit(volume, queue, Request { tag, kind, sector: first, data });
     }
 
     fn poll(&mut self, volume: usize, queue: usize) {
@@ -341,17 +382,15 @@ impl Run {
     }
 
     fn see(&mut self, volume: usize, under_way: &UnderWay, done: Done<SimBuffer>) -> Result<(), String> {
-        let UnderWay { kind, first, count, id, began, is_gone } = *under_way;
+        let UnderWay { kind, first, count, id, began, is_through, is_held, .. } = *under_way;
         let style = self.styles[volume];
-        let oracle = &mut self.oracles[volume];
         let is_ok = done.status == Status::Ok;
+        self.stats.outage_hits += u64::from(is_held && is_ok);
         if !is_ok {
             self.stats.failed += 1;
-            let failed_now = self.world.with(|w| w.faults.may_fail_requests());
-            if !is_gone && !self.forgives && !failed_now {
-                return Err(format!("volume {volume}: {kind:?} of {first}+{count} failed for no reason"));
-            }
+            self.judge_failure(volume, under_way)?;
         }
+        let oracle = &mut self.oracles[volume];
         match kind {
             RequestKind::Read if is_ok => {
                 self.stats.reads += 1;
@@ -368,9 +407,10 @@ impl Run {
             RequestKind::Flush => {}
             RequestKind::Write | RequestKind::Discard { .. } | RequestKind::WriteZeroes { .. } => {
                 let at_once = self.scenario.class.fence_is_durable() && style.mode == Mode::Writeback;
-                oracle.end_write(id, first, count, is_ok, at_once || !style.write_cache);
-                if is_ok && !style.write_cache {
-                    oracle.barrier();
+                if is_ok && is_through {
+                    oracle.end_through(id, first, count);
+                } else {
+                    oracle.end_write(id, first, count, is_ok, at_once);
                 }
                 let is_write = kind == RequestKind::Write;
                 self.stats.writes += u64::from(is_ok && is_write);
@@ -378,5 +418,18 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    /// Whether a request may have failed: only by its guest's fault, or where the cache needs a disk
+    /// that fails.
+    fn judge_failure(&self, volume: usize, under_way: &UnderWay) -> Result<(), String> {
+        let UnderWay { kind, first, count, is_gone, is_held, .. } = *under_way;
+        let faults = self.world.with(|w| w.faults);
+        let needs_disk = self.styles[volume].mode != Mode::Writeback || kind == RequestKind::Read;
+        let by_disk = needs_disk && !is_held && (self.forgives || faults.may_fail_requests());
+        if is_gone || by_disk || faults.sync_failed {
+            return Ok(());
+        }
+        Err(format!("volume {volume}: {kind:?} of {first}+{count} failed for no reason"))
     }
 }

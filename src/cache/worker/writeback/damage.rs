@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use super::super::super::counters::add;
 use super::super::super::env::Env;
+use super::super::super::health::Failure;
 use super::super::super::index::Extent;
 use super::super::super::lost;
 use super::super::super::stripes::lock;
@@ -34,7 +35,7 @@ impl Damage {
 
 impl<E: Env> Writeback<E> {
     /// Puts a run back without what is damaged of it; that is lost.
-    pub(super) fn set_aside(&self, round: &mut Round, run: Vec<Extent>) -> Result<(), String> {
+    pub(super) fn set_aside(&self, round: &mut Round, run: Vec<Extent>) -> Result<(), Failure> {
         let cache = &self.volume.cache;
         let parts: Vec<Extent> = run.into_iter().flat_map(|e| cache.checked_parts(e)).collect();
         for part in parts.into_iter().rev() {
@@ -44,10 +45,10 @@ impl<E: Env> Writeback<E> {
             };
             add(&self.volume.core.tally.checksum_errors, 1);
             let Some(lost) = cache.lost_range(&part, &error) else {
-                return Err(format!(
+                return Err(Failure::damage(format!(
                     "dirty data of {} and the record of it are damaged: {error}",
                     part.range
-                ));
+                )));
             };
             round.damage.parts.push((lost, part));
         }
@@ -57,32 +58,31 @@ impl<E: Env> Writeback<E> {
     /// Makes the list of what will be lost once the tail has moved. Where the list has no room, what
     /// newer data has replaced is left out: that is durable before the tail moves, since its ticket
     /// is drawn after this, and it stays dirty in a later epoch.
-    pub(super) fn list_lost(&self, round: &mut Round) -> Result<(), String> {
+    pub(super) fn list_lost(&self, round: &mut Round) -> Result<(), Failure> {
         let core = &self.volume.core;
         let mut before = lock(&core.lost).clone();
         lost::heal(&mut before, &round.written);
         let Damage { parts, list, is_accepted } = &mut round.damage;
         parts.sort_unstable_by_key(|(lost, _)| lost.range.start);
-        let with = |replaced_too: bool| {
-            let mut list = before.clone();
+        let with = |mut list: Vec<LostRange>, replaced_too: bool| {
             let shown = |extent: &Extent| replaced_too || core.index.shows(extent);
             let lost = parts.iter().filter(|(_, extent)| shown(extent));
             lost.for_each(|(lost, _)| lost::add(&mut list, *lost));
             list
         };
-        *list = with(true);
+        *list = with(before.clone(), true);
         if lost::is_too_long(list) {
-            *list = with(false);
+            *list = with(lost::still_lost(core, &before), false);
         }
         if lost::is_too_long(list) && core.accepts_loss.load(Ordering::Relaxed) {
             (*list, *is_accepted) = (before, true);
         }
         if lost::is_too_long(list) {
-            return Err(format!(
+            return Err(Failure::damage(format!(
                 "more is lost than the list of lost sectors holds, and the tail may not pass what is not \
                  listed: overwrite some of it, or accept the loss: {}",
                 lost::summary(list)
-            ));
+            )));
         }
         Ok(())
     }

@@ -1,0 +1,85 @@
+//! Where a volume's dirty records lie, for ordered write-back: segments filed under the epoch of the
+//! next record that was not written back.
+//!
+//! Invariants:
+//! - a segment with such a record is filed once, under that record's epoch; an open one without is
+//!   remembered as drained and looked at again, since records may be appended to it;
+//! - cursors move only when a round has succeeded (see `settle`): a failed one gathers the same keys
+//!   again.
+
+use std::sync::atomic::Ordering;
+
+use super::super::env::Env;
+use super::super::scan::WalkError;
+use super::super::segments::State;
+use super::super::volume::{Cursor, DirtySegments};
+use super::Writeback;
+use crate::onmedia::{Key, KeyKind, SegmentHeader};
+
+impl<E: Env> Writeback<E> {
+    /// The lowest epoch of any dirty record, after looking for new ones in open segments.
+    pub(super) fn lowest_epoch(&self, dirty: &mut DirtySegments) -> Result<Option<u64>, WalkError> {
+        let tail = self.volume.core.tail.load(Ordering::SeqCst);
+        for (id, cursor) in std::mem::take(&mut dirty.drained) {
+            self.file(dirty, id, cursor, tail)?;
+        }
+        while let Some((&(epoch, id), _)) = dirty.known.first_key_value() {
+            if epoch > tail {
+                return Ok(Some(epoch));
+            }
+            // Left behind by relaxed rounds.
+            let cursor = dirty.known.remove(&(epoch, id)).expect("it is the first");
+            self.file(dirty, id, cursor, tail)?;
+        }
+        Ok(None)
+    }
+
+    /// Files a segment under the epoch of its next record above `tail`.
+    fn file(&self, dirty: &mut DirtySegments, id: u32, cursor: Cursor, tail: u64) -> Result<(), WalkError> {
+        // The state before the log: what is full by then has nothing to come.
+        let state = self.volume.cache.segments[id as usize].state();
+        match self.consume(id, cursor, tail, &mut Vec::new())? {
+            (cursor, Some(next)) => _ = dirty.known.insert((next, id), cursor),
+            (cursor @ Cursor::Log(_), None) if state == State::Open => {
+                dirty.drained.insert(id, cursor);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Takes the dirty keys of epochs ≤ `upto`; returns where to go on and the next epoch there.
+    pub(super) fn consume(
+        &self,
+        id: u32,
+        cursor: Cursor,
+        upto: u64,
+        keys: &mut Vec<(Key, u32)>,
+    ) -> Result<(Cursor, Option<u64>), WalkError> {
+        match cursor {
+            Cursor::Keys(mut queue) => {
+                while let Some(key) = queue.pop_front_if(|k| k.epoch <= upto) {
+                    keys.push((key, id));
+                }
+                let next = queue.front().map(|k| k.epoch);
+                Ok((Cursor::Keys(queue), next))
+            }
+            Cursor::Log(from) => {
+                let segment = &self.volume.cache.segments[id as usize];
+                let header = SegmentHeader {
+                    incarnation: self.volume.core.incarnation,
+                    generation: segment.generation.load(Ordering::Relaxed),
+                    start_counter: segment.start_counter.load(Ordering::Relaxed),
+                    ..SegmentHeader::default()
+                };
+                let low = segment.log_low.load(Ordering::Acquire);
+                let (cursor, next) =
+                    self.volume.cache.media.walk_from(id, &header, from, low, upto, |record| {
+                        let dirty = record.keys.iter().filter(|k| k.kind != KeyKind::Fill);
+                        keys.extend(dirty.map(|k| (*k, id)));
+                    })?;
+                Ok((Cursor::Log(cursor), next))
+            }
+        }
+    }
+}
