@@ -25,6 +25,7 @@ use super::syncer::Outcome;
 use super::volume::{Mode, Order, QueueShared, Volume, VolumeCore};
 use super::worker::DrainError;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
 use crate::sync::Mutex;
@@ -262,7 +263,7 @@ impl<E: Env> Cache<E> {
         if self.has_failed() && !options.read_only && !for_drain {
             return Err(AttachError::SyncFailed);
         }
-        if !options.backing.geometry().read_only {
+        if !options.backing.geometry().read_only && !mutated(Mutant::AttachUnflushed) {
             flush(&*options.backing)
                 .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
@@ -312,7 +313,7 @@ impl<E: Env> Cache<E> {
         })?;
         let bypass_begins = options.mode.bypasses() && !core.is_clean();
         let strict_begins = options.order == Order::Strict && was_order == Order::Relaxed && !core.is_clean();
-        if bypass_begins || strict_begins {
+        if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins {
             volume.drain_here(&mut |_| {})?;
         }
         let lost_sectors = volume.counters().lost_sectors;
@@ -425,7 +426,8 @@ impl<E: Env> Cache<E> {
         let mut descriptor = guard.0.clone();
         change(&mut descriptor);
         descriptor.sequence += 1;
-        let at = self.media.geometry.descriptor(core.slot, guard.1);
+        let at = guard.1 ^ usize::from(mutated(Mutant::DescriptorNewestOverwritten));
+        let at = self.media.geometry.descriptor(core.slot, at);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
         self.settle()?;
         *guard = (descriptor, 1 - guard.1);
@@ -475,6 +477,10 @@ impl<E: Env> Cache<E> {
         let of_disk = |error| AttachError::Disk { path: volume.backing.identity().path, error };
         if volume.core.facts.left_behind() > 0 {
             return Err(of_disk(std::io::Error::other("operations left to it may still change it")));
+        }
+        if mutated(Mutant::DirtyDroppedAtDetach) {
+            let copy = lock(&volume.core.tail_page).1;
+            self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
         }
         if !volume.backing.geometry().read_only {
             // Else a power cut after this takes from the disk what the fingerprint has seen, and the

@@ -1,22 +1,24 @@
 //! The cache: media, segments, free list, and the volumes that live on it.
 //!
-//! Locks, in the order they may be taken: stream → stripes → index shard → the small lists here.
+//! Locks, in the order they may be taken: stream or write-back's plan → stripes → index shard → the
+//! small lists here.
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::env::{Clock, Env};
+use super::format::has_small_segments;
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
 use super::recovery::{self, RecoveryReport};
 use super::segments::{Segment, State};
-use super::stream::takes_a_block;
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
 use super::volume::VolumeCore;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
@@ -47,20 +49,15 @@ pub enum OpenError {
         /// Bytes now.
         found: u64,
     },
+    /// It was formatted on DAX, and this is not.
+    #[error("the cache's segments of {segment_size} bytes are usable with DAX only")]
+    SmallSegments {
+        /// Bytes of one.
+        segment_size: u32,
+    },
     /// The media failed.
     #[error(transparent)]
     Media(#[from] MediaError),
-    /// Segments too small for this media.
-    #[error(
-        "the cache's segments of {segment_size} bytes are too small for {class} media: format it anew with \
-         segments of at least 64 KiB"
-    )]
-    SegmentSize {
-        /// Bytes of a segment.
-        segment_size: u32,
-        /// The media.
-        class: MediaClass,
-    },
     /// What was read cannot be made durable.
     #[error("the cache cannot be made durable")]
     NotDurable,
@@ -122,8 +119,8 @@ impl<E: Env> Cache<E> {
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let mut media = load_media(pmem)?;
         let class = media.pmem.class();
-        if !takes_a_block(&media.geometry, !class.fence_is_durable()) {
-            return Err(OpenError::SegmentSize { segment_size: media.geometry.segment_size, class });
+        if has_small_segments(&media.geometry, class) {
+            return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
         }
         let has_failed = load_start(&media).newest.is_some_and(|page| page.sync_failed);
         if has_failed {
@@ -133,7 +130,9 @@ impl<E: Env> Cache<E> {
         }
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
-        media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+        if !mutated(Mutant::RecoveryNotSyncedFirst) {
+            media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+        }
         media.settle_metadata();
         let start = begin_start(&media, has_failed)?;
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
@@ -217,11 +216,11 @@ impl<E: Env> Cache<E> {
         self.free_count.store(free.len(), Ordering::Relaxed);
     }
 
-    /// Takes a free segment; a fill leaves the last ones to the guest's writes.
-    pub(crate) fn take_free(&self, for_fill: bool) -> Option<u32> {
+    /// Takes a free segment; fills and relocation leave the last one to the guest's writes.
+    pub(crate) fn take_free(&self, spares_last: bool) -> Option<u32> {
         let mut free = lock(&self.free);
         let low = free.len() <= self.free_target();
-        let taken = if for_fill && free.len() <= 1 { None } else { free.pop_front() };
+        let taken = if spares_last && free.len() <= 1 { None } else { free.pop_front() };
         self.free_count.store(free.len(), Ordering::Relaxed);
         drop(free);
         if low {
@@ -238,6 +237,12 @@ impl<E: Env> Cache<E> {
     /// Most payload of a record in bytes: well below a segment, and short enough under a fence.
     pub(crate) fn record_payload_max(&self) -> u32 {
         (self.media.geometry.segment_size / 8).clamp(8192, 1 << 20)
+    }
+
+    /// Sectors of a segment that are not taken by its fixed parts.
+    pub(crate) fn capacity_sectors(&self) -> u32 {
+        let geometry = &self.media.geometry;
+        (geometry.data_end() - geometry.data_start()) / 512
     }
 
     pub(crate) fn queue_for_sealing(&self, id: u32) {
@@ -355,12 +360,15 @@ fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState
     let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
     let was_clean = page.clean;
     page.sequence += 1;
-    page.start_counter += 1;
+    page.start_counter += u64::from(!mutated(Mutant::StartNotCounted));
     page.owner_generation += 1;
     page.clean = false;
     page.sync_failed |= has_failed;
     page.boot_id = boot_id();
     media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
+    if mutated(Mutant::StartPageNewestOverwritten) {
+        media.pmem.write(media.geometry.start_page(1 - next), &page.encode()[..])?;
+    }
     media.pmem.fence();
     // On page-cache media the `sync` at the end of recovery makes it durable before anything that
     // carries the new counter can be.
@@ -369,6 +377,11 @@ fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState
 
 /// The kernel's identity of this boot; zeros where it has none.
 fn boot_id() -> [u8; 16] {
+    static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+    *BOOT_ID.get_or_init(read_boot_id)
+}
+
+fn read_boot_id() -> [u8; 16] {
     let mut id = [0; 16];
     if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         let digits: Vec<u8> =

@@ -4,7 +4,6 @@
 //! place stands nothing valid meanwhile, so a formatted-over cache cannot come back half either.
 
 use super::env::Clock;
-use super::stream::takes_a_block;
 use super::syncer::{Outcome, Syncer};
 use crate::onmedia::{
     Geometry, GeometryError, Secret, SegmentHeader, StartPage, Superblock, VolumeDescriptor, pad, pad_cut,
@@ -22,6 +21,16 @@ pub struct FormatOptions {
     pub geometry: Option<Geometry>,
 }
 
+/// Smallest segment where durability comes by `sync`: there payload and records begin new pages
+/// with every `sync`, and a smaller segment has no room for both beside its fixed parts and summary.
+/// Not one record would fit, and writes would wait for ever.
+const PAGED_SEGMENT_SIZE_MIN: u32 = 64 << 10;
+
+/// Whether no record might fit a segment of this geometry on such media.
+pub(super) fn has_small_segments(geometry: &Geometry, class: MediaClass) -> bool {
+    !class.fence_is_durable() && geometry.segment_size < PAGED_SEGMENT_SIZE_MIN
+}
+
 /// What was made.
 #[derive(Clone, Copy, Debug)]
 pub struct FormatReport {
@@ -37,15 +46,13 @@ pub enum FormatError {
     /// The size does not make a cache.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
-    /// Segments too small for this media.
+    /// The segments are too small for this media.
     #[error(
-        "segments of {segment_size} bytes cannot hold a whole block on {class} media: use at least 64 KiB"
+        "segments of {segment_size} bytes are too small without DAX: at least {PAGED_SEGMENT_SIZE_MIN} are needed"
     )]
-    SegmentSize {
-        /// Bytes asked for.
+    SmallSegments {
+        /// Bytes of one.
         segment_size: u32,
-        /// The media.
-        class: MediaClass,
     },
     /// The label does not fit.
     #[error("the label is longer than 64 bytes")]
@@ -78,8 +85,8 @@ pub fn format<P: Pmem>(
         None => Geometry::choose(pmem.len(), options.segment_size)?,
     };
     geometry.validate()?;
-    if !takes_a_block(&geometry, !pmem.class().fence_is_durable()) {
-        return Err(FormatError::SegmentSize { segment_size: geometry.segment_size, class: pmem.class() });
+    if has_small_segments(&geometry, pmem.class()) {
+        return Err(FormatError::SmallSegments { segment_size: geometry.segment_size });
     }
     let label = pad(&options.label).ok_or(FormatError::Label)?;
     let (mut uuid, mut secret) = ([0; 16], [0; 16]);

@@ -23,10 +23,12 @@ use super::media::Media;
 use super::segments::{Segment, State};
 use super::stripes::lock;
 use super::syncer::{Durable, Outcome};
-use crate::onmedia::{LivenessFloor, liveness_bits, liveness_word};
+use crate::mutant::{Mutant, mutated};
+use crate::onmedia::{Key, LivenessFloor, liveness_bits, liveness_word};
 use crate::pmem::{MediaError, Pmem};
 use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
+use crate::units::SectorRange;
 use crate::wake::Waker;
 
 /// A floor to be written once the words it counts are durable.
@@ -125,6 +127,20 @@ impl<E: Env> Cache<E> {
         }
     }
 
+    /// Marks dead those parts of a new key's payload that the index was not made to point at. All of
+    /// it counted as live; `mapped` is ascending.
+    pub(crate) fn mark_unmapped_dead(&self, id: u32, key: &Key, mapped: &[Extent]) {
+        let (mut at, end) = (key.first, key.range().end());
+        for part in mapped.iter().map(|e| e.range).chain([SectorRange::new(end, 1)]) {
+            if part.start > at {
+                let dead = (part.start - at) as u32;
+                self.segments[id as usize].live.fetch_sub(dead, Ordering::Relaxed);
+                self.mark_sectors_dead(id, key.payload + (at - key.first) as u32, dead);
+            }
+            at = part.end();
+        }
+    }
+
     /// Writes the liveness words of all that has died; the ticket says when they are durable.
     ///
     /// # Errors
@@ -175,6 +191,9 @@ impl<E: Env> Cache<E> {
         let base = self.media.in_segment(id, self.media.geometry.liveness_offset());
         let mut result = Ok(());
         segment.take_changed(|index, bits| {
+            if mutated(Mutant::LivenessNotWritten) {
+                return;
+            }
             let word = liveness_word(&self.media.secret, id, generation, index, bits);
             result = result.and(self.media.pmem.write(base + u64::from(index) * 8, &word.to_le_bytes()));
         });

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::index::{Place, ZERO_NAME_END};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     Corruption, Dual, Geometry, Key, KeyKind, PAGE, Secret, SegmentHeader, Sequenced, newest,
 };
@@ -63,6 +64,9 @@ impl<P: Pmem> Media<P> {
 
     /// What cannot be reached cannot be believed, and is found out when it is read.
     fn settle(&self, at: u64, len: u64) {
+        if mutated(Mutant::RecoveryNotSyncedFirst) {
+            return;
+        }
         if let Err(error) = self.pmem.settle(at, len) {
             tracing::debug!(%error, "not settled");
         }

@@ -30,6 +30,7 @@ mod liveness;
 mod lost;
 mod media;
 mod pacing;
+mod plan;
 mod record;
 mod recovery;
 mod scan;

@@ -122,6 +122,14 @@ impl Pacer {
         state.rests += rest;
     }
 
+    /// Notes that relocation has taken all that was dirty out of a segment.
+    pub fn emptied(&self, id: u32, capacity: u64) {
+        let mut state = lock(&self.state);
+        let before = state.held.len();
+        state.held.retain(|Reverse((_, other))| *other != id);
+        state.released += (before - state.held.len()) as u64 * capacity;
+    }
+
     /// Notes what a round has written.
     pub fn wrote(&self, bytes: u64) {
         if let Some(round) = &mut lock(&self.state).round {

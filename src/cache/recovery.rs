@@ -20,6 +20,7 @@ use super::scan::Scan;
 use super::segments::State;
 use super::stripes::lock;
 use super::volume::{Cursor, VolumeCore};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{
     Key, KeyKind, LIVENESS_SECTORS, SegmentHeader, SegmentState, SummaryHeader, Tail, VolumeDescriptor,
     VolumeState, encode_summary,
@@ -162,8 +163,12 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeM
                 volume.tail.store(tail.epoch, Ordering::Relaxed);
                 // Also where no segment is left to say what was used: an epoch at or below the
                 // tail would count as clean.
-                volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
-                volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                if !mutated(Mutant::EpochRestartsBelowTail) {
+                    volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
+                }
+                if !mutated(Mutant::VersionsRestart) {
+                    volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                }
                 *lock(&volume.tail_page) = (tail.sequence, next);
                 *lock(&volume.lost) = tail.lost;
             }
@@ -291,7 +296,10 @@ fn take_keys<E: Env>(
         if key.first + u64::from(key.sectors) > sectors {
             continue;
         }
-        if is_dirty(key) {
+        if mutated(Mutant::ZerosForgotten) && !key.kind.has_payload() {
+            continue;
+        }
+        if is_dirty(key) && !(mutated(Mutant::DeadWordsEndDirtyKeys) && segment.is_dead(key.payload)) {
             max_dirty = max_dirty.max(key.epoch);
             dirty_keys.push(*key);
             if key.kind.has_payload() {
@@ -317,7 +325,9 @@ fn take_keys<E: Env>(
     segment.max_version.store(max_version, Ordering::Relaxed);
     segment.max_epoch.store(max_dirty, Ordering::Relaxed);
     segment.min_epoch.store(0, Ordering::Relaxed);
-    volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
+    if !mutated(Mutant::VersionsRestart) {
+        volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
+    }
     volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);
     if !dirty_keys.is_empty() {
@@ -355,7 +365,8 @@ fn live_runs(segment: &super::segments::Segment, key: &Key, id: u32) -> Vec<Foun
 fn load_liveness<E: Env>(cache: &Cache<E>, id: u32, header: &SegmentHeader, report: &mut RecoveryReport) {
     let segment = &cache.segments[id as usize];
     let dead = cache.media.load_liveness(id, header.generation);
-    if dead.is_damaged {
+    let is_believed = mutated(Mutant::BadLivenessWordIgnored);
+    if dead.is_damaged && !is_believed {
         report.findings.push(format!("segment {id}: its liveness words are damaged; clean data is dropped"));
         if let Err(error) = cache.bury(id) {
             report.findings.push(format!("segment {id}: its liveness words cannot be repaired: {error}"));
@@ -363,11 +374,12 @@ fn load_liveness<E: Env>(cache: &Cache<E>, id: u32, header: &SegmentHeader, repo
     }
     for (index, word) in dead.words.iter().enumerate() {
         match word {
-            Some(bits) if !dead.is_damaged => {
+            Some(bits) if !dead.is_damaged || is_believed => {
                 if *bits != 0 {
                     segment.restore_dead(index, *bits);
                 }
             }
+            None if is_believed => {}
             _ => segment.distrust(index),
         }
     }
@@ -397,10 +409,12 @@ fn add_lost(volume: &VolumeCore, keys: &mut Vec<Found>, report: &mut RecoveryRep
     }
 }
 
-/// Inserts a volume's keys, oldest first; what loses is dead.
+/// Inserts a volume's keys, oldest first; what loses is dead. Of two copies of one version, which a
+/// crash during relocation leaves, the one in the higher segment wins: write-back decides likewise.
 fn insert<E: Env>(cache: &Cache<E>, volume: &VolumeCore, mut keys: Vec<Found>, report: &mut RecoveryReport) {
     // At equality the loss: the key it speaks of is the one that is lost.
-    keys.sort_unstable_by_key(|k| (k.version, k.is_lost));
+    keys.sort_unstable_by_key(|k| (k.version, k.is_lost, k.segment));
+    if_mutated(Mutant::OldestWins, || keys.reverse());
     report.keys += keys.len() as u64;
     let mut replaced = Vec::new();
     for found in keys {
@@ -424,7 +438,9 @@ fn insert<E: Env>(cache: &Cache<E>, volume: &VolumeCore, mut keys: Vec<Found>, r
         replaced.clear();
         let place = cache.media.place(found.segment, &key, found.dirty);
         volume.index.insert(Extent { range: found.range, place }, &mut replaced);
-        cache.mark_dead(&replaced);
+        if !mutated(Mutant::LosersNotKilled) {
+            cache.mark_dead(&replaced);
+        }
     }
     if !volume.is_clean() {
         volume.dirty_since.store(1, Ordering::Relaxed);

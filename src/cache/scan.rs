@@ -9,6 +9,7 @@
 //! segment's generation and the start that opened it; its fields have been bounded by the decoder.
 
 use super::media::Media;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     Corruption, Dual, Key, Record, RecordExpect, SegmentHeader, SegmentState, SummaryExpect, Witness,
     decode_record_into, decode_summary, newest, record_len,
@@ -51,7 +52,8 @@ impl<P: Pmem> Media<P> {
                 let mut bytes = [0; 64];
                 self.pmem.read(self.in_segment(id, self.geometry.witness_offset(copy)), &mut bytes).ok()?;
                 let witness = Witness::decode(&bytes, &self.secret, id).ok()?;
-                (witness.generation == generation).then_some(witness.sequence)
+                let counts = witness.generation == generation && !mutated(Mutant::WitnessIgnored);
+                counts.then_some(witness.sequence)
             })
             .max()
             .unwrap_or(0)
@@ -104,7 +106,8 @@ impl<P: Pmem> Media<P> {
                 scan.torn += 1;
                 continue;
             }
-            if sequence > expected && (strict || expected <= witness) {
+            let is_gap = sequence > expected && !mutated(Mutant::SequenceGapIgnored);
+            if is_gap && (strict || expected <= witness) {
                 let what = format!("records {expected} to {} are missing", sequence - 1);
                 scan.losses.push((record.header.epoch, what));
             }
@@ -123,6 +126,9 @@ impl<P: Pmem> Media<P> {
 
     /// Whether every checksum of a record's payload holds.
     fn payload_holds(&self, id: u32, record: &Record) -> bool {
+        if mutated(Mutant::PayloadNotVerified) {
+            return true;
+        }
         let mut checksums = record.checksums.iter();
         let mut block = [0; 4096];
         record.keys.iter().all(|key| {
@@ -148,7 +154,7 @@ impl<P: Pmem> Media<P> {
         let SegmentHeader { generation, incarnation, .. } = *header;
         let expect = RecordExpect { segment: id, generation, incarnation, offset };
         decode_record_into(&self.secret, &self.geometry, bytes, &expect, record).is_ok()
-            && record.header.start_counter == header.start_counter
+            && (record.header.start_counter == header.start_counter || mutated(Mutant::StartNotChecked))
     }
 
     /// Reads on from `cursor` (where an earlier record begins) down to `log_low`, as long as

@@ -16,8 +16,9 @@ use super::env::Env;
 use super::media::Media;
 use super::record::Draft;
 use super::segments::{Segment, State};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
-    Geometry, RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
+    RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
 };
 use crate::pmem::{MediaError, Pmem};
 
@@ -32,13 +33,6 @@ pub(crate) struct Packed {
 /// What aligning a record and the summary may cost.
 fn slack(by_page: bool) -> usize {
     if by_page { 2 * 4096 } else { 256 }
-}
-
-/// Whether a fresh segment has room for the least that a draft asks for: a block, and a packed one.
-pub(crate) fn takes_a_block(geometry: &Geometry, by_page: bool) -> bool {
-    let (keys, checksums) = (2, 1 + 7);
-    let log = record_len(keys, checksums) + summary_len(keys, checksums) + slack(by_page);
-    geometry.data_start() as usize + 2 * 4096 + log <= geometry.data_end() as usize
 }
 
 /// A writer's place. Locked for the whole of one record.
@@ -146,12 +140,19 @@ impl Open {
             // Of the record before: it is fenced, and this goes out with the fence of this one.
             self.write_witness(media);
         }
-        draft.store_last(media, self.id)?;
+        if !mutated(Mutant::PayloadAfterFence) {
+            draft.store_last(media, self.id)?;
+        }
         draft.bytes.clear();
         encode_record(&media.secret, &header, &draft.keys, &draft.checksums, &mut draft.bytes);
         assert_eq!(draft.bytes.len(), len as usize);
         media.pmem.write(media.in_segment(self.id, offset), &draft.bytes)?;
-        media.pmem.fence();
+        if !mutated(Mutant::RecordNotFenced) {
+            media.pmem.fence();
+        }
+        if mutated(Mutant::PayloadAfterFence) {
+            draft.store_last(media, self.id)?;
+        }
         self.log_low = offset;
         self.payload_end = draft.payload_end;
         self.packed = draft.packed;
@@ -180,7 +181,7 @@ impl Open {
 
     /// Remembers, beside the record, that it was whole.
     pub fn write_witness<P: Pmem>(&mut self, media: &Media<P>) {
-        let sequence = self.sequence - 1;
+        let sequence = self.sequence - 1 + u64::from(mutated(Mutant::WitnessAhead));
         self.witnessed = sequence;
         let witness =
             Witness { generation: self.generation, sequence, log_low: self.log_low, segment: self.id };
@@ -197,35 +198,39 @@ impl<E: Env> Cache<E> {
     pub(crate) fn open_segment(&self, owner: u64, stream: u16, for_fill: bool) -> Option<Open> {
         loop {
             let id = self.take_free(for_fill)?;
-            let segment = &self.segments[id as usize];
-            let generation = segment.generation.load(Ordering::Relaxed);
-            segment.begin(&self.media.geometry, owner, generation, self.start_counter);
-            match self.begin_on_media(id, owner, stream, generation) {
-                Ok(()) => {
-                    segment.set_state(State::Open);
-                    return Some(Open {
-                        id,
-                        generation,
-                        log_low: self.media.geometry.data_end(),
-                        payload_end: self.media.geometry.data_start(),
-                        packed: None,
-                        sequence: 1,
-                        keys: 0,
-                        checksums: 0,
-                        sync_mark: self.syncer.started(),
-                        appended_at: 0,
-                        witnessed: 0,
-                        by_page: !self.media.pmem.class().fence_is_durable(),
-                        charged: 0,
-                        room: self.media.geometry.data_end() - self.media.geometry.data_start(),
-                    });
-                }
-                Err(error) => {
-                    tracing::error!(%error, segment = id, "a segment cannot be opened and is given up");
-                    segment.set_state(State::Bad);
-                }
+            if let Some(open) = self.open_taken(id, owner, stream) {
+                return Some(open);
             }
         }
+    }
+
+    /// Opens a free segment that is on no list. `None` when the media refuses it: it is given up.
+    pub(crate) fn open_taken(&self, id: u32, owner: u64, stream: u16) -> Option<Open> {
+        let segment = &self.segments[id as usize];
+        let generation = segment.generation.load(Ordering::Relaxed);
+        segment.begin(&self.media.geometry, owner, generation, self.start_counter);
+        if let Err(error) = self.begin_on_media(id, owner, stream, generation) {
+            tracing::error!(%error, segment = id, "a segment cannot be opened and is given up");
+            segment.set_state(State::Bad);
+            return None;
+        }
+        segment.set_state(State::Open);
+        Some(Open {
+            id,
+            generation,
+            log_low: self.media.geometry.data_end(),
+            payload_end: self.media.geometry.data_start(),
+            packed: None,
+            sequence: 1,
+            keys: 0,
+            checksums: 0,
+            sync_mark: self.syncer.started(),
+            appended_at: 0,
+            witnessed: 0,
+            by_page: !self.media.pmem.class().fence_is_durable(),
+            charged: 0,
+            room: self.media.geometry.data_end() - self.media.geometry.data_start(),
+        })
     }
 
     fn begin_on_media(&self, id: u32, owner: u64, stream: u16, generation: u64) -> Result<(), MediaError> {
@@ -262,7 +267,9 @@ impl<E: Env> Cache<E> {
         for copy in [sequence % 2, (sequence + 1) % 2] {
             let at = self.media.in_segment(id, self.media.geometry.header_offset(copy as usize));
             self.media.pmem.write(at, &bytes)?;
-            self.media.pmem.fence();
+            if !mutated(Mutant::HeaderCopiesTogether) {
+                self.media.pmem.fence();
+            }
         }
         segment.header_sequence.store(sequence, Ordering::Relaxed);
         Ok(())

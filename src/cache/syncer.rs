@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::stripes::lock;
+use crate::mutant::{Mutant, mutated};
 use crate::pmem::{MediaClass, Pmem};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Condvar, Mutex};
@@ -72,7 +73,7 @@ impl Syncer {
             return Durable(0);
         }
         let mut state = lock(&self.state);
-        let ticket = self.started.load(Ordering::SeqCst) + 1;
+        let ticket = self.started.load(Ordering::SeqCst) + u64::from(!mutated(Mutant::TicketOfRunningSync));
         state.requested = state.requested.max(ticket);
         if let Some(waker) = waker {
             state.waiters.push((ticket, waker.clone()));
@@ -143,7 +144,7 @@ impl Syncer {
             Ok(()) => self.completed.store(this, Ordering::Release),
             Err(error) => {
                 tracing::error!(%error, "the cache can no longer be made durable: it stops accepting writes");
-                self.failed.store(true, Ordering::Release);
+                self.failed.store(!mutated(Mutant::SyncFailureForgotten), Ordering::Release);
             }
         }
         let failed = self.has_failed();

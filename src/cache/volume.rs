@@ -16,12 +16,14 @@ use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
 use super::health::{Facts, Owed};
-use super::index::{Extent, Index};
+use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
+use super::plan::Plan;
 use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use crate::backing::Backing;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{Key, LostRange, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
@@ -105,6 +107,12 @@ pub(crate) struct DirtySegments {
     pub drained: BTreeMap<u32, Cursor>,
 }
 
+/// Shards of the index of a volume of so many sectors: no more than it has regions, and at the least
+/// what a few queues need, should it grow while it is open.
+fn index_shards(sectors: u64) -> usize {
+    sectors.div_ceil(REGION_SECTORS).clamp(16, 1024) as usize
+}
+
 /// A volume without its disk.
 pub(crate) struct VolumeCore {
     pub incarnation: u64,
@@ -130,6 +138,8 @@ pub(crate) struct VolumeCore {
     pub accepts_loss: AtomicBool,
     /// Whether a read has met damaged dirty data that may not be listed yet.
     pub damage_seen: AtomicBool,
+    /// What write-back's present round holds.
+    pub plan: Mutex<Plan>,
     /// Whether keys of dirty records were lost: not to be opened for writing.
     pub damaged: AtomicBool,
     pub queues: OnceLock<Box<[QueueShared]>>,
@@ -151,10 +161,9 @@ impl VolumeCore {
             incarnation: descriptor.incarnation,
             slot: descriptor.slot,
             damaged: AtomicBool::new(descriptor.damaged),
-            descriptor: Mutex::new((descriptor, next)),
             tail_page: Mutex::new((0, 0)),
-            index: Index::new(1024),
-            stripes: Stripes::new(),
+            index: Index::new(index_shards(descriptor.sectors)),
+            stripes: Stripes::new(descriptor.sectors),
             version: AtomicU64::new(1),
             epoch: AtomicU64::new(1),
             stamped: AtomicU64::new(0),
@@ -163,6 +172,7 @@ impl VolumeCore {
             lost: Mutex::default(),
             accepts_loss: AtomicBool::new(false),
             damage_seen: AtomicBool::new(false),
+            plan: Mutex::default(),
             queues: OnceLock::new(),
             streams: OnceLock::new(),
             writeback: Signal::default(),
@@ -171,6 +181,7 @@ impl VolumeCore {
             tally: Tally::default(),
             facts: Facts::default(),
             dirty_since: AtomicU64::new(0),
+            descriptor: Mutex::new((descriptor, next)),
         }
     }
 
@@ -182,6 +193,9 @@ impl VolumeCore {
             shared.stamp.store(epoch, Ordering::SeqCst);
             let again = self.epoch.load(Ordering::SeqCst);
             if again == epoch {
+                if mutated(Mutant::FlushClosesOneQueue) && q > 0 {
+                    return (epoch - 1).max(1);
+                }
                 return epoch;
             }
             epoch = again;
@@ -206,7 +220,7 @@ impl VolumeCore {
 
     /// The highest epoch that no record can be added to any more.
     pub fn closed_epoch(&self) -> u64 {
-        let mut closed = self.epoch.load(Ordering::SeqCst) - 1;
+        let mut closed = self.epoch.load(Ordering::SeqCst) - u64::from(!mutated(Mutant::OpenEpochTaken));
         for shared in self.queues.get().into_iter().flatten() {
             let stamp = shared.stamp.load(Ordering::SeqCst);
             closed = closed.min(stamp.saturating_sub(1));

@@ -18,6 +18,7 @@ use super::check::{sip, sip_bytes};
 use super::corruption::Judge;
 use super::layout::{layout, offset_of};
 use super::{Corruption, Geometry, Key, LOG_ALIGN, Secret};
+use crate::mutant::{Mutant, mutated};
 use crate::units::SECTOR;
 
 /// The first 4 bytes of a record, as a little-endian number.
@@ -212,10 +213,14 @@ pub fn decode_record_into(
 
 /// Whether a whole record was written for the place and life it was found in.
 fn judge_belonging(header: &RecordHeader, expect: &RecordExpect) -> Result<(), Corruption> {
-    JUDGE.exactly("segment", expect.segment.into(), header.segment.into())?;
-    JUDGE.exactly("generation", expect.generation, header.generation)?;
-    JUDGE.exactly("incarnation", expect.incarnation, header.incarnation)?;
-    JUDGE.exactly("offset", expect.offset.into(), header.offset.into())
+    if !mutated(Mutant::PlaceNotChecked) {
+        JUDGE.exactly("segment", expect.segment.into(), header.segment.into())?;
+        JUDGE.exactly("offset", expect.offset.into(), header.offset.into())?;
+    }
+    if !mutated(Mutant::GenerationNotChecked) {
+        JUDGE.exactly("generation", expect.generation, header.generation)?;
+    }
+    JUDGE.exactly("incarnation", expect.incarnation, header.incarnation)
 }
 
 /// Whether a record lies where records may, clear of the payload.
@@ -280,7 +285,9 @@ impl Body {
         self.judge.at_most("len", bytes.len() as u64, len)?;
         let whole = &bytes[..self.len as usize];
         let computed = sip(secret, &[&whole[..CHECK.start], &[0; 8], &whole[CHECK.end..]]);
-        self.judge.exactly("check", computed, check)?;
+        if !mutated(Mutant::RecordCheckIgnored) {
+            self.judge.exactly("check", computed, check)?;
+        }
         Ok(&whole[self.head..])
     }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::content::{self, BYTES};
-use super::world::{Faults, State, World};
+use super::world::{Event, Faults, State, World};
 use crate::backing::{Backing, BackingGeometry, BackingIdentity, BackingKind, Channel, Completion, Op};
 use crate::wake::Waker;
 
@@ -227,7 +227,11 @@ impl Channel for SimChannel {
         }
         let world = self.world.clone();
         let flying = world.with(|w| {
-            w.event("disk operation submitted");
+            w.event(match op {
+                Op::Read { .. } => Event::DiskRead,
+                Op::Write { .. } | Op::Zero { .. } => Event::DiskWrite,
+                Op::Flush => Event::DiskFlush,
+            });
             self.begin(w, token, op)
         });
         self.ops.push(flying);
@@ -253,14 +257,14 @@ impl Channel for SimChannel {
                 if let Some(stop) = self.ops[i].stop
                     && self.ops[i].moved < stop
                 {
-                    w.event("disk operation moves a part");
+                    w.event(Event::DiskPart);
                     let mut flying = self.ops.swap_remove(i);
                     self.move_part(w, &mut flying, stop);
                     self.ops.insert(i, flying);
                     i += 1;
                     continue;
                 }
-                w.event("disk operation completes");
+                w.event(Event::DiskCompletion);
                 let flying = self.ops.swap_remove(i);
                 done.push(self.end(w, flying));
             }

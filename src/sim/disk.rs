@@ -23,7 +23,7 @@ pub enum DiskSurvival {
 }
 
 /// A state of a sector that is not durable.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Version {
     value: u64,
     /// The write it comes from.
@@ -33,7 +33,7 @@ struct Version {
 }
 
 /// A write in flight.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 struct Flying {
     first: u64,
     values: Vec<u64>,
@@ -42,7 +42,7 @@ struct Flying {
 }
 
 /// One disk: what each sector holds is the number of a write (see `content`).
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiskState {
     /// What tells it from other disks.
     pub identity: u64,

@@ -45,6 +45,29 @@ struct Flush {
     ended: u64,
 }
 
+/// What every sector of a volume may show after a crash at one instant.
+#[derive(Clone, Debug)]
+pub struct Recoverable {
+    /// Where in `values` each sector's end.
+    ends: Vec<u32>,
+    values: Vec<u64>,
+}
+
+impl Recoverable {
+    /// The first sector that shows what it may not.
+    pub fn first_wrong(&self, values: &[u64]) -> Option<u64> {
+        assert_eq!(values.len(), self.ends.len(), "every sector is compared");
+        let mut start = 0;
+        for (sector, (&value, &end)) in values.iter().zip(&self.ends).enumerate() {
+            if !self.values[start..end as usize].contains(&value) {
+                return Some(sector as u64);
+            }
+            start = end as usize;
+        }
+        None
+    }
+}
+
 /// The model of one volume.
 #[derive(Clone, Debug)]
 pub struct Oracle {
@@ -139,6 +162,19 @@ impl Oracle {
     /// Whether `sector` may show `value` after a crash now.
     pub fn may_recover(&self, sector: u64, value: u64, host: bool) -> Result<(), String> {
         self.judge(sector, value, |w| w.is_acked && (!host || w.is_durable))
+    }
+
+    /// The values that each sector may show after a crash now: what [`Oracle::may_recover`] allows.
+    pub fn recoverable(&self, host: bool) -> Recoverable {
+        let mut all = Recoverable { ends: Vec::with_capacity(self.sectors.len()), values: Vec::new() };
+        for writes in &self.sectors {
+            // What precedes any write that must be there precedes the one that began last.
+            let must = writes.iter().filter(|w| w.is_acked && (!host || w.is_durable));
+            let begun = must.map(|w| w.began).max().unwrap_or(0);
+            all.values.extend(writes.iter().filter(|w| w.ended >= begun).map(|w| w.value));
+            all.ends.push(all.values.len() as u32);
+        }
+        all
     }
 
     fn judge(&self, sector: u64, value: u64, must: impl Fn(&Write) -> bool) -> Result<(), String> {
@@ -271,6 +307,10 @@ mod tests {
         assert!(oracle.may_recover(0, 1, true).is_ok());
         assert!(oracle.may_recover(0, 2, true).is_ok());
         assert!(oracle.may_recover(0, 9, true).is_err(), "nobody's");
+        for (value, host) in [(1, false), (1, true), (2, false), (2, true), (9, true)] {
+            let wrong = oracle.recoverable(host).first_wrong(&[value]).is_some();
+            assert_eq!(wrong, oracle.may_recover(0, value, host).is_err(), "{value}, host {host}");
+        }
         let began = oracle.tick();
         written(&mut oracle, 0, 3, false);
         oracle.end_flush(began);

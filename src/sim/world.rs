@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::backing::SimBacking;
 use super::disk::{DiskState, DiskSurvival};
+use super::loss::Loss;
 use super::memory::{Memory, SimPmem, Survival};
 use super::rng::Rng;
 use crate::cache::{Clock, Env};
@@ -96,8 +97,98 @@ pub struct DiskDeeds {
     pub lost_by_flush: u64,
 }
 
+/// What is about to happen when a crash comes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// Bytes are stored in the memory.
+    Store,
+    /// A fence.
+    Fence,
+    /// A `sync` of the memory.
+    Sync,
+    /// A read is submitted to a disk.
+    DiskRead,
+    /// A write or zeroing is submitted to a disk.
+    DiskWrite,
+    /// A flush is submitted to a disk.
+    DiskFlush,
+    /// A part of a short transfer is done.
+    DiskPart,
+    /// An operation of a disk completes.
+    DiskCompletion,
+}
+
+impl Event {
+    /// All of them.
+    pub const ALL: [Event; 8] = [
+        Event::Store,
+        Event::Fence,
+        Event::Sync,
+        Event::DiskRead,
+        Event::DiskWrite,
+        Event::DiskFlush,
+        Event::DiskPart,
+        Event::DiskCompletion,
+    ];
+
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Event::Store => "a store",
+            Event::Fence => "a fence",
+            Event::Sync => "a sync",
+            Event::DiskRead => "a disk read",
+            Event::DiskWrite => "a disk write",
+            Event::DiskFlush => "a disk flush",
+            Event::DiskPart => "a part of a disk transfer",
+            Event::DiskCompletion => "a disk completion",
+        }
+    }
+
+    /// Whether what a crash leaves before it can differ from what it left before the last event in
+    /// more than the bytes of one store.
+    fn is_edge(self) -> bool {
+        !matches!(self, Event::Store | Event::DiskRead)
+    }
+}
+
+/// Which events are photographed.
+#[derive(Clone, Debug)]
+pub struct Cuts {
+    /// One in so many, by chance; 0 for none.
+    pub rate: u64,
+    /// Every fence, `sync`, disk write, disk flush and disk completion.
+    pub every_edge: bool,
+    /// The event with this number; 0 for none.
+    pub at: u64,
+    /// Most photographs until they are taken away.
+    pub count_max: usize,
+    /// Chance of its own: whether an instant is looked at changes nothing of what happens.
+    pub rng: Rng,
+    taken: Vec<(Event, Snapshot)>,
+}
+
+impl Cuts {
+    fn new(seed: u64) -> Cuts {
+        let rng = Rng::new(seed ^ 0xc075);
+        Cuts { rate: 0, every_edge: false, at: 0, count_max: 1, rng, taken: Vec::new() }
+    }
+
+    /// Photographs nothing from here on, and forgets.
+    pub fn stop(&mut self) {
+        (self.rate, self.every_edge, self.at) = (0, false, 0);
+        self.taken.clear();
+    }
+
+    fn wants(&mut self, event: Event, number: u64) -> bool {
+        number == self.at
+            || self.taken.len() < self.count_max
+                && (self.every_edge && event.is_edge() || self.rate > 0 && self.rng.chance(1, self.rate))
+    }
+}
+
 /// Memory and disks at one instant.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Snapshot {
     /// What was about to happen.
     pub what: &'static str,
@@ -110,12 +201,29 @@ pub struct Snapshot {
 impl Snapshot {
     /// What a host crash at that instant leaves, and a hash of the chance in it.
     pub fn host_crash(&self, memory: &Survival, disk: DiskSurvival, rng: &mut Rng) -> (Snapshot, u64) {
-        let mut image = self.clone();
-        let mut hash = image.memory.host_crash(memory, rng);
-        for state in &mut image.disks {
+        self.losing(&Loss::new(&self.memory), memory, disk, rng)
+    }
+
+    /// The same, with what the memory may lose found out before.
+    pub(super) fn losing(
+        &self,
+        loss: &Loss<'_>,
+        memory: &Survival,
+        disk: DiskSurvival,
+        rng: &mut Rng,
+    ) -> (Snapshot, u64) {
+        let (memory, mut hash) = loss.image(memory, rng);
+        let mut disks = self.disks.clone();
+        for state in &mut disks {
             hash = hash.rotate_left(17) ^ state.host_crash(disk, rng);
         }
-        (image, hash)
+        (Snapshot { what: self.what, memory, disks }, hash)
+    }
+
+    /// Whether nothing is different, also in what may still be lost. Says no where it cannot tell
+    /// cheaply.
+    pub(super) fn is_same(&self, other: &Snapshot) -> bool {
+        self.memory.is_same(&other.memory) && self.disks == other.disks
     }
 
     /// What a daemon's death at that instant leaves.
@@ -141,23 +249,19 @@ pub struct State {
     pub deeds: DiskDeeds,
     /// The hardware's chance: delays, order of completions, faults.
     pub rng: Rng,
-    /// A snapshot is taken before one event in so many; 0 for none.
-    pub rate: u64,
-    /// A snapshot is taken before the event with this number; 0 for none.
-    pub snapshot_at: u64,
-    /// The snapshot, until somebody takes it.
-    pub snapshot: Option<Snapshot>,
+    /// When photographs are taken.
+    pub cuts: Cuts,
     /// Events so far.
     pub events: u64,
 }
 
 impl State {
     /// Something is about to happen that a crash can come before.
-    pub(super) fn event(&mut self, what: &'static str) {
+    pub(super) fn event(&mut self, event: Event) {
         self.events += 1;
-        let by_chance = self.rate > 0 && self.snapshot.is_none() && self.rng.chance(1, self.rate);
-        if by_chance || self.events == self.snapshot_at {
-            self.snapshot = Some(self.photograph(what));
+        if self.cuts.wants(event, self.events) {
+            let photo = self.photograph(event.name());
+            self.cuts.taken.push((event, photo));
         }
     }
 
@@ -179,9 +283,7 @@ impl World {
             faults: Faults::default(),
             deeds: DiskDeeds::default(),
             rng: Rng::new(seed),
-            rate: 0,
-            snapshot_at: 0,
-            snapshot: None,
+            cuts: Cuts::new(seed),
             events: 0,
         })))
     }
@@ -201,8 +303,12 @@ impl World {
         self.with(|w| w.photograph(what))
     }
 
-    /// The snapshot taken since the last call, if any.
-    pub fn take_snapshot(&self) -> Option<Snapshot> {
-        self.with(|w| w.snapshot.take())
+    /// The photographs taken since the last call, oldest first; none are taken from here on.
+    pub fn take_cuts(&self) -> Vec<(Event, Snapshot)> {
+        self.with(|w| {
+            let taken = std::mem::take(&mut w.cuts.taken);
+            w.cuts.stop();
+            taken
+        })
     }
 }

@@ -197,7 +197,7 @@ impl Subject {
 
     /// Does one random damage to `image`; says what, and where.
     fn damage(&self, image: &mut Snapshot, rng: &mut Rng) -> (String, Vec<usize>) {
-        let len = image.memory.bytes().len();
+        let len = image.memory.len();
         let (a, b) = (rng.index(len) & !63, rng.index(len) & !63);
         let early = &self.early[rng.index(self.early.len())];
         match rng.below(8) {
@@ -216,20 +216,19 @@ impl Subject {
                 (format!("sector {a:#x} zeroed"), vec![a])
             }
             3 => {
-                let bytes = image.memory.bytes();
-                let (first, second) = (bytes[a..a + 64].to_vec(), bytes[b..b + 64].to_vec());
+                let (first, second) = (image.memory.copy(a, 64), image.memory.copy(b, 64));
                 image.memory.corrupt(a, |bytes| bytes[..64].copy_from_slice(&second));
                 image.memory.corrupt(b, |bytes| bytes[..64].copy_from_slice(&first));
                 (format!("lines {a:#x} and {b:#x} swapped"), vec![a, b])
             }
             4 => {
-                let old = early.memory.bytes()[a..a + 64].to_vec();
+                let old = early.memory.copy(a, 64);
                 image.memory.corrupt(a, |bytes| bytes[..64].copy_from_slice(&old));
                 (format!("line {a:#x} as it was earlier"), vec![a])
             }
             5 => {
                 let a = a & !511;
-                let old = early.memory.bytes()[a..a + 512].to_vec();
+                let old = early.memory.copy(a, 512);
                 image.memory.corrupt(a, |bytes| bytes[..512].copy_from_slice(&old));
                 (format!("sector {a:#x} as it was earlier"), vec![a])
             }
@@ -239,7 +238,7 @@ impl Subject {
                 let id = rng.index(g.segment_count as usize) as u32;
                 let words = (g.segment(id) + u64::from(g.liveness_offset())) as usize;
                 let a = words + rng.index(g.liveness_words() as usize) * 8;
-                let old = early.memory.bytes()[a..a + 8].to_vec();
+                let old = early.memory.copy(a, 8);
                 image.memory.corrupt(a, |bytes| bytes[..8].copy_from_slice(&old));
                 (format!("liveness word {a:#x} as it was earlier"), vec![a])
             }
@@ -362,7 +361,7 @@ fn scene(class: MediaClass, order: Order) -> Scene {
 /// The first record of each segment in use, as a byte of the media.
 fn first_records(scene: &Scene) -> Vec<usize> {
     let geometry = Geometry::custom(16 << 10, 64 << 10, 12, 1).expect("a scene's");
-    let bytes = scene.world.with(|w| w.memory.bytes().to_vec());
+    let bytes = scene.world.with(|w| w.memory.bytes());
     let end = |id| (geometry.segment(id) + u64::from(geometry.data_end())) as usize;
     (0..12).map(|id| end(id) - 256).filter(|&at| bytes[at..at + 4] == *b"PCRC").collect()
 }

@@ -1,13 +1,19 @@
 //! What the simulation found once, each as the shortest story that shows it.
 //!
-//! The seeds at the end are those that found what is not told here by hand. A change of the
-//! simulation's own dice makes them ordinary seeds; the stories stay.
+//! The seeds at the end are those that find again what is not told here by hand, once its fix is
+//! undone. A change of the simulation's own dice makes them ordinary seeds; the stories stay.
 
-use pcache_vhost::cache::{Cache, DeleteError, Mode, Order, VolumeDisk};
+use std::sync::Arc;
+
+use pcache_vhost::cache::{
+    Cache, DeleteError, FormatError, FormatOptions, Mode, OpenError, Order, VolumeDisk, format,
+};
+use pcache_vhost::onmedia::Geometry;
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
+use pcache_vhost::pmem::Pmem;
 use pcache_vhost::sim::{
-    DiskState, DiskSurvival, Machine, Rng, Scene, SimBuffer, SimClock, SimEnv, SimPmem, Style, Survival,
-    World, run_seed,
+    DiskState, DiskSurvival, Machine, Memory, Rng, Scene, SimBuffer, SimClock, SimEnv, SimPmem, Snapshot,
+    Style, Survival, World, run_seed,
 };
 use pcache_vhost::volume::{Disk, RequestKind};
 
@@ -204,12 +210,10 @@ fn a_volume_in_the_slot_of_a_deleted_one_shows_its_own_disk_alone() {
         let mut cuts = 0;
         loop {
             let world = World::new(image.clone(), 1);
-            world.with(|w| w.snapshot_at = w.events + 1);
             let cache = open_cache(&world);
-            world.with(|w| w.snapshot_at = w.events + cuts + 1);
-            let _ = world.take_snapshot();
+            world.with(|w| w.cuts.at = w.events + cuts + 1);
             cache.delete_volume("volume0", true).expect("told to lose it");
-            let Some(photo) = world.take_snapshot() else {
+            let Some((_, photo)) = world.take_cuts().pop() else {
                 image = world.photograph("deleted").daemon_crash(&mut Rng::new(1));
                 break;
             };
@@ -228,14 +232,35 @@ fn a_volume_in_the_slot_of_a_deleted_one_shows_its_own_disk_alone() {
     }
 }
 
-fn open_cache(world: &std::sync::Arc<World>) -> std::sync::Arc<Cache<SimEnv>> {
-    Cache::<SimEnv>::open(std::sync::Arc::new(SimPmem::new(world)), SimClock::default()).expect("a cache").0
+fn open_cache(world: &Arc<World>) -> Arc<Cache<SimEnv>> {
+    Cache::<SimEnv>::open(Arc::new(SimPmem::new(world)), SimClock::default()).expect("a cache").0
+}
+
+#[test]
+fn page_cache_media_take_no_segments_that_no_record_fits() {
+    let geometry = Geometry::custom(16 << 10, 32 << 10, 12, 1).expect("a geometry");
+    let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
+    let world = |class| {
+        let memory = Memory::new(class, geometry.device_size);
+        World::new(Snapshot { what: "nothing", memory, disks: Vec::new() }, 1)
+    };
+    let paged = format(&SimPmem::new(&world(PageCache)), &SimClock::default(), &options);
+    assert!(matches!(paged, Err(FormatError::SmallSegments { segment_size: 32_768 })), "{paged:?}");
+    let dax = world(AssumeDax);
+    format(&SimPmem::new(&dax), &SimClock::default(), &options).expect("they do on DAX");
+    // Copied to media that are not.
+    let copy = world(PageCache);
+    let bytes = dax.with(|w| w.memory.bytes());
+    SimPmem::new(&copy).write(0, &bytes).expect("sound memory");
+    let opened = Cache::<SimEnv>::open(Arc::new(SimPmem::new(&copy)), SimClock::default());
+    assert!(matches!(opened, Err(OpenError::SmallSegments { .. })));
 }
 
 #[test]
 fn seeds_that_failed_once_pass() {
-    for seed in [1, 2, 4, 5, 11, 18, 20, 31, 33, 34, 50, 63, 128, 142, 149, 161, 232, 259] {
-        if let Err(violation) = run_seed(seed, 300, 80) {
+    // A segment's next life was given the cursor of its last, and write-back passed over records.
+    for seed in [172] {
+        if let Err(violation) = run_seed(seed, 1200, 80) {
             panic!("{violation}");
         }
     }

@@ -6,6 +6,7 @@
 //! all.
 
 use super::entry::{Extent, Place, push_joined};
+use crate::mutant::{Mutant, mutated};
 use crate::units::SectorRange;
 
 /// What is to become of a mapped piece.
@@ -157,7 +158,8 @@ pub(super) struct MarkCleanIf {
 
 impl Edit for MarkCleanIf {
     fn piece(&mut self, old: Extent) -> Verdict {
-        if !self.extent.place_at(old.range.start).is_same_payload(&old.place) {
+        let is_same = self.extent.place_at(old.range.start).is_same_payload(&old.place);
+        if !is_same && !mutated(Mutant::NewerMarkedClean) {
             return Verdict::Keep;
         }
         let verdict = if self.drop_zero && old.place.zero {

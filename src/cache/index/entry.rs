@@ -22,6 +22,7 @@
 //! - Zeros that are clean need no entry: what would be one says that the sectors are lost.
 
 use super::REGION_SECTORS;
+use crate::mutant::{Mutant, mutated};
 use crate::units::SectorRange;
 
 const START_SHIFT: u32 = 53;
@@ -178,7 +179,8 @@ impl Entry {
         if start == self.start() && end == self.end() {
             return self;
         }
-        Entry::new(start, end - start, self.place().advanced(u64::from(start - self.start())))
+        let skipped = if mutated(Mutant::PositionNotAdvanced) { 0 } else { start - self.start() };
+        Entry::new(start, end - start, self.place().advanced(u64::from(skipped)))
     }
 
     /// The two as one entry, if `next` goes on exactly where this ends.

@@ -18,6 +18,7 @@ use super::super::volume::Mode;
 use super::io::Purpose;
 use super::{Fill, Gathered, Queue, Then};
 use crate::backing::{AlignedBuf, Op};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::KeyKind;
 use crate::units::SectorRange;
 use crate::volume::Buffer;
@@ -80,7 +81,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let version = core.version.fetch_add(1, Ordering::SeqCst);
         let mut removed = std::mem::take(&mut self.scratch.replaced);
         removed.clear();
-        core.index.remove(range, &mut removed);
+        if !mutated(Mutant::BypassLeavesCopies) {
+            core.index.remove(range, &mut removed);
+        }
         self.volume.cache.mark_dead(&removed);
         self.scratch.replaced = removed;
         let Gathered { kind, is_through, .. } = gathered;
@@ -88,6 +91,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let bypass = Bypass { range, kind, ticket, version, is_through, left, failed, written };
         self.bypass.under_way.insert(slot, bypass);
         add(&self.shared().tally.bypass_sectors, range.len);
+        if mutated(Mutant::BypassNotDurablyDead) {
+            return self.bypass_killed(slot, true);
+        }
         match self.volume.cache.write_liveness(Some(&self.waker)) {
             Ok(durable) => self.when_durable(durable, Then::Bypass(slot)),
             Err(error) => {
@@ -149,7 +155,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         if bypass.left > 0 {
             return;
         }
-        if bypass.failed || !bypass.is_through {
+        if bypass.failed || !bypass.is_through || mutated(Mutant::BypassUnflushed) {
             let ok = !bypass.failed;
             return self.end_bypass(slot, ok);
         }

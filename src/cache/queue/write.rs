@@ -16,6 +16,7 @@ use super::super::stream::{Open, Stamp, Stream};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, Volume};
 use super::{Queue, Slots, Then};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
 use crate::pmem::Pmem;
 use crate::units::SectorRange;
@@ -135,13 +136,15 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 return;
             }
             let front = self.gather.pop_front().expect("it was there");
-            if front.failed {
+            if front.failed && !mutated(Mutant::FaultedWriteAcknowledged) {
                 self.complete(front.slot, Status::IoError);
-            } else if !front.is_through {
+            } else if !front.is_through || mutated(Mutant::CompletedUnsynced) {
                 self.complete(front.slot, Status::Ok);
             } else {
                 // Without a write cache completion is the only order there is: it ends an epoch.
-                self.volume.core.raise_epoch();
+                if !mutated(Mutant::EpochNotRaisedAtWrite) {
+                    self.volume.core.raise_epoch();
+                }
                 let cache = &self.volume.cache;
                 let ticket = *ticket
                     .get_or_insert_with(|| cache.syncer.request(&*cache.media.pmem, Some(&self.waker)));
@@ -347,7 +350,9 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     if segment.min_epoch.load(Ordering::Relaxed) > epoch {
         segment.min_epoch.fetch_min(epoch, Ordering::SeqCst);
     }
-    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {
+    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp)
+        && !mutated(Mutant::RefusedRecordPublished)
+    {
         tracing::error!(%error, segment = open.id, "the cache media refused a record");
         core.retract(q);
         return false;
@@ -360,8 +365,12 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
             segment.add_live(key.sectors);
         }
         let place = cache.media.place(open.id, key, true);
-        core.index.insert(Extent { range: key.range(), place }, replaced);
-        cache.mark_dead(replaced);
+        let mut range = key.range();
+        if_mutated(Mutant::NewestOnlyHalfIndexed, || range.len = (range.len - 1).max(1));
+        core.index.insert(Extent { range, place }, replaced);
+        if !mutated(Mutant::ReplacedNotMarkedDead) {
+            cache.mark_dead(replaced);
+        }
         core.stripes.break_placeholders(key.range());
     }
     segment.log_low.store(open.log_low, Ordering::Release);

@@ -10,8 +10,10 @@
 use std::sync::atomic::Ordering;
 
 use super::super::env::Env;
+use super::super::plan::{Consumed, Plan};
 use super::super::scan::WalkError;
 use super::super::segments::State;
+use super::super::stripes::lock;
 use super::super::volume::{Cursor, DirtySegments};
 use super::Writeback;
 use crate::onmedia::{Key, KeyKind, SegmentHeader};
@@ -81,5 +83,34 @@ impl<E: Env> Writeback<E> {
                 Ok((Cursor::Log(cursor), next))
             }
         }
+    }
+
+    /// Files the segments a round has consumed from.
+    pub(super) fn settle(&self, epoch: u64, plan: &mut Plan) {
+        let core = &self.volume.core;
+        let segments = &self.volume.cache.segments;
+        let mut dirty = lock(&core.dirty);
+        for Consumed { id, generation, cursor, next } in plan.cursors.drain(..) {
+            let segment = &segments[id as usize];
+            let is_gone = matches!(segment.state(), State::Free | State::Reclaiming | State::Bad);
+            if is_gone || segment.generation.load(Ordering::Relaxed) != generation {
+                // Reclaim has taken its entries away; those there are now are of its next life.
+                continue;
+            }
+            dirty.known.remove(&(epoch, id));
+            match (next, cursor) {
+                (Some(next), cursor) => _ = dirty.known.insert((next, id), cursor),
+                (None, cursor @ Cursor::Log(_)) => _ = dirty.drained.insert(id, cursor),
+                (None, Cursor::Keys(_)) => {}
+            }
+        }
+        // What relaxed rounds have cleaned wholly needs no cursor any more, once nothing more can
+        // be appended to it.
+        let done = |id: u32| {
+            let segment = &segments[id as usize];
+            segment.state() != State::Open && segment.max_epoch.load(Ordering::SeqCst) <= epoch
+        };
+        dirty.known.retain(|&(_, id), _| !done(id));
+        dirty.drained.retain(|&id, _| !done(id));
     }
 }

@@ -24,6 +24,9 @@
 //! writes are never in flight together: the extents of a round are disjoint, and a round begins when
 //! all of the last one has ended, also when it failed.
 //!
+//! What a round holds is in the volume's [`Plan`](super::super::plan::Plan), where relocation can
+//! follow it: positions are used only with that locked.
+//!
 //! A disk that does not answer holds up its own volume's worker and nothing else. [`Writeback::leave`]
 //! ends the worker without that answer.
 
@@ -41,14 +44,15 @@ use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Failure;
 use super::super::index::{Extent, ExtentMap};
+use super::super::plan::{Consumed, Plan};
 use super::super::scan::WalkError;
-use super::super::segments::State;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
-use super::super::volume::{Cursor, Order, Volume};
+use super::super::volume::{Order, Volume};
 use super::Progress;
 use super::retry::delay_ms;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::Key;
 use crate::sync::thread;
 use crate::units::SectorRange;
@@ -82,25 +86,9 @@ enum Phase {
 struct Round {
     /// The tail if it succeeds.
     epoch: u64,
-    /// Still to be written, ascending.
-    todo: VecDeque<Extent>,
-    /// Where a relaxed sweep goes on; `None` when all is in `todo`.
+    /// Where a relaxed sweep goes on; `None` when all is in the plan.
     sweep: Option<u64>,
-    /// To be marked clean.
-    written: Vec<Extent>,
-    /// Where segments go on: what the round has consumed.
-    cursors: Vec<Consumed>,
     damage: Damage,
-}
-
-/// How far a round has read a segment's records.
-struct Consumed {
-    id: u32,
-    /// A segment without dirty data may be reclaimed, and used again, while the round goes on.
-    generation: u64,
-    cursor: Cursor,
-    /// The epoch of the record that comes next, if there is one.
-    next: Option<u64>,
 }
 
 pub(crate) struct Writeback<E: Env> {
@@ -194,12 +182,17 @@ impl<E: Env> Writeback<E> {
                 Err(error) => return self.fail(Failure::resources(&error)),
             }
         }
+        let mut plan = lock(&core.plan);
+        plan.clear();
         let round = match self.volume.order() {
             Order::Relaxed => self.gather_relaxed(),
-            Order::Strict => self.gather_strict(),
+            Order::Strict if mutated(Mutant::NewestAcrossEpochs) => self.gather_relaxed(),
+            Order::Strict => self.gather_strict(&mut plan),
         };
+        let has_nothing = plan.todo.is_empty();
+        drop(plan);
         match round {
-            Ok(Some(round)) if round.todo.is_empty() => {
+            Ok(Some(round)) if has_nothing => {
                 self.phase = Phase::Writing(round);
                 Progress::Did
             }
@@ -215,6 +208,7 @@ impl<E: Env> Writeback<E> {
     }
 
     fn fail(&mut self, failure: Failure) -> Progress {
+        lock(&self.volume.core.plan).clear();
         let now = self.volume.cache.clock.now_ms();
         let delay = delay_ms(self.failures, self.volume.core.incarnation ^ now);
         self.failures += 1;
@@ -267,7 +261,7 @@ impl<E: Env> Writeback<E> {
         Ok(Some(Round { sweep: Some(0), ..Round::empty(epoch) }))
     }
 
-    fn gather_strict(&mut self) -> Result<Option<Round>, WalkError> {
+    fn gather_strict(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
         let core = self.volume.core.clone();
         let mut dirty = lock(&core.dirty);
         let mut is_raised = false;
@@ -277,22 +271,28 @@ impl<E: Env> Writeback<E> {
             match self.lowest_epoch(&mut dirty)? {
                 Some(epoch) if epoch <= closed => break epoch,
                 // Nothing is dirty below: the tail may follow the closed epochs.
-                None if closed > core.tail.load(Ordering::SeqCst) => return Ok(Some(Round::empty(closed))),
+                None if closed > core.tail.load(Ordering::SeqCst) => {
+                    return Ok(Some(Round::empty(closed)));
+                }
                 _ if is_raised => return Ok(None),
                 _ => core.raise_epoch(),
             }
             is_raised = true;
         };
         let mut keys = Vec::new();
-        let mut cursors = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
-            let (cursor, next) = self.consume(*id, cursor.clone(), epoch, &mut keys)?;
+            let upto = epoch + u64::from(mutated(Mutant::NextEpochAlong));
+            let (cursor, next) = self.consume(*id, cursor.clone(), upto, &mut keys)?;
             let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
-            cursors.push(Consumed { id: *id, generation, cursor, next });
+            plan.cursors.push(Consumed { id: *id, generation, cursor, next });
         }
         drop(dirty);
         tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
-        keys.sort_unstable_by_key(|(k, _): &(Key, u32)| k.version);
+        // Two copies have one version if a crash came between relocation and the end of its source:
+        // the segment decides, as it does in recovery.
+        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (k.version, *id));
+        if_mutated(Mutant::OldestOfEpochWritten, || keys.reverse());
+        if_mutated(Mutant::ZerosNotWrittenBack, || keys.retain(|(k, _)| k.kind.has_payload()));
         let mut newest = ExtentMap::new();
         let mut replaced = Vec::new();
         for (key, id) in &keys {
@@ -300,14 +300,14 @@ impl<E: Env> Writeback<E> {
             let place = self.volume.cache.media.place(*id, key, true);
             newest.insert(Extent { range: key.range(), place }, &mut replaced);
         }
-        let mut todo = VecDeque::new();
-        newest.iter().for_each(|extent| cut(extent, &mut todo));
+        newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
+        if_mutated(Mutant::WritesOverlap, || plan.todo.extend(plan.todo.clone()));
         let bytes = |len: u64| len * 512;
-        let write = todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
+        let write = plan.todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
         let payload: u64 =
             keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
         self.volume.begin_pace(write, Some(payload + payload / 16));
-        Ok(Some(Round { todo, cursors, ..Round::empty(epoch) }))
+        Ok(Some(Round::empty(epoch)))
     }
 
     /// Makes durable what is about to be written: were the disk to have it and the cache to lose it,
@@ -321,6 +321,7 @@ impl<E: Env> Writeback<E> {
 
     fn records_durable(&mut self, round: Round, ticket: Durable) -> Progress {
         match self.volume.cache.syncer.outcome(ticket) {
+            Outcome::Waiting if mutated(Mutant::DiskBeforeRecordDurable) => self.write(round),
             Outcome::Waiting => {
                 self.phase = Phase::Gathered(round, ticket);
                 Progress::Waiting
@@ -338,9 +339,11 @@ impl<E: Env> Writeback<E> {
         if let Err(error) = self.reap() {
             return self.abort(error);
         }
+        let core = self.volume.core.clone();
         loop {
-            if round.todo.is_empty() {
-                if !self.sweep_on(&mut round) {
+            let mut plan = lock(&core.plan);
+            if plan.todo.is_empty() {
+                if !self.sweep_on(&mut round, &mut plan) {
                     break;
                 }
                 self.channel.as_mut().expect("opened before the round").kick();
@@ -352,7 +355,9 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::Writing(round);
                 return Progress::Waiting;
             }
-            let op = match self.next_op(&mut round) {
+            let op = self.next_op(&mut plan, &mut round.damage);
+            drop(plan);
+            let op = match op {
                 Ok(Some(op)) => op,
                 Ok(None) => continue,
                 Err(error) => return self.abort(error),
@@ -365,6 +370,9 @@ impl<E: Env> Writeback<E> {
         if channel.in_flight() > 0 {
             self.phase = Phase::Writing(round);
             return Progress::Waiting;
+        }
+        if mutated(Mutant::TailBeforeFlush) {
+            return self.flushed(round);
         }
         self.submit(Op::Flush);
         self.channel.as_mut().expect("opened before the round").kick();
@@ -384,13 +392,13 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Looks up more dirty extents for a relaxed round. False when there are no more.
-    fn sweep_on(&mut self, round: &mut Round) -> bool {
+    fn sweep_on(&mut self, round: &mut Round, plan: &mut Plan) -> bool {
         while let Some(from) = round.sweep {
             let mut found = Vec::new();
             round.sweep = self.volume.core.index.dirty_from(from, SWEEP, &mut found);
             found.retain(|extent| !self.is_newer(extent, round.epoch));
-            found.into_iter().for_each(|extent| cut(extent, &mut round.todo));
-            if !round.todo.is_empty() {
+            found.into_iter().for_each(|extent| cut(extent, &mut plan.todo));
+            if !plan.todo.is_empty() {
                 return true;
             }
         }
@@ -420,7 +428,11 @@ impl<E: Env> Writeback<E> {
         }
         let mut result = Ok(());
         for completion in done.drain(..) {
-            if let (Err(error), Ok(())) = (&completion.result, &result) {
+            let is_flush = matches!(completion.op, Op::Flush);
+            let unseen = if is_flush { Mutant::DiskFlushErrorIgnored } else { Mutant::DiskWriteErrorIgnored };
+            if let (Err(error), Ok(())) = (&completion.result, &result)
+                && !mutated(unseen)
+            {
                 result = Err(Failure::disk(&completion.op, error));
             }
             if let Op::Write { buf, .. } = &completion.op {
@@ -468,7 +480,11 @@ impl<E: Env> Writeback<E> {
         }
         // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
         // and an older clean copy of those sectors would come back.
-        let ticket = match self.volume.cache.write_liveness(None) {
+        let cache = self.volume.cache.clone();
+        if mutated(Mutant::TailBeforeLiveness) {
+            return self.media_done(round, cache.syncer.request(&*cache.media.pmem, None));
+        }
+        let ticket = match cache.write_liveness(None) {
             Ok(ticket) => ticket,
             Err(error) => {
                 return self.fail(Failure::media(format!("liveness words cannot be written: {error}")));
@@ -481,6 +497,7 @@ impl<E: Env> Writeback<E> {
     fn media_done(&mut self, mut round: Round, ticket: Durable) -> Progress {
         let cache = self.volume.cache.clone();
         match cache.syncer.outcome(ticket) {
+            Outcome::Waiting if mutated(Mutant::TailBeforeLivenessDurable) => {}
             Outcome::Waiting => {
                 self.phase = Phase::MakingDurable(round, ticket);
                 return Progress::Waiting;
@@ -493,6 +510,9 @@ impl<E: Env> Writeback<E> {
         let core = &self.volume.core;
         *lock(&core.lost) = round.damage.take_list();
         let next = lock(&core.tail_page).1;
+        if mutated(Mutant::TailNewestOverwritten) {
+            _ = cache.write_tail(core, 1 - next, round.epoch);
+        }
         if let Err(error) = cache.write_tail(core, next, round.epoch) {
             return self.fail(Failure::media(format!("the tail cannot be written: {error}")));
         }
@@ -518,20 +538,22 @@ impl<E: Env> Writeback<E> {
             return self.fail(Failure::media(format!("the tail's other copy cannot be written: {error}")));
         }
         let mut written = 0;
-        for extent in &round.written {
+        let mut plan = lock(&core.plan);
+        for extent in &plan.written {
             core.index.mark_clean_if(*extent, true);
             written += extent.range.len;
         }
         add(&core.tally.written_back_sectors, written);
         self.lose(&round.damage);
         // Last: from then on reclaim may take the segments, and with them their cursors.
-        let epoch = round.epoch;
-        self.settle(round);
-        core.tail.store(epoch, Ordering::SeqCst);
+        self.settle(round.epoch, &mut plan);
+        core.tail.store(round.epoch, Ordering::SeqCst);
         core.pacer.end_round(true);
+        plan.clear();
+        drop(plan);
         if core.is_clean() {
             core.dirty_since.store(0, Ordering::Relaxed);
-        } else if epoch >= self.overdue {
+        } else if round.epoch >= self.overdue {
             // Only what is younger is left. A guest that flushes often leaves many epochs behind
             // it, and they are all as old as the first.
             core.dirty_since.store(cache.clock.now_ms().max(1), Ordering::Relaxed);
@@ -541,35 +563,6 @@ impl<E: Env> Writeback<E> {
         }
         cache.housekeeper.raise();
         Progress::Did
-    }
-
-    /// Files the segments a round has consumed from.
-    fn settle(&self, round: Round) {
-        let core = &self.volume.core;
-        let segments = &self.volume.cache.segments;
-        let mut dirty = lock(&core.dirty);
-        for Consumed { id, generation, cursor, next } in round.cursors {
-            let segment = &segments[id as usize];
-            let is_gone = matches!(segment.state(), State::Free | State::Reclaiming | State::Bad);
-            if is_gone || segment.generation.load(Ordering::Relaxed) != generation {
-                // Reclaim has taken its entries away; those there are now are of its next life.
-                continue;
-            }
-            dirty.known.remove(&(round.epoch, id));
-            match (next, cursor) {
-                (Some(next), cursor) => _ = dirty.known.insert((next, id), cursor),
-                (None, cursor @ Cursor::Log(_)) => _ = dirty.drained.insert(id, cursor),
-                (None, Cursor::Keys(_)) => {}
-            }
-        }
-        // What relaxed rounds have cleaned wholly needs no cursor any more, once nothing more can
-        // be appended to it.
-        let done = |id: u32| {
-            let segment = &segments[id as usize];
-            segment.state() != State::Open && segment.max_epoch.load(Ordering::SeqCst) <= round.epoch
-        };
-        dirty.known.retain(|&(_, id), _| !done(id));
-        dirty.drained.retain(|&id, _| !done(id));
     }
 }
 

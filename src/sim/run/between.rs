@@ -154,10 +154,9 @@ impl Run {
         let world = World::new(left.image.clone(), self.rng.next());
         world.act_as(0);
         let rate = self.rng.between(2, 40);
-        world.with(|w| w.rate = rate);
+        world.with(|w| (w.cuts.rate, w.cuts.count_max) = (rate, 2));
         self.delete(&world, left, volume)?;
-        world.with(|w| w.rate = 0);
-        if let Some(snapshot) = world.take_snapshot() {
+        for (_, snapshot) in world.take_cuts() {
             self.crash_inside_delete(&snapshot, left.host, volume)?;
         }
         left.image = world.photograph("a delete").daemon_crash(&mut self.rng);
@@ -201,8 +200,10 @@ impl Run {
 
     /// Whoever crashes inside a delete finds the old volume whole, or none and the disk as it is.
     fn crash_inside_delete(&mut self, snapshot: &Snapshot, host: bool, volume: usize) -> Result<(), String> {
-        for _ in 0..3 {
-            let mut rng = self.rng.fork();
+        // Dice of its own: whether this is judged must not matter to the run.
+        let mut dice = self.rng.fork();
+        for _ in 0..if self.plan.judges(self.step) { 3 } else { 0 } {
+            let mut rng = dice.fork();
             let dies = rng.chance(2, 3);
             let image = if dies {
                 let how = survival(snapshot.memory.pending_lines(), &mut rng);

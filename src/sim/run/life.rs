@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::books;
-use super::super::check::{Judge, Recovered, disk_survival, survival};
-use super::super::machine::Style;
-use super::super::memory::Survival;
+use super::super::check::{EXHAUSTED_LINES, Instant, Judge, Recovered, disk_survival, survival, survivals};
+use super::super::loss::Loss;
+use super::super::machine::{Served, Style, is_refusal};
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
 use super::between::Left;
@@ -18,7 +18,7 @@ const ROUNDS_MAX: u32 = 20_000;
 impl Run {
     fn faults(&mut self) -> Faults {
         match self.scenario.has_faults && self.rng.chance(1, 2) {
-            true => Faults { read: 150, write: 150, flush: 400, ..Faults::default() },
+            true => Faults { read: 300, write: 800, flush: 2000, ..Faults::default() },
             false => Faults::default(),
         }
     }
@@ -28,6 +28,8 @@ impl Run {
         self.world.with(|w| w.faults = faults);
         self.trouble_ends = None;
         self.forgives = faults.may_fail_requests();
+        let tail = |served: &Served| served.volume.counters().tail_epoch;
+        self.tails = self.machine().served.iter().map(tail).collect();
         for volume in 0..self.scenario.volumes {
             let style = self.styles[volume];
             let is_clean = self.machine().served[volume].volume.is_clean();
@@ -41,48 +43,55 @@ impl Run {
         self.note(|| text);
     }
 
-    /// Judges images of a crash at `snapshot`; says whether one of them became the next life.
-    pub(super) fn crash_at(&mut self, snapshot: &Snapshot) -> Result<bool, String> {
+    /// Judges images of a crash at `snapshot`.
+    pub(super) fn crash_at(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+        // Dice of its own: whether this is judged must not matter to the run.
+        let mut rng = self.rng.fork();
+        if !self.plan.judges(self.step) {
+            return Ok(());
+        }
         self.stats.points += 1;
-        let lines = snapshot.memory.pending_lines();
-        let survivals: Vec<Survival> = match lines {
-            0..=2 => (0..1 << lines).map(Survival::Lines).collect(),
-            _ => (0..5).map(|_| survival(lines, &mut self.rng)).collect(),
-        };
+        let loss = Loss::new(&snapshot.memory);
+        self.stats.exhausted_points += u64::from(loss.lines() <= EXHAUSTED_LINES);
         let mut seen = BTreeSet::new();
-        for survival in survivals {
-            let disk = disk_survival(&mut self.rng);
-            let mut rng = self.rng.fork();
-            let (image, hash) = snapshot.host_crash(&survival, disk, &mut rng);
+        let Self { oracles, styles, stats, scenario, .. } = self;
+        let at = Instant::new(oracles, styles, scenario.queues);
+        // A cache that could once not be made durable may refuse to serve.
+        let forgives = self.world.with(|w| w.faults.sync_failed);
+        let mut judge =
+            |image, host, rng: &mut Rng| match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
+                Err(error) if !(forgives && is_refusal(&error)) => Err(error),
+                _ => Ok(()),
+            };
+        let (mut equal, mut both) = (0, 0);
+        for survival in survivals(loss.lines(), &mut rng) {
+            let disk = disk_survival(&mut rng);
+            let (image, hash) = snapshot.losing(&loss, &survival, disk, &mut rng);
             if seen.insert(hash) {
-                self.judge(image, true, &mut rng).map_err(|e| {
+                judge(image, true, &mut rng).map_err(|e| {
                     format!("host crash before {} ({survival:?}, {disk:?}): {e}", snapshot.what)
                 })?;
+            } else {
+                equal += 1;
             }
         }
-        let mut rng = self.rng.fork();
         let image = snapshot.daemon_crash(&mut rng);
-        self.judge(image, false, &mut rng)
-            .map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
-        if self.rng.chance(1, 3) {
-            self.both_die(snapshot)?;
+        judge(image, false, &mut rng).map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
+        if rng.chance(1, 3) {
+            // The daemon dies, and the host before anything has recovered.
+            let dead = snapshot.daemon_crash(&mut rng);
+            let how = survival(dead.memory.pending_lines(), &mut rng);
+            let (image, hash) = dead.host_crash(&how, disk_survival(&mut rng), &mut rng);
+            if seen.insert(hash) {
+                both += 1;
+                judge(image, true, &mut rng)
+                    .map_err(|e| format!("daemon, then host crash before {}: {e}", snapshot.what))?;
+            } else {
+                equal += 1;
+            }
         }
-        if !self.rng.chance(1, 25) {
-            return Ok(false);
-        }
-        self.die(snapshot)?;
-        Ok(true)
-    }
-
-    /// The daemon dies, and the host before anything has recovered.
-    fn both_die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
-        let mut rng = self.rng.fork();
-        let dead = snapshot.daemon_crash(&mut rng);
-        let how = survival(dead.memory.pending_lines(), &mut rng);
-        let (image, _) = dead.host_crash(&how, disk_survival(&mut rng), &mut rng);
-        self.stats.host_before_recovery += 1;
-        self.judge(image, true, &mut rng)
-            .map_err(|e| format!("daemon, then host crash before {}: {e}", snapshot.what))?;
+        self.stats.equal_images += equal;
+        self.stats.host_before_recovery += both;
         Ok(())
     }
 
@@ -93,17 +102,17 @@ impl Run {
         rng: &mut Rng,
     ) -> Result<Option<Recovered>, String> {
         let Self { oracles, styles, stats, scenario, world, .. } = self;
-        let judge = Judge { oracles, styles, queues: scenario.queues, host, depth: 2 };
-        match judge.image(image, rng, stats) {
+        let at = Instant::new(oracles, styles, scenario.queues);
+        match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
-            Err(_) if world.with(|w| w.faults.sync_failed) => Ok(None),
+            Err(error) if world.with(|w| w.faults.sync_failed) && is_refusal(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// The crash is real: goes on with one of the images.
-    fn die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+    /// The crash is real: goes on with an image.
+    pub(super) fn die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
         let mut rng = self.rng.fork();
         let host = rng.chance(2, 3);
         let image = if host {
@@ -131,7 +140,11 @@ impl Run {
         }
         let Left { image, host, .. } = left;
         let unanswered = std::mem::take(&mut self.under_way);
-        let Some(recovered) = self.judge(image, host, &mut rng)? else { return Ok(()) };
+        let counted = self.stats;
+        let recovered = self.judge(image, host, &mut rng);
+        // It may be one that was judged at this instant already.
+        self.stats = counted;
+        let Some(recovered) = recovered? else { return Ok(()) };
         for (volume, values) in recovered.values.iter().enumerate() {
             // What a disk's write cache held when only the daemon died may still be lost.
             let is_durable = host || !died[volume].mode.bypasses();
@@ -162,13 +175,15 @@ impl Run {
 
     fn harvest(&mut self) {
         let Some(machine) = &self.machine else { return };
-        for served in &machine.served {
+        for (number, served) in machine.served.iter().enumerate() {
             let c = served.volume.counters();
             self.stats.records += c.records;
             self.stats.reclaimed += c.reclaimed;
             self.stats.evicted += c.evicted_sectors;
+            self.stats.relocated += c.relocated_sectors;
+            self.stats.relocated_dirty += c.relocated_dirty_sectors;
             self.stats.written_back += c.written_back_sectors;
-            self.stats.epochs += c.tail_epoch;
+            self.stats.epochs += c.tail_epoch - c.tail_epoch.min(self.tails[number]);
             self.stats.fills += c.fill_sectors;
             self.stats.bypassed += c.bypass_sectors;
             self.stats.hits += c.read_hit_sectors;
@@ -182,12 +197,16 @@ impl Run {
         self.stats.slow_ops += deeds.slow_ops;
         self.stats.failed_away += deeds.failed_away;
         self.stats.lost_by_flush += deeds.lost_by_flush;
+        self.stats.wraps = self.stats.reclaimed / u64::from(self.scenario.geometry.segment_count);
     }
 
     /// Lets everything end that was begun, maybe drains, and closes.
     pub(super) fn end_in_order(&mut self, drain: bool) -> Result<(), String> {
         self.note(|| format!("the end, drained: {drain}"));
-        self.world.with(|w| (w.faults, w.rate, w.snapshot) = (Faults::default(), 0, None));
+        self.world.with(|w| {
+            w.faults = Faults::default();
+            w.cuts.stop();
+        });
         self.trouble_ends = None;
         for volume in 0..self.scenario.volumes {
             for queue in 0..usize::from(self.scenario.queues) {

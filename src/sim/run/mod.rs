@@ -1,13 +1,23 @@
 //! A run: random requests and worker steps from one seed, cut by crashes, judged at every cut.
 //!
 //! A step of the run is one call into one logical thread of the engine, so threads interleave
-//! between calls. Before some store, fence, `sync` or disk operation inside a call the world takes
-//! a snapshot; from each come several images, every one of them recovered and compared with what
-//! the model allowed *before* that call's acknowledgements. Some images become the next life.
+//! between calls. Before stores, fences, `sync`s and disk operations inside a call the world takes
+//! photographs: before some of them, or, for stretches of steps, before every one that is an edge
+//! ([`Event`]). From each come several images, every one of them recovered and compared with what
+//! the model allowed *before* that call's acknowledgements; another photograph is taken *after*
+//! them. Some images become the next life.
+//!
+//! Each step throws dice of its own, and judging an image changes nothing of the run: so a step can
+//! be left out and the others stay what they were ([`Plan`]), which is how failures are made short.
 
 mod between;
 mod life;
+mod plan;
+mod shrink;
 mod trouble;
+
+pub use plan::Plan;
+pub use shrink::shrink;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -26,16 +36,20 @@ use super::world::{SimClock, Snapshot, World};
 use crate::cache::{FormatOptions, Mode, format};
 use crate::volume::{Done, Request, RequestKind, Status};
 
+/// Most photographs of one step.
+const CUTS_MAX: usize = 24;
 /// Requests under way per queue.
 const UNDER_WAY_MAX: usize = 24;
 
 /// What a run found, and how to find it again.
 #[derive(Debug)]
 pub struct Violation {
-    /// The seed; with the same program it leads here again.
-    pub seed: u64,
+    /// What was run; with the same program it leads here again.
+    pub plan: Plan,
     /// The step.
     pub step: u64,
+    /// Images judged before.
+    pub images: u64,
     /// What is wrong.
     pub what: String,
     /// The scenario and the last steps.
@@ -47,8 +61,8 @@ impl fmt::Display for Violation {
         for line in &self.trace {
             writeln!(f, "  {line}")?;
         }
-        writeln!(f, "seed {} (PCACHE_SIM_SEED={}), step {}:", self.seed, self.seed, self.step)?;
-        write!(f, "{}", self.what)
+        writeln!(f, "{}\nseed {}, step {}; again with:", self.what, self.plan.seed, self.step)?;
+        write!(f, "  {} cargo test --features sim --test crash no_crash_anywhere", self.plan)
     }
 }
 
@@ -92,12 +106,13 @@ pub struct Run {
     trouble_ends: Option<u64>,
     /// Disks that are not there at the next start, one bit each.
     absent: u64,
+    /// Each volume's tail when this life began.
+    tails: Vec<u64>,
     trace: VecDeque<String>,
     /// Lines kept in the trace.
     pub trace_len: usize,
     step: u64,
-    /// Images until the run has done enough.
-    images: u64,
+    plan: Plan,
 }
 
 /// Runs a seed until `images` crash images have been judged; a violation tells the last
@@ -106,9 +121,7 @@ pub struct Run {
 /// # Errors
 /// [`Violation`]: the engine broke a promise, or panicked.
 pub fn run_seed(seed: u64, images: u64, trace_len: usize) -> Result<Stats, Violation> {
-    let mut run = Run::new(Scenario::from_seed(seed), images)?;
-    run.trace_len = trace_len;
-    run.go()
+    Plan::whole(seed, images).run(trace_len)
 }
 
 fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
@@ -121,8 +134,10 @@ impl Run {
     ///
     /// # Errors
     /// [`Violation`].
-    pub fn new(scenario: Scenario, images: u64) -> Result<Run, Violation> {
-        let fail = |what: String| Violation { seed: scenario.seed, step: 0, what, trace: Vec::new() };
+    pub fn new(plan: Plan) -> Result<Run, Violation> {
+        let scenario = Scenario::from_seed(plan.seed);
+        let fail =
+            |what: String| Violation { plan: plan.clone(), step: 0, images: 0, what, trace: Vec::new() };
         let mut rng = Rng::new(scenario.seed ^ 0x5eed);
         let content = |number: usize| {
             let sector = |s| if rng.chance(1, 2) { s + 1 } else { 0 };
@@ -151,10 +166,11 @@ impl Run {
             next_tag: 0,
             stats: Stats::default(),
             forgives: false,
+            tails: Vec::new(),
             trace: VecDeque::new(),
             trace_len: 80,
             step: 0,
-            images,
+            plan,
         };
         run.begin_life();
         Ok(run)
@@ -172,13 +188,12 @@ impl Run {
             std::mem::forget(self.machine.take());
             let head = format!("{:?}", self.scenario);
             let trace = std::iter::once(head).chain(self.trace.drain(..)).collect();
-            Violation { seed: self.scenario.seed, step: self.step, what, trace }
+            Violation { plan: self.plan.clone(), step: self.step, images: self.stats.images, what, trace }
         })
     }
 
     fn live(&mut self) -> Result<(), String> {
-        let steps_max = 2000 + self.images * 40;
-        while self.stats.images < self.images && self.step < steps_max {
+        while self.plan.goes_on(self.step, self.stats.images) {
             self.step()?;
         }
         if self.scenario.ends_unsynced {
@@ -198,24 +213,46 @@ impl Run {
         self.machine.as_mut().expect("between two lives nothing steps")
     }
 
-    /// One call into one thread, the crash in it if there is one, then what the guest sees.
+    /// One call into one thread, the crashes in it, then what the guest sees.
     fn step(&mut self) -> Result<(), String> {
         self.step += 1;
-        let rate = self.rng.pick(&[10, 40, 150]);
-        self.trouble();
-        self.world.with(|w| w.rate = rate);
-        self.act()?;
-        self.world.with(|w| w.rate = 0);
-        let mut snapshot = self.world.take_snapshot();
-        if snapshot.is_none() && self.rng.chance(1, 60) {
-            snapshot = Some(self.world.photograph("nothing"));
-        }
-        if let Some(snapshot) = snapshot
-            && self.crash_at(&snapshot)?
-        {
+        if !self.plan.has(self.step) {
             return Ok(());
         }
-        self.see_completions()
+        self.rng = self.plan.dice(self.step);
+        let (rate, hardware) = (self.rng.pick(&[20, 80, 300]), self.rng.fork());
+        let every_edge = self.plan.is_dense(self.step);
+        self.world.with(|w| {
+            w.rng = hardware;
+            (w.cuts.rate, w.cuts.every_edge) = (rate, every_edge);
+            w.cuts.count_max = if every_edge { CUTS_MAX } else { 1 };
+            w.cuts.rng = self.rng.fork();
+        });
+        self.trouble();
+        self.act()?;
+        let cuts = self.world.take_cuts();
+        let mut death = cuts.last().filter(|_| self.rng.chance(1, 6)).map(|(_, snapshot)| snapshot);
+        for (event, snapshot) in &cuts {
+            self.stats.count_cut(*event);
+            self.crash_at(snapshot)?;
+        }
+        let quiet = self.world.photograph("nothing");
+        if cuts.is_empty() && self.rng.chance(1, 120) {
+            self.stats.cuts_quiet += 1;
+            self.crash_at(&quiet)?;
+            death = Some(&quiet).filter(|_| self.rng.chance(1, 3));
+        }
+        if let Some(snapshot) = death {
+            return self.die(snapshot);
+        }
+        let is_ack = !self.done.is_empty();
+        self.see_completions()?;
+        if is_ack && (every_edge || self.rng.chance(1, 60)) {
+            // Later than the acknowledgement only in what is owed.
+            self.stats.cuts_acknowledgement += 1;
+            self.crash_at(&Snapshot { what: "anything after an acknowledgement", ..quiet })?;
+        }
+        Ok(())
     }
 
     fn act(&mut self) -> Result<(), String> {
@@ -224,6 +261,7 @@ impl Run {
         match self.rng.below(1000) {
             0..380 => self.batch(volume, queue),
             380..600 => self.poll(volume, queue),
+            600..780 if self.scenario.is_disk_slow && self.rng.chance(3, 4) => {}
             600..780 => {
                 let steps = self.rng.between(1, 4);
                 for _ in 0..steps {
@@ -278,6 +316,12 @@ impl Run {
             self.note(|| format!("commit {volume}.{queue}"));
             self.machine().commit(volume, queue);
         }
+        if self.scenario.housekeeping > 0 && self.rng.chance(3, 4) {
+            for _ in 0..self.scenario.housekeeping {
+                let did = self.machine().housekeeper();
+                self.note(|| format!("housekeeper: {did:?}"));
+            }
+        }
     }
 
     fn range(&mut self, volume: usize) -> (u64, u64) {
@@ -297,8 +341,8 @@ impl Run {
     fn submit(&mut self, volume: usize, queue: usize) {
         let (mut first, mut count) = self.range(volume);
         let kind = match self.rng.below(100) {
-            0..50 => RequestKind::Write,
-            50..80 => RequestKind::Read,
+            n if n < self.scenario.write_percent => RequestKind::Write,
+            0..80 => RequestKind::Read,
             80..90 => RequestKind::Flush,
             n => {
                 if n == 99 {

@@ -11,15 +11,24 @@ use super::super::super::env::Env;
 use super::super::super::health::Failure;
 use super::super::super::index::Extent;
 use super::super::super::lost;
+use super::super::super::plan::Plan;
+use super::super::super::queue::Reader;
 use super::super::super::stripes::lock;
 use super::{Round, Writeback};
 use crate::onmedia::LostRange;
+
+struct Part {
+    lost: LostRange,
+    extent: Extent,
+    /// The life of the segment it lay in: reclaim may take one whose dirty data was replaced.
+    generation: u64,
+}
 
 /// A round's losses.
 #[derive(Default)]
 pub(super) struct Damage {
     /// What could not be read, and where it lay.
-    parts: Vec<(LostRange, Extent)>,
+    parts: Vec<Part>,
     /// The volume's list once the tail has moved.
     list: Vec<LostRange>,
     /// Whether they are not listed, as they do not fit and the operator has accepted the loss.
@@ -35,12 +44,17 @@ impl Damage {
 
 impl<E: Env> Writeback<E> {
     /// Puts a run back without what is damaged of it; that is lost.
-    pub(super) fn set_aside(&self, round: &mut Round, run: Vec<Extent>) -> Result<(), Failure> {
+    pub(super) fn set_aside(
+        &self,
+        plan: &mut Plan,
+        damage: &mut Damage,
+        run: Vec<Extent>,
+    ) -> Result<(), Failure> {
         let cache = &self.volume.cache;
         let parts: Vec<Extent> = run.into_iter().flat_map(|e| cache.checked_parts(e)).collect();
         for part in parts.into_iter().rev() {
-            let Err(error) = cache.copy_extent(&part, true, |_, _| Ok(())) else {
-                round.todo.push_front(part);
+            let Err(error) = cache.copy_extent(&part, Reader::Worker, true, |_, _| Ok(())) else {
+                plan.todo.push_front(part);
                 continue;
             };
             add(&self.volume.core.tally.checksum_errors, 1);
@@ -50,7 +64,9 @@ impl<E: Env> Writeback<E> {
                     part.range
                 )));
             };
-            round.damage.parts.push((lost, part));
+            let (id, _) = cache.media.locate(part.place.position);
+            let generation = cache.segments[id as usize].generation.load(Ordering::Relaxed);
+            damage.parts.push(Part { lost, extent: part, generation });
         }
         Ok(())
     }
@@ -61,13 +77,12 @@ impl<E: Env> Writeback<E> {
     pub(super) fn list_lost(&self, round: &mut Round) -> Result<(), Failure> {
         let core = &self.volume.core;
         let mut before = lock(&core.lost).clone();
-        lost::heal(&mut before, &round.written);
+        lost::heal(&mut before, &lock(&core.plan).written);
         let Damage { parts, list, is_accepted } = &mut round.damage;
-        parts.sort_unstable_by_key(|(lost, _)| lost.range.start);
+        parts.sort_unstable_by_key(|part| part.lost.range.start);
         let with = |mut list: Vec<LostRange>, replaced_too: bool| {
-            let shown = |extent: &Extent| replaced_too || core.index.shows(extent);
-            let lost = parts.iter().filter(|(_, extent)| shown(extent));
-            lost.for_each(|(lost, _)| lost::add(&mut list, *lost));
+            let shown = |part: &&Part| replaced_too || core.index.shows(&part.extent);
+            parts.iter().filter(shown).for_each(|part| lost::add(&mut list, part.lost));
             list
         };
         *list = with(before.clone(), true);
@@ -89,18 +104,22 @@ impl<E: Env> Writeback<E> {
 
     /// The tail has moved and the list is durable: the index may say so.
     pub(super) fn lose(&self, damage: &Damage) {
-        for (lost, extent) in &damage.parts {
+        let cache = &self.volume.cache;
+        for Part { lost, extent, generation } in &damage.parts {
             let (volume, range, cause) = (&self.volume.name, lost.range, lost.cause);
-            if damage.is_accepted {
-                tracing::error!(volume, %range, %cause, "dirty data is lost, and the loss was accepted");
-                self.volume.cache.forget(&self.volume.core, *extent);
+            let what = match damage.is_accepted {
+                true => "the loss was accepted",
+                false => "these sectors are listed, and answer with an error until they are overwritten",
+            };
+            tracing::error!(volume, %range, %cause, "dirty data is lost: {what}");
+            let (id, _) = cache.media.locate(extent.place.position);
+            if cache.segments[id as usize].generation.load(Ordering::Relaxed) != *generation {
                 continue;
             }
-            tracing::error!(
-                volume, %range, %cause,
-                "dirty data is lost and listed: these sectors answer with an error until they are overwritten"
-            );
-            self.volume.cache.lose(&self.volume.core, std::slice::from_ref(extent));
+            match damage.is_accepted {
+                true => cache.forget(&self.volume.core, *extent),
+                false => cache.lose(&self.volume.core, std::slice::from_ref(extent)),
+            }
         }
         self.volume.core.damage_seen.store(false, Ordering::Relaxed);
     }
