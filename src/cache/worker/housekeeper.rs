@@ -94,6 +94,7 @@ impl<E: Env> Housekeeper<E> {
             },
             Stage::Emptying(full, empty) => self.empty_one(full, empty),
             Stage::Buried(ticket, victims) => match self.cache.syncer.outcome(ticket) {
+                Outcome::Waiting if mutated(Mutant::SourceFreedBeforeCopy) => self.free_headers(victims),
                 Outcome::Reached => self.free_headers(victims),
                 _ => self.stay(Stage::Buried(ticket, victims)),
             },

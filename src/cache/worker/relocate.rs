@@ -40,6 +40,7 @@ use super::super::stream::{Stamp, Stream};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, Order, VolumeCore};
 use super::housekeeper::life;
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
 use crate::pmem::Pmem;
 use crate::sync::atomic::Ordering;
@@ -93,7 +94,8 @@ pub(super) struct Relocator<E: Env> {
     draft: Draft,
     stripes: Vec<u16>,
     bytes: Vec<u8>,
-    /// Dirty segments that could not be emptied, and with what generation and tail.
+    /// Dirty segments that could not be emptied, or were filled here, and with what generation and
+    /// tail.
     left_alone: HashMap<u32, (u64, u64)>,
 }
 
@@ -171,7 +173,9 @@ impl<E: Env> Relocator<E> {
         let mut moves = Moves::default();
         let moved = self.move_needed(&volume, id, tail, &keys, &mut moves);
         let is_empty = moved.is_ok();
-        self.file(&volume, &mut plan, id, is_empty, &keys, moves);
+        if !mutated(Mutant::RelocatedNotFiled) {
+            self.file(&volume, &mut plan, id, is_empty, &keys, moves);
+        }
         let segment = &self.cache.segments[id as usize];
         match moved {
             Ok(()) => {
@@ -263,13 +267,13 @@ impl<E: Env> Relocator<E> {
         for key in keys {
             if !key.kind.has_payload() {
                 // As long as it is dirty it may count beside anything newer.
-                if !moves.zeros.contains(&key.version) {
+                if !moves.zeros.contains(&key.version) && !mutated(Mutant::RelocationDropsZeros) {
                     pieces.push_back(*key);
                 }
                 continue;
             }
             let live = self.live_parts(volume, id, key);
-            if order == Order::Strict {
+            if order == Order::Strict && !mutated(Mutant::RelocationDropsSuperseded) {
                 let mut gone = Vec::new();
                 let mut at = key.first;
                 for part in live.iter().map(Key::range).chain([SectorRange::new(key.range().end(), 1)]) {
@@ -352,7 +356,9 @@ impl<E: Env> Relocator<E> {
         plan.cursors.retain(|c| c.id != id);
         let first = self.position(id, 0);
         let positions = first..first + u64::from(self.cache.media.geometry.segment_size / 512);
-        plan.redirect(&positions, &mut moves.payload, is_empty);
+        if !mutated(Mutant::RoundKeepsOldPositions) {
+            plan.redirect(&positions, &mut moves.payload, is_empty);
+        }
     }
 
     /// Copies pieces of a segment, a record at a time. Those above `tail` are dirty. Another volume's
@@ -409,9 +415,14 @@ impl<E: Env> Relocator<E> {
         Ok(())
     }
 
-    /// Ends the target; the housekeeper seals it.
+    /// Ends the target; the housekeeper seals it. What it holds is not moved once more before the
+    /// disk has taken something: two that do not fit together would be copied for ever.
     fn close(&mut self) {
         if let Some(mut target) = self.target.take() {
+            if let Some(open) = &target.stream.open {
+                let tail = target.volume.tail.load(Ordering::SeqCst);
+                self.left_alone.insert(open.id, (open.generation, tail));
+            }
             self.cache.close_segment(&mut target.stream);
         }
     }
@@ -461,6 +472,11 @@ impl<E: Env> Relocator<E> {
             }
             for key in &mut draft.keys[from..] {
                 (key.version, key.epoch) = (piece.version, piece.epoch);
+                let core = &target.volume;
+                let fresh = || key.version = core.version.fetch_add(1, Ordering::SeqCst);
+                if_mutated(Mutant::RelocatedWithNewVersion, fresh);
+                let now = || key.epoch = core.epoch.load(Ordering::SeqCst);
+                if_mutated(Mutant::RelocatedInNewEpoch, now);
                 sources.push(piece.payload + (key.first - piece.first) as u32);
             }
         }
@@ -489,7 +505,9 @@ impl<E: Env> Relocator<E> {
         let is_dirty = |key: &Key| key.kind != KeyKind::Fill && key.epoch > tail;
         // Before the record exists, so that no one takes the segment for clean while it holds it.
         let highest = draft.keys.iter().filter(|k| is_dirty(k)).map(|k| k.epoch).max().unwrap_or(0);
-        segment.max_epoch.fetch_max(highest, Ordering::SeqCst);
+        if !mutated(Mutant::RelocatedCountsClean) {
+            segment.max_epoch.fetch_max(highest, Ordering::SeqCst);
+        }
         segment.min_epoch.store(0, Ordering::SeqCst);
         // The keys have epochs of their own. The record's never falls within a segment and is not
         // below any of its keys': what a damaged record may have held is judged by it.
