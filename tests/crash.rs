@@ -9,10 +9,14 @@
 
 #[path = "crash/damage.rs"]
 mod damage;
+#[path = "crash/lost.rs"]
+mod lost;
 #[path = "crash/regressions.rs"]
 mod regressions;
 #[path = "crash/relocation.rs"]
 mod relocation;
+#[path = "crash/unsynced.rs"]
+mod unsynced;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

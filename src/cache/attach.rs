@@ -124,6 +124,18 @@ pub enum AttachError {
          for writing; --accept-loss opens it without that data"
     )]
     Damaged(String),
+    /// Lost sectors and a mode that does not keep them.
+    #[error(
+        "volume `{name}` has lost {sectors} sectors to damage of the cache (`check` lists them): a mode \
+         that writes around the cache would read the disk's older bytes there; serve it in writeback \
+         mode until they are overwritten, or give them up with --accept-loss"
+    )]
+    Lost {
+        /// The volume.
+        name: String,
+        /// How many.
+        sectors: u64,
+    },
     /// Volatile media.
     #[error(
         "the cache is on {0} media, which does not survive the host: writes could be lost; use \
@@ -153,7 +165,8 @@ pub enum AttachError {
     },
     /// The cache no longer accepts writes.
     #[error(
-        "making the cache durable has failed before: it accepts no writes; drain it offline and format it anew"
+        "making the cache durable has failed before: it accepts no writes; `drain` brings what is left to the \
+         disks, and when all volumes are drained it accepts writes again, but doubt the device"
     )]
     SyncFailed,
     /// The disk failed.
@@ -184,6 +197,26 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// [`AttachError`]; nothing has been changed but, at most, an empty volume made.
     pub fn attach(self: &Arc<Self>, options: AttachOptions<E>) -> Result<Arc<Volume<E>>, AttachError> {
+        self.attach_for(options, false)
+    }
+
+    /// Attaches a volume to be drained and no more: no guest may write to it, so it is possible also
+    /// after a `sync` has failed once.
+    ///
+    /// # Errors
+    /// [`AttachError`], as for [`Cache::attach`].
+    pub fn attach_to_drain(
+        self: &Arc<Self>,
+        options: AttachOptions<E>,
+    ) -> Result<Arc<Volume<E>>, AttachError> {
+        self.attach_for(options, true)
+    }
+
+    fn attach_for(
+        self: &Arc<Self>,
+        options: AttachOptions<E>,
+        for_drain: bool,
+    ) -> Result<Arc<Volume<E>>, AttachError> {
         let block = judge_options(self.media_class(), &options)?;
         let name = options.name.clone();
         let identity = options.backing.identity();
@@ -197,7 +230,7 @@ impl<E: Env> Cache<E> {
         if core.attached.swap(true, Ordering::SeqCst) {
             return Err(AttachError::InUse(name));
         }
-        let attached = self.attach_core(&core, &options, &identity, block, serial);
+        let attached = self.attach_core(&core, &options, for_drain, &identity, block, serial);
         if attached.is_err() {
             core.attached.store(false, Ordering::SeqCst);
         }
@@ -208,6 +241,7 @@ impl<E: Env> Cache<E> {
         self: &Arc<Self>,
         core: &Arc<VolumeCore>,
         options: &AttachOptions<E>,
+        for_drain: bool,
         identity: &BackingIdentity,
         block: u32,
         serial: [u8; 20],
@@ -222,7 +256,11 @@ impl<E: Env> Cache<E> {
                 core.damaged.store(false, Ordering::Relaxed);
             }
         }
-        if self.syncer.has_failed() && !options.read_only {
+        core.accepts_loss.store(options.accept_loss, Ordering::Relaxed);
+        if options.accept_loss {
+            self.forget_lost(core)?;
+        }
+        if self.has_failed() && !options.read_only && !for_drain {
             return Err(AttachError::SyncFailed);
         }
         if !options.backing.geometry().read_only && !mutated(Mutant::AttachUnflushed) {
@@ -247,7 +285,7 @@ impl<E: Env> Cache<E> {
             block_size: block,
             physical_block_size: geometry.physical_block.max(block),
             optimal_io_size: geometry.optimal_io,
-            read_only: options.read_only,
+            read_only: options.read_only || for_drain,
             serial,
             queues: options.queues,
             queue_size: options.queue_size,
@@ -267,12 +305,20 @@ impl<E: Env> Cache<E> {
         self.update_descriptor(core, |d| {
             d.fingerprint_valid = false;
             d.damaged = core.damaged.load(Ordering::Relaxed);
+            if options.order == Order::Relaxed {
+                // Whichever copy of the next two updates is left, it says what may have happened.
+                d.order = Order::Relaxed;
+            }
             set_identity(d, identity);
         })?;
         let bypass_begins = options.mode.bypasses() && !core.is_clean();
         let strict_begins = options.order == Order::Strict && was_order == Order::Relaxed && !core.is_clean();
         if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins {
             volume.drain_here(&mut |_| {})?;
+        }
+        let lost_sectors = volume.counters().lost_sectors;
+        if options.mode.bypasses() && lost_sectors > 0 {
+            return Err(AttachError::Lost { name: options.name.clone(), sectors: lost_sectors });
         }
         volume.set_mode(options.mode);
         volume.set_order(options.order);
@@ -408,9 +454,18 @@ impl<E: Env> Cache<E> {
             epoch,
             version_floor: core.version.load(Ordering::SeqCst),
             time_ms: self.clock.unix_ms(),
+            lost: lock(&core.lost).clone(),
         };
         page.1 = 1 - copy;
         self.media.pmem.write(self.media.geometry.tail(core.slot, copy), &tail.encode()[..])
+    }
+
+    /// Writes the other copy of a tail that is durable. It is by the next wait for durability.
+    pub(crate) fn write_tail_again(&self, core: &VolumeCore, epoch: u64) -> Result<(), MediaError> {
+        let next = lock(&core.tail_page).1;
+        self.write_tail(core, next, epoch)?;
+        self.media.pmem.fence();
+        Ok(())
     }
 
     /// Ends a volume's attachment in order: the disk's fingerprint is taken, so that the next

@@ -117,21 +117,28 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
-        let media = load_media(pmem)?;
-        if has_small_segments(&media.geometry, media.pmem.class()) {
+        let mut media = load_media(pmem)?;
+        let class = media.pmem.class();
+        if has_small_segments(&media.geometry, class) {
             return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
+        }
+        let has_failed = load_start(&media).newest.is_some_and(|page| page.sync_failed);
+        if has_failed {
+            // The device is the truth, not what still reads back (law 8).
+            media.pmem.reread().map_err(|_| OpenError::NotDurable)?;
+            media = load_media(media.pmem)?;
         }
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
         if !mutated(Mutant::RecoveryNotSyncedFirst) {
             media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
         }
-        let start = begin_start(&media)?;
-        let class = media.pmem.class();
+        media.settle_metadata();
+        let start = begin_start(&media, has_failed)?;
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
         let now_ms = clock.unix_ms();
         let mut cache = Cache {
-            syncer: Syncer::new(class, start.page.sync_failed),
+            syncer: Syncer::new(class),
             start_counter: start.page.start_counter,
             media,
             clock,
@@ -153,6 +160,8 @@ impl<E: Env> Cache<E> {
         if cache.syncer.wait(&*cache.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
         }
+        // Its other copy too, now that the first is durable: no damage to one sets the counters back.
+        cache.update_start_once(&mut |_| {})?;
         Ok((Arc::new(cache), report))
     }
 
@@ -258,8 +267,34 @@ impl<E: Env> Cache<E> {
         read(&self.volumes).values().cloned().collect()
     }
 
+    /// Whether a `sync` has failed, in this run or in one since which not everything has been drained.
+    pub fn has_failed(&self) -> bool {
+        self.syncer.has_failed() || lock(&self.start).page.sync_failed
+    }
+
+    /// Forgets that a `sync` has failed once, if nothing is left that could have suffered: everything
+    /// is on the disks. Says whether it did.
+    ///
+    /// # Errors
+    /// The cache still cannot be made durable.
+    pub fn forgive(&self) -> Result<bool, OpenError> {
+        let is_clean = |v: &Arc<VolumeCore>| v.is_clean() && !v.damaged.load(Ordering::Relaxed);
+        if !self.has_failed() || self.syncer.has_failed() || !self.all_volumes().iter().all(is_clean) {
+            return Ok(false);
+        }
+        self.update_start(|page| page.sync_failed = false)?;
+        Ok(true)
+    }
+
+    /// Changes both copies of the start page, the older one first, and waits until each is durable:
+    /// no damage to one sets a counter back.
+    pub(crate) fn update_start(&self, mut change: impl FnMut(&mut StartPage)) -> Result<(), OpenError> {
+        self.update_start_once(&mut change)?;
+        self.update_start_once(&mut |_| {})
+    }
+
     /// Writes the start page's older copy and waits until it is durable.
-    pub(crate) fn update_start(&self, change: impl FnOnce(&mut StartPage)) -> Result<(), OpenError> {
+    fn update_start_once(&self, change: &mut dyn FnMut(&mut StartPage)) -> Result<(), OpenError> {
         let mut start = lock(&self.start);
         let mut page = start.page.clone();
         change(&mut page);
@@ -319,17 +354,21 @@ pub(crate) fn load_start<P: Pmem>(media: &Media<P>) -> Dual<StartPage> {
 }
 
 /// Counts this start, durably: records of different starts are told apart by it.
-fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
+fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState, OpenError> {
     let copies = load_start(media);
-    let next = copies.next ^ usize::from(mutated(Mutant::StartPageNewestOverwritten));
+    let next = copies.next;
     let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
     let was_clean = page.clean;
     page.sequence += 1;
     page.start_counter += u64::from(!mutated(Mutant::StartNotCounted));
     page.owner_generation += 1;
     page.clean = false;
+    page.sync_failed |= has_failed;
     page.boot_id = boot_id();
     media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
+    if mutated(Mutant::StartPageNewestOverwritten) {
+        media.pmem.write(media.geometry.start_page(1 - next), &page.encode()[..])?;
+    }
     media.pmem.fence();
     // On page-cache media the `sync` at the end of recovery makes it durable before anything that
     // carries the new counter can be.

@@ -88,6 +88,8 @@ counters! {
     dirty_bytes,
     /// Bytes mapped by the index now.
     cached_bytes,
+    /// Sectors that are lost now: they answer with an error until they are overwritten.
+    lost_sectors,
     /// Free segments of the cache now.
     free_segments,
     /// The epoch now being written.

@@ -73,7 +73,7 @@ pub enum FormatError {
 /// On return it is durable.
 ///
 /// # Errors
-/// [`FormatError`]. Nothing has been written on the first three; after the others there may be no
+/// [`FormatError`]. Nothing has been written on the first four; after the others there may be no
 /// cache any more.
 pub fn format<P: Pmem>(
     pmem: &P,
@@ -141,7 +141,7 @@ fn write_tables<P: Pmem>(pmem: &P, geometry: &Geometry, uuid: [u8; 16]) -> Resul
 
 /// Makes all that was written durable.
 fn settle<P: Pmem>(pmem: &P) -> Result<(), FormatError> {
-    let syncer = Syncer::new(pmem.class(), false);
+    let syncer = Syncer::new(pmem.class());
     let ticket = syncer.request(pmem, None);
     match syncer.wait(pmem, ticket) {
         Outcome::Failed => Err(FormatError::NotDurable),

@@ -2,7 +2,8 @@
 //!
 //! A state is judged from facts that others leave here, never kept by itself, so it cannot be stale:
 //! - *failed*: a `sync` of the cache failed, so it takes no more writes;
-//! - *lost-data*: dirty data in the cache is damaged, and write-back stands still;
+//! - *lost-data*: dirty data was lost to damage of the cache: what is listed answers with an error, or,
+//!   where nobody knows what it was, write-back stands still;
 //! - *stalled*: the disk has owed an answer for [`STALL_MS`]; hits are served, misses wait;
 //! - *degraded*: the disk answers with errors; what is dirty stays in the cache and is retried;
 //! - *ok*.
@@ -19,6 +20,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use super::env::{Clock, Env};
+use super::lost;
 use super::stripes::lock;
 use super::volume::{Volume, VolumeCore};
 use crate::backing::Op;
@@ -262,6 +264,13 @@ impl VolumeCore {
             let advice = "see the host's log about the disk; cached data is served, nothing is lost";
             health.be(VolumeState::Stalled, owed, Failure { cause, advice });
         }
+        let lost = lock(&self.lost);
+        if !lost.is_empty() {
+            let advice =
+                "see `check`; overwrite or restore these sectors, or give them up with --accept-loss";
+            let failure = Failure { cause: lost::summary(&lost), advice };
+            health.be(VolumeState::LostData, told(VolumeState::LostData), failure);
+        }
         if self.damaged.load(Ordering::Relaxed) {
             let cause = "dirty data in the cache is damaged: write-back stands still".to_owned();
             health.be(VolumeState::LostData, told(VolumeState::LostData), Failure::damage(cause));
@@ -307,7 +316,7 @@ impl Health {
 impl<E: Env> Volume<E> {
     /// How it is.
     pub fn health(&self) -> Health {
-        self.core.health(self.cache.syncer.has_failed(), self.cache.clock.now_ms())
+        self.core.health(self.cache.has_failed(), self.cache.clock.now_ms())
     }
 }
 
@@ -366,6 +375,19 @@ mod tests {
         assert_eq!(state(false, 9000), VolumeState::Degraded);
         core.facts.writeback_recovered();
         assert_eq!(core.health(false, 9000), Health::default());
+    }
+
+    #[test]
+    fn a_volume_with_lost_sectors_says_which_until_they_are_overwritten() {
+        let core = core();
+        let range = crate::units::SectorRange::new(8, 16);
+        let cause = crate::onmedia::LostCause::Checksum;
+        lock(&core.lost).push(crate::onmedia::LostRange { range, version: 1, time_s: 0, cause });
+        let health = core.health(false, 1000);
+        assert_eq!(health.state, VolumeState::LostData);
+        assert!(health.cause.contains("16 sectors") && health.cause.contains("8..24"), "{health:?}");
+        lock(&core.lost).clear();
+        assert_eq!(core.health(false, 1000), Health::default());
     }
 
     #[test]

@@ -27,6 +27,7 @@ mod ghost;
 mod health;
 mod judge;
 mod liveness;
+mod lost;
 mod media;
 mod pacing;
 mod plan;

@@ -70,6 +70,11 @@ pub(crate) struct Segment {
     pub live: AtomicU32,
     /// Whether it is on the list of segments whose liveness words must be written.
     pub liveness_pending: AtomicBool,
+    /// Bits set in what its liveness words are, or will be once they are written: counted after the
+    /// mark, so that words written after a look at it hold at least as many.
+    pub dead_count: AtomicU32,
+    /// Whether its floor says on the media that every clean key is dead: its words need no writing.
+    pub is_buried: AtomicBool,
     body: OnceLock<Body>,
 }
 
@@ -84,6 +89,15 @@ struct Body {
     marks: Box<[Marks]>,
     /// CRC-32 of each sector, where `packed`.
     sectors: OnceLock<Box<[AtomicU32]>>,
+    /// One bit per sector: dead on the media, and pointed at again since recovery. It stays dead
+    /// there: bits are never cleared in a life.
+    revived: OnceLock<Box<[AtomicU32]>>,
+}
+
+impl Body {
+    fn revived(&self, word: u32) -> u32 {
+        self.revived.get().map_or(0, |all| all[word as usize].load(Ordering::Relaxed))
+    }
 }
 
 /// What is known of 32 blocks, bit by bit. Together, because a hit that verifies looks at `packed`
@@ -118,9 +132,11 @@ impl Segment {
             blocks: zeros(sectors / 8),
             marks: (0..(sectors / 8).div_ceil(32)).map(|_| Marks::default()).collect(),
             sectors: OnceLock::new(),
+            revived: OnceLock::new(),
         };
         let body = self.body.get_or_init(fresh);
-        for word in body.dead.iter().chain(&body.changed) {
+        let revived = body.revived.get().into_iter().flatten();
+        for word in body.dead.iter().chain(&body.changed).chain(revived) {
             word.store(0, Ordering::Relaxed);
         }
         for marks in &body.marks {
@@ -136,6 +152,8 @@ impl Segment {
         self.min_epoch.store(u64::MAX, Ordering::Relaxed);
         self.key_count.store(0, Ordering::Relaxed);
         self.live.store(0, Ordering::Relaxed);
+        self.dead_count.store(0, Ordering::Relaxed);
+        self.is_buried.store(false, Ordering::Relaxed);
         self.log_low.store(geometry.data_end(), Ordering::Release);
         self.payload_end.store(geometry.data_start(), Ordering::Relaxed);
     }
@@ -153,7 +171,7 @@ impl Segment {
     /// Does not touch `live`.
     pub fn mark_dead(&self, first: u32, n: u32) -> u32 {
         let body = self.body();
-        let mut fresh = 0;
+        let (mut fresh, mut counted) = (0, 0);
         let (mut at, end) = (first, first + n);
         while at < end {
             let word = at / 32;
@@ -162,6 +180,7 @@ impl Segment {
             let mask = if width == 32 { u32::MAX } else { ((1 << width) - 1) << (at % 32) };
             let old = body.dead[word as usize].fetch_or(mask, Ordering::SeqCst);
             fresh += (mask & !old).count_ones();
+            counted += (mask & !old & !body.revived(word)).count_ones();
             if mask & !old != 0 {
                 let (changed, bit) = (&body.changed[word as usize / 32], 1 << (word % 32));
                 // Sequentially consistent with the taker: it clears the bit before it looks at the
@@ -172,18 +191,31 @@ impl Segment {
             }
             at = upto;
         }
+        self.dead_count.fetch_add(counted, Ordering::SeqCst);
         fresh
     }
 
     /// Marks dead what recovery found dead on the media already: nothing is left to write.
     pub fn restore_dead(&self, word: usize, bits: u32) {
         self.body().dead[word].store(bits, Ordering::Relaxed);
+        self.dead_count.fetch_add(bits.count_ones(), Ordering::Relaxed);
+    }
+
+    /// Marks dead what the media says nothing about, or nothing that counts: neither counted nor
+    /// written.
+    pub fn distrust(&self, word: usize) {
+        self.body().dead[word].store(u32::MAX, Ordering::Relaxed);
     }
 
     /// Takes sectors for live whatever the media says: dirty keys count as they are.
     pub fn revive(&self, first: u32, n: u32) {
+        let body = self.body();
         for sector in first..first + n {
-            self.body().dead[sector as usize / 32].fetch_and(!(1 << (sector % 32)), Ordering::Relaxed);
+            let (word, bit) = (sector as usize / 32, 1 << (sector % 32));
+            if body.dead[word].fetch_and(!bit, Ordering::Relaxed) & bit != 0 {
+                let revived = body.revived.get_or_init(|| zeros(body.dead.len()));
+                revived[word].fetch_or(bit, Ordering::Relaxed);
+            }
         }
     }
 
@@ -203,7 +235,7 @@ impl Segment {
             while bits != 0 {
                 let word = i as u32 * 32 + bits.trailing_zeros();
                 bits &= bits - 1;
-                f(word, body.dead[word as usize].load(Ordering::SeqCst));
+                f(word, body.dead[word as usize].load(Ordering::SeqCst) | body.revived(word));
             }
         }
     }
@@ -308,6 +340,20 @@ mod tests {
     }
 
     #[test]
+    fn a_sector_revived_by_recovery_stays_dead_on_the_media_and_counts_once() {
+        let segment = segment();
+        segment.restore_dead(0, 0xff);
+        segment.revive(4, 8);
+        assert!(segment.is_dead(3) && !segment.is_dead(4));
+        assert_eq!(segment.mark_dead(20, 1), 1);
+        let mut words = Vec::new();
+        segment.take_changed(|word, bits| words.push((word, bits)));
+        assert_eq!(words, [(0, 0x10_00ff)]);
+        assert_eq!(segment.mark_dead(4, 2), 2);
+        assert_eq!(segment.dead_count.load(Ordering::Relaxed), 9);
+    }
+
+    #[test]
     fn what_was_read_and_lives_is_hot_until_it_is_forgotten() {
         let segment = segment();
         assert_eq!(segment.hot_sectors(), 0);
@@ -334,6 +380,7 @@ mod tests {
         segment.take_changed(|word, bits| words.push((word, bits)));
         assert_eq!(words, [(0, 0xfe00_0000), (1, u32::MAX), (2, 0x3f)]);
         segment.take_changed(|_, _| panic!("nothing changed since"));
+        assert_eq!(segment.dead_count.load(Ordering::Relaxed), 45);
         assert!(segment.is_dead(69) && !segment.is_dead(70));
     }
 }

@@ -30,6 +30,11 @@ pub(crate) struct Packed {
     pub left: u32,
 }
 
+/// What aligning a record and the summary may cost.
+fn slack(by_page: bool) -> usize {
+    if by_page { 2 * 4096 } else { 256 }
+}
+
 /// A writer's place. Locked for the whole of one record.
 #[derive(Default)]
 pub(crate) struct Stream {
@@ -72,9 +77,8 @@ impl Open {
     /// Whether a record of so many keys and checksums, with payload up to `payload_end`, leaves
     /// room for the summary of the whole segment.
     pub fn fits(&self, payload_end: u32, keys: usize, checksums: usize) -> bool {
-        let slack = if self.by_page { 2 * 4096 } else { 256 };
         let record = record_len(keys, checksums);
-        let summary = summary_len(self.keys + keys, self.checksums + checksums) + slack;
+        let summary = summary_len(self.keys + keys, self.checksums + checksums) + slack(self.by_page);
         u64::from(payload_end) + (record + summary) as u64 <= u64::from(self.log_low)
     }
 
@@ -235,7 +239,8 @@ impl<E: Env> Cache<E> {
         let zeros = vec![0; words];
         self.media.pmem.write(self.media.in_segment(id, geometry.liveness_offset()), &zeros)?;
         for copy in 0..2 {
-            self.media.pmem.write(self.media.in_segment(id, geometry.witness_offset(copy)), &[0; 64])?;
+            // The witness and the floor behind it.
+            self.media.pmem.write(self.media.in_segment(id, geometry.witness_offset(copy)), &[0; 128])?;
         }
         self.write_header(id, |h| {
             h.state = SegmentState::Open;

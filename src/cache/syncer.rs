@@ -51,7 +51,7 @@ pub(crate) struct Syncer {
 }
 
 impl Syncer {
-    pub fn new(class: MediaClass, failed_before: bool) -> Self {
+    pub fn new(class: MediaClass) -> Self {
         Self {
             by_sync: class == MediaClass::PageCache,
             state: Mutex::default(),
@@ -61,7 +61,7 @@ impl Syncer {
             running: AtomicBool::new(false),
             started: AtomicU64::new(0),
             completed: AtomicU64::new(0),
-            failed: AtomicBool::new(failed_before),
+            failed: AtomicBool::new(false),
         }
     }
 
@@ -93,7 +93,7 @@ impl Syncer {
         }
     }
 
-    /// Whether some `sync` has failed, now or in an earlier life of the media.
+    /// Whether some `sync` has failed in this run.
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)
     }
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn who_asks_during_a_sync_waits_for_the_next_and_is_woken_by_it() {
-        let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+        let syncer = Arc::new(Syncer::new(MediaClass::PageCache));
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let waker = Waker::new(event.try_clone().unwrap());
         let late = Arc::new(Mutex::new(None));

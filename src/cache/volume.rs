@@ -24,7 +24,7 @@ use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use crate::backing::Backing;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{Key, VolumeDescriptor};
+use crate::onmedia::{Key, LostRange, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::{Mutex, thread};
@@ -132,6 +132,12 @@ pub(crate) struct VolumeCore {
     /// Highest epoch wholly on the disk, durably so.
     pub tail: AtomicU64,
     pub dirty: Mutex<DirtySegments>,
+    /// What of it is lost, as the tail page has it or is about to.
+    pub lost: Mutex<Vec<LostRange>>,
+    /// Whether what does not fit the list may be given up: the operator has accepted the loss.
+    pub accepts_loss: AtomicBool,
+    /// Whether a read has met damaged dirty data that may not be listed yet.
+    pub damage_seen: AtomicBool,
     /// What write-back's present round holds.
     pub plan: Mutex<Plan>,
     /// Whether keys of dirty records were lost: not to be opened for writing.
@@ -163,6 +169,9 @@ impl VolumeCore {
             stamped: AtomicU64::new(0),
             tail: AtomicU64::new(0),
             dirty: Mutex::default(),
+            lost: Mutex::default(),
+            accepts_loss: AtomicBool::new(false),
+            damage_seen: AtomicBool::new(false),
             plan: Mutex::default(),
             queues: OnceLock::new(),
             streams: OnceLock::new(),
@@ -219,6 +228,11 @@ impl VolumeCore {
         closed
     }
 
+    /// The volume's name.
+    pub fn descriptor_name(&self) -> String {
+        lock(&self.descriptor).0.name_text().into_owned()
+    }
+
     /// The volume's size.
     pub fn descriptor_sectors(&self) -> u64 {
         lock(&self.descriptor).0.sectors
@@ -273,6 +287,7 @@ impl VolumeCore {
             shared.tally.add_to(&mut sum);
         }
         sum.dirty_bytes = self.index.dirty_sectors() * 512;
+        sum.lost_sectors = super::lost::sectors(&lock(&self.lost));
         sum.cached_bytes = self.index.mapped_sectors() * 512;
         sum.epoch = self.epoch.load(Ordering::Relaxed);
         sum.tail_epoch = self.tail.load(Ordering::Relaxed);

@@ -10,8 +10,9 @@
 //! per sector, any state since the last `sync`.
 //!
 //! Threads are logical: the run says on whose behalf it calls ([`World::act_as`](super::World)). A
-//! fence covers its own thread's stores only. The stores of a daemon that died belong to nobody:
-//! no fence ever covers them, only a `sync` does, or a store over them.
+//! fence covers its own thread's stores only. The stores of a daemon that died belong to nobody: no
+//! fence ever covers them. On page-cache a `sync` does, on DAX only a `settle` of their range, or a
+//! store over them.
 //!
 //! Invariants:
 //! - `durable` has every page with a store in `log`, as the device holds it; pages that are not in
@@ -239,6 +240,49 @@ impl Memory {
                 kept = kept.iter().flat_map(|k| without(k, &store)).collect();
             }
         }
+        self.keep(kept);
+    }
+
+    /// The lines of a range, as a store would cover them.
+    fn lines_of(&self, range: &Range<u64>) -> Store {
+        let (start, end) = (range.start as usize / self.line, (range.end as usize).div_ceil(self.line));
+        Store { thread: NOBODY, at: start * self.line, len: (end - start) * self.line, from: 0 }
+    }
+
+    /// Whether anything in the lines of a range is not durable.
+    fn has_pending(&self, range: Range<u64>) -> bool {
+        let over = self.lines_of(&range);
+        self.log.iter().any(|s| s.at < over.end() && over.at < s.end())
+    }
+
+    /// Makes durable what anybody has stored in the lines of a range.
+    fn settle(&mut self, range: Range<u64>) {
+        let over = self.lines_of(&range);
+        let overlaps = |s: &Store| s.at < over.end() && over.at < s.end();
+        let mut kept = Vec::new();
+        for store in std::mem::take(&mut self.log) {
+            if overlaps(&store) {
+                let (start, end) = (store.at.max(over.at), store.end().min(over.end()));
+                let from = store.from + (start - store.at);
+                put(&mut self.durable, start, &self.stored[from..from + (end - start)]);
+                kept.extend(without(&store, &over));
+            } else {
+                kept.push(store);
+            }
+        }
+        self.keep(kept);
+    }
+
+    /// Shows what the device holds where pages that it never got have been read so far.
+    fn reread(&mut self) {
+        self.sync();
+        for (line, bytes) in std::mem::take(&mut self.lost) {
+            self.now.write(line * self.line, &bytes);
+        }
+    }
+
+    /// Goes on with these of the stores, and with what they need.
+    fn keep(&mut self, mut kept: Vec<Store>) {
         let mut stored = Vec::new();
         for store in &mut kept {
             let from = stored.len();
@@ -361,7 +405,29 @@ impl Pmem for SimPmem {
                 w.faults.sync_failed = true;
                 return Err(SyncError(std::io::Error::from_raw_os_error(5)));
             }
-            w.memory.sync();
+            match self.class {
+                MediaClass::PageCache => w.memory.sync(),
+                _ => w.memory.fence(w.thread),
+            }
+            Ok(())
+        })
+    }
+
+    fn settle(&self, at: u64, len: u64) -> Result<(), MediaError> {
+        self.world.with(|w| {
+            w.memory.judge(at, len as usize)?;
+            if self.class.fence_is_durable() && w.memory.has_pending(at..at + len) {
+                w.event(Event::Sync);
+                w.memory.settle(at..at + len);
+            }
+            Ok(())
+        })
+    }
+
+    fn reread(&self) -> Result<(), SyncError> {
+        self.world.with(|w| {
+            w.event(Event::Sync);
+            w.memory.reread();
             Ok(())
         })
     }
@@ -400,16 +466,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dead_daemon_stored_is_covered_by_sync_and_by_no_fence() {
-        for (sync, kept) in [(false, 0), (true, 7)] {
+    fn what_a_dead_daemon_stored_is_covered_where_it_is_settled_and_by_no_fence() {
+        for (settled, kept) in [(64..128, 0), (0..64, 7), (32..40, 7)] {
             let mut memory = Memory::new(MediaClass::AssumeDax, 4096);
             memory.write(0, &[7; 64], 1).unwrap();
             memory.daemon_crash();
             assert_eq!(word(&memory, 0), 7, "it still reads back");
             memory.fence(1);
-            if sync {
-                memory.sync();
-            }
+            memory.settle(settled);
             memory.host_crash(&Survival::Nothing, &mut Rng::new(1));
             assert_eq!(word(&memory, 0), kept);
         }
@@ -441,7 +505,10 @@ mod tests {
             memory.lose_sync(&mut Rng::new(seed));
             memory.sync();
             assert_eq!(memory.copy(0, 1)[0], 9);
+            let mut reread = memory.clone();
+            reread.reread();
             memory.host_crash(&Survival::Everything, &mut Rng::new(seed));
+            assert_eq!(reread.copy(0, 1), memory.copy(0, 1));
             lost += u32::from(memory.copy(0, 1)[0] == 0);
         }
         assert!(lost > 10 && lost < 50, "{lost} of 50");

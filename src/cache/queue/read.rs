@@ -5,6 +5,8 @@
 //! clean block is dropped and read from the disk instead; a damaged dirty one fails the request
 //! and is never answered with the disk's older bytes.
 
+use std::sync::atomic::Ordering;
+
 use super::super::core::Cache;
 use super::super::counters::add;
 use super::super::env::Env;
@@ -28,6 +30,9 @@ pub(crate) enum HitError {
     /// The media is unreadable.
     #[error(transparent)]
     Media(MediaError),
+    /// The sectors are lost, as is known already.
+    #[error("the sectors are lost")]
+    Lost,
     /// The media reads back something else than was stored.
     #[error("the cached bytes do not match their checksum")]
     Checksum,
@@ -54,6 +59,9 @@ impl<E: Env> Cache<E> {
     ) -> Result<(), HitError> {
         let mut block = [0u8; 4096];
         let len = extent.range.len as usize * 512;
+        if extent.place.is_lost() {
+            return Err(HitError::Lost);
+        }
         if extent.place.zero {
             for at in (0..len).step_by(4096) {
                 sink(at, &block[..(len - at).min(4096)]).map_err(HitError::Guest)?;
@@ -152,7 +160,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             .copy_extent(extent, Reader::Guest, verify, |at, bytes| data.copy_in(base + at, bytes));
         let error = match result {
             Ok(()) => return Hit::Answered,
-            Err(HitError::Guest(_)) => return Hit::Failed,
+            Err(HitError::Guest(_) | HitError::Lost) => return Hit::Failed,
             Err(error) => error,
         };
         add(&self.shared().tally.checksum_errors, 1);
@@ -165,6 +173,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             return Hit::ReadAgain;
         }
         tracing::error!(volume, %range, %error, "dirty data is damaged: these sectors answer with an error");
+        // Write-back lists what is lost; it is not to wait for age.
+        self.volume.core.damage_seen.store(true, Ordering::Relaxed);
+        self.volume.core.writeback.raise();
         Hit::Failed
     }
 
@@ -200,7 +211,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let mut since = Vec::new();
         core.index.lookup(range, &mut since);
         if since.is_empty() {
-            return Some((ticket, core.version.fetch_add(1, std::sync::atomic::Ordering::SeqCst)));
+            return Some((ticket, core.version.fetch_add(1, Ordering::SeqCst)));
         }
         core.stripes.remove(ticket, range);
         None

@@ -96,7 +96,7 @@ impl<E: Env> Writeback<E> {
             return Ok(None);
         }
         self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
-        Ok(Some(Round { epoch, sweep: Some(0) }))
+        Ok(Some(Round::sweeping(epoch)))
     }
 
     pub(super) fn gather_strict(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
@@ -110,7 +110,7 @@ impl<E: Env> Writeback<E> {
                 Some(epoch) if epoch <= closed => break epoch,
                 // Nothing is dirty below: the tail may follow the closed epochs.
                 None if closed > core.tail.load(Ordering::SeqCst) => {
-                    return Ok(Some(Round { epoch: closed, sweep: None }));
+                    return Ok(Some(Round::empty(closed)));
                 }
                 _ if is_raised => return Ok(None),
                 _ => core.raise_epoch(),
@@ -145,7 +145,7 @@ impl<E: Env> Writeback<E> {
         let payload: u64 =
             keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
         self.volume.begin_pace(write, Some(payload + payload / 16));
-        Ok(Some(Round { epoch, sweep: None }))
+        Ok(Some(Round::empty(epoch)))
     }
 
     /// Files the segments a round has consumed from.

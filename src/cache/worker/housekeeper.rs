@@ -123,6 +123,7 @@ impl<E: Env> Housekeeper<E> {
                 }
             }
         }
+        self.cache.settle_floors();
         self.relocator.witness(completed);
         self.cache.media.pmem.fence();
     }

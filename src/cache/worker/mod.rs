@@ -203,7 +203,7 @@ fn run_writeback<E: Env>(volume: Arc<Volume<E>>) {
 impl<E: Env> Cache<E> {
     /// Logs what has changed in the states of its volumes.
     fn watch_volumes(&self) {
-        let (failed, now_ms) = (self.syncer.has_failed(), self.clock.now_ms());
+        let (failed, now_ms) = (self.has_failed(), self.clock.now_ms());
         for volume in self.all_volumes() {
             if volume.attached.load(Ordering::SeqCst) {
                 volume.watch(failed, now_ms);

@@ -11,8 +11,12 @@
 //!    around the cache wait for it);
 //! 5. make the liveness words of all that has died durable: what zeros have replaced must not
 //!    outlive them;
-//! 6. write the tail's older copy and make that durable;
+//! 6. write the tail's older copy and make that durable; then the other one, so that no damage to one
+//!    copy sets the tail back: reclaim waits for durability once more before it frees what became
+//!    clean here, and by then both copies are;
 //! 7. mark clean, only where the index still points at what was written.
+//!
+//! Damaged payload is left out of a round; the tail's own update lists it as lost (`../lost.rs`).
 //!
 //! A failure anywhere leaves tail and marks as they were; the round is repeated after a delay that
 //! grows. All of it is repeated: Linux reports a page it could not write once and calls it clean, so
@@ -26,18 +30,21 @@
 //! A disk that does not answer holds up its own volume's worker and nothing else. [`Writeback::leave`]
 //! ends the worker without that answer.
 
+mod damage;
+mod op;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use self::damage::Damage;
 use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Failure;
 use super::super::index::Extent;
 use super::super::plan::Plan;
-use super::super::queue::Reader;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
 use super::super::volume::{Order, Volume};
@@ -73,11 +80,13 @@ enum Phase {
 }
 
 /// One round.
+#[derive(Default)]
 pub(super) struct Round {
     /// The tail if it succeeds.
     pub epoch: u64,
     /// Where a relaxed sweep goes on; `None` when all is in the plan.
-    pub sweep: Option<u64>,
+    sweep: Option<u64>,
+    damage: Damage,
 }
 
 pub(crate) struct Writeback<E: Env> {
@@ -157,7 +166,8 @@ impl<E: Env> Writeback<E> {
         let age = now.saturating_sub(core.dirty_since.load(Ordering::Relaxed));
         let urgent = self.volume.draining.load(Ordering::SeqCst)
             || self.volume.cache.is_pressed()
-            || self.volume.is_round_due();
+            || self.volume.is_round_due()
+            || core.damage_seen.load(Ordering::Relaxed);
         if !urgent && age < AGE_MS_MAX {
             return Progress::Idle;
         }
@@ -283,10 +293,11 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::Writing(round);
                 return Progress::Waiting;
             }
-            let op = self.next_op(&mut plan);
+            let op = self.next_op(&mut plan, &mut round.damage);
             drop(plan);
             let op = match op {
-                Ok(op) => op,
+                Ok(Some(op)) => op,
+                Ok(None) => continue,
                 Err(error) => return self.abort(error),
             };
             self.submit(op);
@@ -342,58 +353,6 @@ impl<E: Env> Writeback<E> {
         let cache = &self.volume.cache;
         let (id, _) = cache.media.locate(extent.place.position);
         cache.segments[id as usize].min_epoch.load(Ordering::SeqCst) > epoch
-    }
-
-    /// The next operation: a run of adjacent extents of one kind.
-    fn next_op(&mut self, plan: &mut Plan) -> Result<Op, Failure> {
-        let first = *plan.todo.front().expect("the caller looked");
-        let longest = if first.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
-        let mut run = Vec::new();
-        let mut end = first.range.start;
-        while let Some(extent) = plan.todo.front() {
-            let len = extent.range.end() - first.range.start;
-            let joins = extent.range.start == end
-                && extent.place.zero == first.place.zero
-                && (!first.place.zero || extent.place.position % 2 == first.place.position % 2);
-            if !joins || (len > longest && !run.is_empty()) {
-                break;
-            }
-            end = extent.range.end();
-            run.push(plan.todo.pop_front().expect("it is there"));
-        }
-        let offset = first.range.start * 512;
-        let sectors = end - first.range.start;
-        plan.written.extend_from_slice(&run);
-        if first.place.zero {
-            let unmap = self.volume.pass_discard && first.place.position % 2 == 1;
-            return Ok(Op::Zero { offset, len: sectors * 512, unmap });
-        }
-        let mut buf = self.buffer(sectors as usize * 512);
-        let mut at = 0;
-        for extent in &run {
-            let copied = self.volume.cache.copy_extent(extent, Reader::Worker, true, |offset, bytes| {
-                buf[at + offset..][..bytes.len()].copy_from_slice(bytes);
-                Ok(())
-            });
-            if let Err(error) = copied {
-                add(&self.volume.core.tally.checksum_errors, 1);
-                let cause = format!("dirty data of {} is damaged: {error}", extent.range);
-                return Err(Failure::damage(cause));
-            }
-            at += extent.range.len as usize * 512;
-        }
-        Ok(Op::Write { offset, buf })
-    }
-
-    fn buffer(&mut self, len: usize) -> AlignedBuf {
-        match self.spare.iter().position(|b| b.capacity() >= len) {
-            Some(i) => {
-                let mut buf = self.spare.swap_remove(i);
-                buf.set_len(len);
-                buf
-            }
-            None => AlignedBuf::new(len),
-        }
     }
 
     /// Takes completions. The first failure fails the round.
@@ -452,8 +411,11 @@ impl<E: Env> Writeback<E> {
         self.flushed(round)
     }
 
-    fn flushed(&mut self, round: Round) -> Progress {
+    fn flushed(&mut self, mut round: Round) -> Progress {
         self.volume.core.pacer.flushed(self.volume.cache.clock.now_us());
+        if let Err(error) = self.list_lost(&mut round) {
+            return self.fail(error);
+        }
         // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
         // and an older clean copy of those sectors would come back.
         let cache = self.volume.cache.clone();
@@ -470,7 +432,7 @@ impl<E: Env> Writeback<E> {
         Progress::Did
     }
 
-    fn media_done(&mut self, round: Round, ticket: Durable) -> Progress {
+    fn media_done(&mut self, mut round: Round, ticket: Durable) -> Progress {
         let cache = self.volume.cache.clone();
         match cache.syncer.outcome(ticket) {
             Outcome::Waiting if mutated(Mutant::TailBeforeLivenessDurable) => {}
@@ -484,7 +446,11 @@ impl<E: Env> Writeback<E> {
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
-        let next = lock(&core.tail_page).1 ^ usize::from(mutated(Mutant::TailNewestOverwritten));
+        *lock(&core.lost) = round.damage.take_list();
+        let next = lock(&core.tail_page).1;
+        if mutated(Mutant::TailNewestOverwritten) {
+            _ = cache.write_tail(core, 1 - next, round.epoch);
+        }
         if let Err(error) = cache.write_tail(core, next, round.epoch) {
             return self.fail(Failure::media(format!("the tail cannot be written: {error}")));
         }
@@ -506,6 +472,9 @@ impl<E: Env> Writeback<E> {
             Outcome::Reached => {}
         }
         let core = &self.volume.core;
+        if let Err(error) = cache.write_tail_again(core, round.epoch) {
+            return self.fail(Failure::media(format!("the tail's other copy cannot be written: {error}")));
+        }
         let mut written = 0;
         let mut plan = lock(&core.plan);
         for extent in &plan.written {
@@ -513,6 +482,7 @@ impl<E: Env> Writeback<E> {
             written += extent.range.len;
         }
         add(&core.tally.written_back_sectors, written);
+        self.lose(&round.damage);
         // Last: from then on reclaim may take the segments, and with them their cursors.
         self.settle(round.epoch, &mut plan);
         core.tail.store(round.epoch, Ordering::SeqCst);
@@ -542,5 +512,17 @@ pub(super) fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
         let range = SectorRange::new(start, (extent.range.end() - start).min(longest));
         todo.push_back(Extent { range, place: extent.place_at(start) });
         start = range.end();
+    }
+}
+
+impl Round {
+    /// A round that sweeps the index.
+    pub(super) fn sweeping(epoch: u64) -> Self {
+        Self { sweep: Some(0), ..Self::empty(epoch) }
+    }
+
+    /// A round whose plan says it all.
+    pub(super) fn empty(epoch: u64) -> Self {
+        Self { epoch, ..Self::default() }
     }
 }
