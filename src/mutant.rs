@@ -105,6 +105,19 @@ mutants! {
     WritesOverlap 7 "write-back has overlapping writes in flight",
     NewerMarkedClean 6 "what was written during a round is marked clean with it",
     DirtyDroppedAtDetach 6 "a detach declares the dirty data written back",
+    // Relocation.
+    RelocatedWithNewVersion 4 "a relocated copy gets a new version",
+    RelocatedInNewEpoch 7 "a relocated copy gets the present epoch",
+    SourceFreedBeforeCopy 3 "a segment is freed before the copies of what it held are durable",
+    RelocationDropsZeros 3 "relocation leaves dirty zeros behind",
+    RelocationDropsSuperseded 7 "relocation leaves behind what an epoch still needs",
+    RelocatedNotFiled 6 "write-back does not learn of relocated dirty data",
+    RelocatedCountsClean 12 "a segment with relocated dirty data counts as clean",
+    RoundKeepsOldPositions 5 "a round of write-back reads dirty data where it was before it was relocated",
+    // Volumes and disks.
+    IncarnationReused 2 "a volume gets the incarnation of one that was deleted",
+    WrongDiskAccepted 10 "an attach takes any disk of the right size",
+    DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Recovery.
     OldestWins 2 "recovery lets the oldest version win",
     ZerosForgotten 2 "recovery passes over dirty zeros",

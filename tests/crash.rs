@@ -11,6 +11,8 @@
 mod damage;
 #[path = "crash/regressions.rs"]
 mod regressions;
+#[path = "crash/relocation.rs"]
+mod relocation;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

@@ -334,7 +334,7 @@ impl<E: Env> Cache<E> {
         let mut incarnation = 0;
         self.update_start(|page| {
             incarnation = page.next_incarnation.max(1);
-            page.next_incarnation = incarnation + 1;
+            page.next_incarnation = incarnation + u64::from(!mutated(Mutant::IncarnationReused));
         })?;
         let mut uuid = [0; 16];
         getrandom::fill(&mut uuid)
@@ -427,7 +427,7 @@ impl<E: Env> Cache<E> {
             let copy = lock(&volume.core.tail_page).1;
             self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
         }
-        if !volume.backing.geometry().read_only {
+        if !volume.backing.geometry().read_only && !mutated(Mutant::DetachUnflushed) {
             // Else a power cut after this takes from the disk what the fingerprint has seen, and the
             // next attach takes it for another's work.
             flush(&*volume.backing).map_err(of_disk)?;

@@ -1,6 +1,7 @@
 //! The cache: media, segments, free list, and the volumes that live on it.
 //!
-//! Locks, in the order they may be taken: stream → stripes → index shard → the small lists here.
+//! Locks, in the order they may be taken: stream or write-back's plan → stripes → index shard → the
+//! small lists here.
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -206,11 +207,11 @@ impl<E: Env> Cache<E> {
         self.free_count.store(free.len(), Ordering::Relaxed);
     }
 
-    /// Takes a free segment; a fill leaves the last ones to the guest's writes.
-    pub(crate) fn take_free(&self, for_fill: bool) -> Option<u32> {
+    /// Takes a free segment; fills and relocation leave the last one to the guest's writes.
+    pub(crate) fn take_free(&self, spares_last: bool) -> Option<u32> {
         let mut free = lock(&self.free);
         let low = free.len() <= self.free_target();
-        let taken = if for_fill && free.len() <= 1 { None } else { free.pop_front() };
+        let taken = if spares_last && free.len() <= 1 { None } else { free.pop_front() };
         self.free_count.store(free.len(), Ordering::Relaxed);
         drop(free);
         if low {
@@ -227,6 +228,12 @@ impl<E: Env> Cache<E> {
     /// Most payload of a record in bytes: well below a segment, and short enough under a fence.
     pub(crate) fn record_payload_max(&self) -> u32 {
         (self.media.geometry.segment_size / 8).clamp(8192, 1 << 20)
+    }
+
+    /// Sectors of a segment that are not taken by its fixed parts.
+    pub(crate) fn capacity_sectors(&self) -> u32 {
+        let geometry = &self.media.geometry;
+        (geometry.data_end() - geometry.data_start()) / 512
     }
 
     pub(crate) fn queue_for_sealing(&self, id: u32) {

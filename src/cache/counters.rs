@@ -80,6 +80,10 @@ counters! {
     reclaimed,
     /// Clean sectors evicted by reclaim.
     evicted_sectors,
+    /// Sectors copied to another segment by reclaim, because they were read or are dirty.
+    relocated_sectors,
+    /// Of these, dirty ones.
+    relocated_dirty_sectors,
     /// Dirty bytes now.
     dirty_bytes,
     /// Bytes mapped by the index now.

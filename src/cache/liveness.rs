@@ -12,10 +12,11 @@ use super::segments::State;
 use super::stripes::lock;
 use super::syncer::Durable;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::liveness_word;
+use crate::onmedia::{Key, liveness_word};
 use crate::pmem::{MediaError, Pmem};
 use crate::sync::Mutex;
 use crate::sync::atomic::Ordering;
+use crate::units::SectorRange;
 use crate::wake::Waker;
 
 #[derive(Default)]
@@ -57,6 +58,20 @@ impl<E: Env> Cache<E> {
             if !flag.swap(true, Ordering::AcqRel) {
                 pending.push(id);
             }
+        }
+    }
+
+    /// Marks dead those parts of a new key's payload that the index was not made to point at. All of
+    /// it counted as live; `mapped` is ascending.
+    pub(crate) fn mark_unmapped_dead(&self, id: u32, key: &Key, mapped: &[Extent]) {
+        let (mut at, end) = (key.first, key.range().end());
+        for part in mapped.iter().map(|e| e.range).chain([SectorRange::new(end, 1)]) {
+            if part.start > at {
+                let dead = (part.start - at) as u32;
+                self.segments[id as usize].live.fetch_sub(dead, Ordering::Relaxed);
+                self.mark_sectors_dead(id, key.payload + (at - key.first) as u32, dead);
+            }
+            at = part.end();
         }
     }
 

@@ -357,9 +357,10 @@ fn load_liveness<E: Env>(cache: &Cache<E>, id: u32, header: &SegmentHeader) {
     const { assert!(LIVENESS_SECTORS == 32) };
 }
 
-/// Inserts a volume's keys, oldest first; what loses is dead.
+/// Inserts a volume's keys, oldest first; what loses is dead. Of two copies of one version, which a
+/// crash during relocation leaves, the one in the higher segment wins: write-back decides likewise.
 fn insert<E: Env>(cache: &Cache<E>, volume: &VolumeCore, mut keys: Vec<Found>, report: &mut RecoveryReport) {
-    keys.sort_unstable_by_key(|k| k.version);
+    keys.sort_unstable_by_key(|k| (k.version, k.segment));
     if_mutated(Mutant::OldestWins, || keys.reverse());
     report.keys += keys.len() as u64;
     let mut replaced = Vec::new();

@@ -6,6 +6,7 @@
 //! - A checksum is stored before the key it belongs to is published, and not changed until the
 //!   segment has been freed, which waits for every reader.
 //! - A segment has at most one writer: the stream that opened it, until it is full.
+//! - `read` bits are evidence, not truth: they may be lost, and a new life begins without any.
 
 use std::sync::OnceLock;
 
@@ -79,10 +80,20 @@ struct Body {
     changed: Box<[AtomicU32]>,
     /// CRC-32 of each 4 KiB block that one key fills.
     blocks: Box<[AtomicU32]>,
-    /// One bit per block: its sectors have checksums of their own.
-    packed: Box<[AtomicU32]>,
+    /// Marks of 32 blocks at a time.
+    marks: Box<[Marks]>,
     /// CRC-32 of each sector, where `packed`.
     sectors: OnceLock<Box<[AtomicU32]>>,
+}
+
+/// What is known of 32 blocks, bit by bit. Together, because a hit that verifies looks at `packed`
+/// anyway: so the evidence that reclaim wants costs it no cache line of its own.
+#[derive(Default)]
+struct Marks {
+    /// The block's sectors have checksums of their own.
+    packed: AtomicU32,
+    /// A guest has read from the block since it was written, or since reclaim last passed.
+    read: AtomicU32,
 }
 
 fn zeros(n: usize) -> Box<[AtomicU32]> {
@@ -105,12 +116,16 @@ impl Segment {
             dead: zeros(sectors.div_ceil(32)),
             changed: zeros(sectors.div_ceil(32).div_ceil(32)),
             blocks: zeros(sectors / 8),
-            packed: zeros((sectors / 8).div_ceil(32)),
+            marks: (0..(sectors / 8).div_ceil(32)).map(|_| Marks::default()).collect(),
             sectors: OnceLock::new(),
         };
         let body = self.body.get_or_init(fresh);
-        for word in body.dead.iter().chain(&body.changed).chain(&body.packed) {
+        for word in body.dead.iter().chain(&body.changed) {
             word.store(0, Ordering::Relaxed);
+        }
+        for marks in &body.marks {
+            marks.packed.store(0, Ordering::Relaxed);
+            marks.read.store(0, Ordering::Relaxed);
         }
         self.owner.store(owner, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Relaxed);
@@ -198,7 +213,7 @@ impl Segment {
         let body = self.body();
         body.blocks[block as usize].store(crc, Ordering::Relaxed);
         // A draft that was given up may have packed small pieces here before.
-        let (word, bit) = (&body.packed[block as usize / 32], 1 << (block % 32));
+        let (word, bit) = (&body.marks[block as usize / 32].packed, 1 << (block % 32));
         if word.load(Ordering::Relaxed) & bit != 0 && !mutated(Mutant::PackedMarkKept) {
             word.fetch_and(!bit, Ordering::Relaxed);
         }
@@ -210,14 +225,57 @@ impl Segment {
         let all = body.sectors.get_or_init(|| zeros(body.blocks.len() * 8));
         all[sector as usize].store(crc, Ordering::Relaxed);
         let block = sector / 8;
-        body.packed[block as usize / 32].fetch_or(1 << (block % 32), Ordering::Relaxed);
+        body.marks[block as usize / 32].packed.fetch_or(1 << (block % 32), Ordering::Relaxed);
     }
 
     /// The checksum of a whole block, or `None` when its sectors have their own.
     pub fn block_checksum(&self, block: u32) -> Option<u32> {
         let body = self.body();
-        let packed = body.packed[block as usize / 32].load(Ordering::Relaxed) & (1 << (block % 32)) != 0;
+        let marks = &body.marks[block as usize / 32];
+        let packed = marks.packed.load(Ordering::Relaxed) & (1 << (block % 32)) != 0;
         (!packed).then(|| body.blocks[block as usize].load(Ordering::Relaxed))
+    }
+
+    /// Notes that a guest has read `sectors` from `first` on. On the hit path: a load, and a store
+    /// only the first time.
+    pub fn note_read(&self, first: u32, sectors: u32) {
+        let marks = &self.body().marks;
+        for block in first / 8..=(first + sectors - 1) / 8 {
+            let (word, bit) = (&marks[block as usize / 32].read, 1 << (block % 32));
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether a guest has read from the sector's block.
+    pub fn is_read(&self, sector: u32) -> bool {
+        let block = sector / 8;
+        self.body().marks[block as usize / 32].read.load(Ordering::Relaxed) & (1 << (block % 32)) != 0
+    }
+
+    /// Forgets what was read: it must be read again to count.
+    pub fn forget_reads(&self) {
+        for marks in &self.body().marks {
+            marks.read.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// At most how many sectors of it are live and were read: packed space that was never used
+    /// counts as live.
+    pub fn hot_sectors(&self) -> u32 {
+        let body = self.body();
+        let mut hot = 0;
+        for (marks, dead) in body.marks.iter().zip(body.dead.chunks(8)) {
+            let mut read = marks.read.load(Ordering::Relaxed);
+            while read != 0 {
+                let block = read.trailing_zeros();
+                read &= read - 1;
+                let dead = dead[block as usize / 4].load(Ordering::Relaxed) >> (block % 4 * 8);
+                hot += 8 - (dead & 0xff).count_ones();
+            }
+        }
+        hot
     }
 
     /// The checksum of one sector of a packed block.
@@ -247,6 +305,24 @@ mod tests {
         assert_eq!(segment.block_checksum(3), Some(9));
         segment.set_sector_checksum(24, 5);
         assert_eq!((segment.block_checksum(3), segment.sector_checksum(24)), (None, 5));
+    }
+
+    #[test]
+    fn what_was_read_and_lives_is_hot_until_it_is_forgotten() {
+        let segment = segment();
+        assert_eq!(segment.hot_sectors(), 0);
+        segment.note_read(7, 2);
+        segment.note_read(8, 8);
+        assert!(segment.is_read(0) && segment.is_read(15) && !segment.is_read(16));
+        assert_eq!(segment.hot_sectors(), 16);
+        segment.mark_dead(4, 8);
+        segment.note_read(127, 1);
+        assert_eq!(segment.hot_sectors(), 8 + 8);
+        segment.forget_reads();
+        assert_eq!((segment.hot_sectors(), segment.is_read(7)), (0, false));
+        segment.note_read(33, 1);
+        segment.begin(&Geometry::custom(16 << 10, 64 << 10, 4, 1).unwrap(), 1, 2, 1);
+        assert_eq!(segment.hot_sectors(), 0);
     }
 
     #[test]

@@ -194,35 +194,39 @@ impl<E: Env> Cache<E> {
     pub(crate) fn open_segment(&self, owner: u64, stream: u16, for_fill: bool) -> Option<Open> {
         loop {
             let id = self.take_free(for_fill)?;
-            let segment = &self.segments[id as usize];
-            let generation = segment.generation.load(Ordering::Relaxed);
-            segment.begin(&self.media.geometry, owner, generation, self.start_counter);
-            match self.begin_on_media(id, owner, stream, generation) {
-                Ok(()) => {
-                    segment.set_state(State::Open);
-                    return Some(Open {
-                        id,
-                        generation,
-                        log_low: self.media.geometry.data_end(),
-                        payload_end: self.media.geometry.data_start(),
-                        packed: None,
-                        sequence: 1,
-                        keys: 0,
-                        checksums: 0,
-                        sync_mark: self.syncer.started(),
-                        appended_at: 0,
-                        witnessed: 0,
-                        by_page: !self.media.pmem.class().fence_is_durable(),
-                        charged: 0,
-                        room: self.media.geometry.data_end() - self.media.geometry.data_start(),
-                    });
-                }
-                Err(error) => {
-                    tracing::error!(%error, segment = id, "a segment cannot be opened and is given up");
-                    segment.set_state(State::Bad);
-                }
+            if let Some(open) = self.open_taken(id, owner, stream) {
+                return Some(open);
             }
         }
+    }
+
+    /// Opens a free segment that is on no list. `None` when the media refuses it: it is given up.
+    pub(crate) fn open_taken(&self, id: u32, owner: u64, stream: u16) -> Option<Open> {
+        let segment = &self.segments[id as usize];
+        let generation = segment.generation.load(Ordering::Relaxed);
+        segment.begin(&self.media.geometry, owner, generation, self.start_counter);
+        if let Err(error) = self.begin_on_media(id, owner, stream, generation) {
+            tracing::error!(%error, segment = id, "a segment cannot be opened and is given up");
+            segment.set_state(State::Bad);
+            return None;
+        }
+        segment.set_state(State::Open);
+        Some(Open {
+            id,
+            generation,
+            log_low: self.media.geometry.data_end(),
+            payload_end: self.media.geometry.data_start(),
+            packed: None,
+            sequence: 1,
+            keys: 0,
+            checksums: 0,
+            sync_mark: self.syncer.started(),
+            appended_at: 0,
+            witnessed: 0,
+            by_page: !self.media.pmem.class().fence_is_durable(),
+            charged: 0,
+            room: self.media.geometry.data_end() - self.media.geometry.data_start(),
+        })
     }
 
     fn begin_on_media(&self, id: u32, owner: u64, stream: u16, generation: u64) -> Result<(), MediaError> {

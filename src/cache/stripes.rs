@@ -145,6 +145,15 @@ impl Stripes {
         Some(Ticket(id))
     }
 
+    /// Whether a write around the cache that overlaps is registered; the caller holds the stripes.
+    pub fn is_bypassed(&self, range: SectorRange) -> bool {
+        self.of(range).any(|s| {
+            let stripe = &self.stripes[s as usize];
+            stripe.registered.load(Ordering::Relaxed) > 0
+                && lock(&stripe.entries).iter().any(|e| e.bypass && e.range.overlaps(&range))
+        })
+    }
+
     /// Whether the registration stands unbroken; the caller holds its stripes.
     pub fn is_whole(&self, ticket: Ticket, range: SectorRange) -> bool {
         self.of(range)
@@ -220,9 +229,11 @@ mod tests {
         assert!(!stripes.is_whole(early, r(100, 8)));
         assert!(stripes.is_whole(bypass, r(96, 16)));
         assert!(stripes.bypass(r(111, 1), &mut scratch).is_none());
+        assert!(stripes.is_bypassed(r(111, 9)) && !stripes.is_bypassed(r(112, 9)));
         let late = stripes.place(r(104, 8));
         assert!(!stripes.is_whole(late, r(104, 8)));
         stripes.remove(bypass, r(96, 16));
+        assert!(!stripes.is_bypassed(r(100, 8)), "a placeholder is no bypass");
         assert!(stripes.bypass(r(111, 1), &mut scratch).is_some());
     }
 

@@ -18,6 +18,7 @@ use super::env::Env;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
+use super::plan::Plan;
 use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
@@ -131,6 +132,8 @@ pub(crate) struct VolumeCore {
     /// Highest epoch wholly on the disk, durably so.
     pub tail: AtomicU64,
     pub dirty: Mutex<DirtySegments>,
+    /// What write-back's present round holds.
+    pub plan: Mutex<Plan>,
     /// Whether keys of dirty records were lost: not to be opened for writing.
     pub damaged: AtomicBool,
     pub queues: OnceLock<Box<[QueueShared]>>,
@@ -160,6 +163,7 @@ impl VolumeCore {
             stamped: AtomicU64::new(0),
             tail: AtomicU64::new(0),
             dirty: Mutex::default(),
+            plan: Mutex::default(),
             queues: OnceLock::new(),
             streams: OnceLock::new(),
             writeback: Signal::default(),

@@ -215,6 +215,11 @@ impl Machine {
         self.stepper.housekeeper()
     }
 
+    /// Whether reclaim relocates or drops, from now on.
+    pub fn relocate(&mut self, on: bool) {
+        self.stepper.relocate(on);
+    }
+
     /// One step of everything but the guest.
     pub fn step_all(&mut self) {
         self.sync();

@@ -33,6 +33,13 @@ pub struct Scenario {
     pub request_max: u64,
     /// Whether it is one of the few with room.
     pub is_large: bool,
+    /// Steps of the housekeeper after most batches: with some, segments are free more often than
+    /// not, and reclaim relocates instead of dropping in haste.
+    pub housekeeping: u64,
+    /// Writes among 100 requests, of the 80 that are writes or reads.
+    pub write_percent: u64,
+    /// Whether write-back gets few steps: dirty data then pins segments for long.
+    pub is_disk_slow: bool,
 }
 
 impl Scenario {
@@ -73,6 +80,9 @@ impl Scenario {
             ends_unsynced: class == MediaClass::PageCache && rng.chance(1, 4),
             request_max: if is_large { rng.pick(&[16, 40, 100]) } else { rng.pick(&[4, 8, 16, 40]) },
             is_large,
+            housekeeping: rng.pick(&[0, 0, 4, 10]),
+            write_percent: rng.pick(&[50, 50, 20]),
+            is_disk_slow: rng.chance(1, 4),
         }
     }
 }

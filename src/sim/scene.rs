@@ -30,15 +30,20 @@ pub struct Scene {
 impl Scene {
     /// A fresh cache of 12 segments of 64 KiB before a disk of 512 sectors.
     pub fn new(class: MediaClass, style: Style) -> Scene {
-        let world = Scene::world(class);
+        Scene::sized(class, style, 12, 512)
+    }
+
+    /// A fresh cache of so many segments of 64 KiB before a disk of so many sectors.
+    pub fn sized(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Scene {
+        let world = Scene::world(class, segments, sectors);
         let machine = Machine::open(&world, &[style], 1).expect("a fresh cache");
         Scene { world, machine, style, next_tag: 1, rng: Rng::new(2) }
     }
 
     /// Such a cache, formatted and never opened.
-    fn world(class: MediaClass) -> Arc<World> {
-        let disks = vec![DiskState::new((1..=512).collect())];
-        let geometry = Geometry::custom(16 << 10, 64 << 10, 12, 1).expect("a geometry");
+    fn world(class: MediaClass, segments: u32, sectors: u64) -> Arc<World> {
+        let disks = vec![DiskState::new((1..=sectors).collect())];
+        let geometry = Geometry::custom(16 << 10, 64 << 10, segments, 1).expect("a geometry");
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
@@ -49,7 +54,7 @@ impl Scene {
     /// A snapshot from before the `n`-th store, fence, `sync` or disk operation of the first start,
     /// which makes the volume; `None` if there were not so many.
     pub fn cut_beginning(class: MediaClass, style: Style, n: u64) -> Option<Snapshot> {
-        let world = Scene::world(class);
+        let world = Scene::world(class, 12, 512);
         world.with(|w| w.cuts.at = w.events + n + 1);
         Machine::open(&world, &[style], 1).expect("a fresh cache");
         world.take_cuts().pop().map(|(_, snapshot)| snapshot)

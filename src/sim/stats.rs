@@ -87,6 +87,10 @@ stats! {
     wraps,
     /// Sectors evicted.
     evicted,
+    /// Sectors relocated.
+    relocated,
+    /// Of these, dirty ones.
+    relocated_dirty,
     /// Sectors written back.
     written_back,
     /// Epochs that reached the disk.

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
-use pcache_vhost::sim::{Scenario, Style, run_seed};
+use pcache_vhost::sim::{Scenario, run_seed};
 
 use super::{rest, starts, stories};
 
@@ -54,6 +54,7 @@ impl Instrument {
             M::RefusedRecordPublished => {
                 ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
             }
+            M::TailNewestOverwritten => ("story of a tail", Story(stories::a_tail_torn_while_it_moves)),
             M::DiskBeforeRecordDurable => {
                 ("story of a disk ahead", Story(stories::the_disk_ahead_of_the_cache))
             }
@@ -70,7 +71,6 @@ impl Instrument {
             M::EpochNotRaisedAtWrite | M::BypassUnflushed => run(|s| s.styles.iter().any(|s| !s.write_cache)),
             M::BypassUndrained | M::AttachUnflushed => run(|s| s.changes_style),
             M::DiskWriteErrorIgnored | M::DiskFlushErrorIgnored => run(|s| s.has_faults),
-            M::TailNewestOverwritten => run(|s| s.class != PageCache && s.styles[0] == Style::strict()),
             _ => run(|_| true),
         }
     }

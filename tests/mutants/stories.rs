@@ -55,6 +55,29 @@ pub fn the_disk_ahead_of_the_cache(images: &mut u64) {
     assert_eq!(scene.read(8), scene.on_disk(8), "a clean copy is older than the disk");
 }
 
+/// The host dies while the tail moves: what was clean stays so, also where newer bytes went around the
+/// cache since.
+pub fn a_tail_torn_while_it_moves(images: &mut u64) {
+    for n in 0.. {
+        let mut scene = Scene::new(AssumeDax, served(Mode::Writeback));
+        scene.write(8, 8, 900);
+        scene.drain();
+        scene.style = served(Mode::Writearound);
+        scene.daemon_crash();
+        scene.write(8, 8, 901);
+        scene.flush();
+        // A fill: the next round moves the tail over it.
+        assert_eq!(scene.read(100), 101);
+        let Some(photo) = scene.cut(n, Scene::drain) else { break };
+        for tear in 1..6 {
+            let (image, _) = photo.host_crash(&Survival::Torn, DiskSurvival::Nothing, &mut Rng::new(tear));
+            scene.start(image);
+            *images += 1;
+            assert_eq!(scene.read(8), 901, "older bytes are back after a crash before event {n}");
+        }
+    }
+}
+
 /// A segment whose header was lost with the host is opened again over records that were not.
 pub fn a_segment_opened_twice(images: &mut u64) {
     let mut scene = Scene::new(PageCache, served(Mode::Writeback));

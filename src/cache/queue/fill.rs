@@ -143,16 +143,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             let place = cache.media.place(open.id, key, false);
             if_mutated(Mutant::FillOverNewer, || core.index.remove(key.range(), &mut Vec::new()));
             core.index.insert_gaps(Extent { range: key.range(), place }, &mut inserted);
-            let mut at = key.range().start;
-            let end = SectorRange::new(key.range().end(), 1);
-            for part in inserted.iter().map(|e| e.range).chain([end]) {
-                if part.start > at {
-                    let dead = (part.start - at) as u32;
-                    segment.live.fetch_sub(dead, Ordering::Relaxed);
-                    cache.mark_sectors_dead(open.id, key.payload + (at - key.range().start) as u32, dead);
-                }
-                at = part.end();
-            }
+            cache.mark_unmapped_dead(open.id, key, &inserted);
             add(&core.queue(q).tally.fill_sectors, u64::from(key.sectors));
         }
         segment.log_low.store(open.log_low, Ordering::Release);

@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use self::fill::Fill;
 use self::io::Io;
+pub(crate) use self::read::{HitError, Reader};
 use self::write::{Gathered, Scratch};
 use super::counters::add;
 use super::env::Env;

@@ -33,12 +33,22 @@ pub(crate) enum HitError {
     Checksum,
 }
 
+/// For whom bytes are copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Reader {
+    /// A guest: reclaim takes that for evidence that the data is worth keeping.
+    Guest,
+    /// Write-back or reclaim.
+    Worker,
+}
+
 impl<E: Env> Cache<E> {
     /// Copies an extent's bytes out, verifying whole blocks first if asked to. `sink` is called
     /// with byte offsets from 0 on.
     pub(crate) fn copy_extent(
         &self,
         extent: &Extent,
+        reader: Reader,
         verify: bool,
         mut sink: impl FnMut(usize, &[u8]) -> Result<(), GuestFault>,
     ) -> Result<(), HitError> {
@@ -52,6 +62,9 @@ impl<E: Env> Cache<E> {
         }
         let (id, start) = self.media.locate(extent.place.position);
         let segment = &self.segments[id as usize];
+        if reader == Reader::Guest {
+            segment.note_read(start / 512, extent.range.len as u32);
+        }
         let mut at = 0;
         while at < len {
             let offset = start as usize + at;
@@ -133,8 +146,10 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let base = (extent.range.start - range.start) as usize * 512;
         let data = &mut self.slots.get(slot).request.data;
         let verify = self.volume.data_crc && !mutated(Mutant::HitNotVerified);
-        let result =
-            self.volume.cache.copy_extent(extent, verify, |at, bytes| data.copy_in(base + at, bytes));
+        let result = self
+            .volume
+            .cache
+            .copy_extent(extent, Reader::Guest, verify, |at, bytes| data.copy_in(base + at, bytes));
         let error = match result {
             Ok(()) => return Hit::Answered,
             Err(HitError::Guest(_)) => return Hit::Failed,

@@ -5,7 +5,9 @@
 
 mod dirty;
 mod housekeeper;
+mod relocate;
 mod retry;
+mod victims;
 mod writeback;
 
 use std::sync::Arc;
@@ -46,6 +48,12 @@ impl<E: Env> Stepper<E> {
             housekeeper: Housekeeper::new(cache.clone()),
             writebacks: volumes.iter().cloned().map(Writeback::new).collect(),
         }
+    }
+
+    /// Whether reclaim relocates, as it does, or drops clean data first in, first out: a baseline to
+    /// compare with.
+    pub fn relocate(&mut self, on: bool) {
+        self.housekeeper.relocates = on;
     }
 
     /// One `sync` if any is asked for; says whether it ran.

@@ -20,6 +20,9 @@
 //! writes are never in flight together: the extents of a round are disjoint, and a round begins when
 //! all of the last one has ended, also when it failed.
 //!
+//! What a round holds is in the volume's [`Plan`](super::super::plan::Plan), where relocation can
+//! follow it: positions are used only with that locked.
+//!
 //! A disk that does not answer holds up its own volume's worker and nothing else. [`Writeback::leave`]
 //! ends the worker without that answer.
 
@@ -33,6 +36,8 @@ use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Failure;
 use super::super::index::{Extent, ExtentMap};
+use super::super::plan::{Consumed, Plan};
+use super::super::queue::Reader;
 use super::super::scan::WalkError;
 use super::super::segments::State;
 use super::super::stripes::lock;
@@ -74,24 +79,8 @@ enum Phase {
 struct Round {
     /// The tail if it succeeds.
     epoch: u64,
-    /// Still to be written, ascending.
-    todo: VecDeque<Extent>,
-    /// Where a relaxed sweep goes on; `None` when all is in `todo`.
+    /// Where a relaxed sweep goes on; `None` when all is in the plan.
     sweep: Option<u64>,
-    /// To be marked clean.
-    written: Vec<Extent>,
-    /// Where segments go on: what the round has consumed.
-    cursors: Vec<Consumed>,
-}
-
-/// How far a round has read a segment's records.
-struct Consumed {
-    id: u32,
-    /// A segment without dirty data may be reclaimed, and used again, while the round goes on.
-    generation: u64,
-    cursor: Cursor,
-    /// The epoch of the record that comes next, if there is one.
-    next: Option<u64>,
 }
 
 pub(crate) struct Writeback<E: Env> {
@@ -184,13 +173,17 @@ impl<E: Env> Writeback<E> {
                 Err(error) => return self.fail(Failure::resources(&error)),
             }
         }
+        let mut plan = lock(&core.plan);
+        plan.clear();
         let round = match self.volume.order() {
             Order::Relaxed => self.gather_relaxed(),
             Order::Strict if mutated(Mutant::NewestAcrossEpochs) => self.gather_relaxed(),
-            Order::Strict => self.gather_strict(),
+            Order::Strict => self.gather_strict(&mut plan),
         };
+        let has_nothing = plan.todo.is_empty();
+        drop(plan);
         match round {
-            Ok(Some(round)) if round.todo.is_empty() => {
+            Ok(Some(round)) if has_nothing => {
                 self.phase = Phase::Writing(round);
                 Progress::Did
             }
@@ -206,6 +199,7 @@ impl<E: Env> Writeback<E> {
     }
 
     fn fail(&mut self, failure: Failure) -> Progress {
+        lock(&self.volume.core.plan).clear();
         let now = self.volume.cache.clock.now_ms();
         let delay = delay_ms(self.failures, self.volume.core.incarnation ^ now);
         self.failures += 1;
@@ -254,13 +248,11 @@ impl<E: Env> Writeback<E> {
         if epoch <= core.tail.load(Ordering::SeqCst) {
             return Ok(None);
         }
-        let round =
-            Round { epoch, todo: VecDeque::new(), sweep: Some(0), written: Vec::new(), cursors: Vec::new() };
         self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
-        Ok(Some(round))
+        Ok(Some(Round { epoch, sweep: Some(0) }))
     }
 
-    fn gather_strict(&mut self) -> Result<Option<Round>, WalkError> {
+    fn gather_strict(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
         let core = self.volume.core.clone();
         let mut dirty = lock(&core.dirty);
         let mut is_raised = false;
@@ -270,23 +262,26 @@ impl<E: Env> Writeback<E> {
             match self.lowest_epoch(&mut dirty)? {
                 Some(epoch) if epoch <= closed => break epoch,
                 // Nothing is dirty below: the tail may follow the closed epochs.
-                None if closed > core.tail.load(Ordering::SeqCst) => return Ok(Some(Round::empty(closed))),
+                None if closed > core.tail.load(Ordering::SeqCst) => {
+                    return Ok(Some(Round { epoch: closed, sweep: None }));
+                }
                 _ if is_raised => return Ok(None),
                 _ => core.raise_epoch(),
             }
             is_raised = true;
         };
         let mut keys = Vec::new();
-        let mut cursors = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
             let upto = epoch + u64::from(mutated(Mutant::NextEpochAlong));
             let (cursor, next) = self.consume(*id, cursor.clone(), upto, &mut keys)?;
             let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
-            cursors.push(Consumed { id: *id, generation, cursor, next });
+            plan.cursors.push(Consumed { id: *id, generation, cursor, next });
         }
         drop(dirty);
         tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
-        keys.sort_unstable_by_key(|(k, _): &(Key, u32)| k.version);
+        // Two copies have one version if a crash came between relocation and the end of its source:
+        // the segment decides, as it does in recovery.
+        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (k.version, *id));
         if_mutated(Mutant::OldestOfEpochWritten, || keys.reverse());
         if_mutated(Mutant::ZerosNotWrittenBack, || keys.retain(|(k, _)| k.kind.has_payload()));
         let mut newest = ExtentMap::new();
@@ -296,15 +291,14 @@ impl<E: Env> Writeback<E> {
             let place = self.volume.cache.media.place(*id, key, true);
             newest.insert(Extent { range: key.range(), place }, &mut replaced);
         }
-        let mut todo = VecDeque::new();
-        newest.iter().for_each(|extent| cut(extent, &mut todo));
-        if_mutated(Mutant::WritesOverlap, || todo.extend(todo.clone()));
+        newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
+        if_mutated(Mutant::WritesOverlap, || plan.todo.extend(plan.todo.clone()));
         let bytes = |len: u64| len * 512;
-        let write = todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
+        let write = plan.todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
         let payload: u64 =
             keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
         self.volume.begin_pace(write, Some(payload + payload / 16));
-        Ok(Some(Round { epoch, todo, sweep: None, written: Vec::new(), cursors }))
+        Ok(Some(Round { epoch, sweep: None }))
     }
 
     /// Makes durable what is about to be written: were the disk to have it and the cache to lose it,
@@ -336,9 +330,11 @@ impl<E: Env> Writeback<E> {
         if let Err(error) = self.reap() {
             return self.abort(error);
         }
+        let core = self.volume.core.clone();
         loop {
-            if round.todo.is_empty() {
-                if !self.sweep_on(&mut round) {
+            let mut plan = lock(&core.plan);
+            if plan.todo.is_empty() {
+                if !self.sweep_on(&mut round, &mut plan) {
                     break;
                 }
                 self.channel.as_mut().expect("opened before the round").kick();
@@ -350,7 +346,9 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::Writing(round);
                 return Progress::Waiting;
             }
-            let op = match self.next_op(&mut round) {
+            let op = self.next_op(&mut plan);
+            drop(plan);
+            let op = match op {
                 Ok(op) => op,
                 Err(error) => return self.abort(error),
             };
@@ -384,13 +382,13 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Looks up more dirty extents for a relaxed round. False when there are no more.
-    fn sweep_on(&mut self, round: &mut Round) -> bool {
+    fn sweep_on(&mut self, round: &mut Round, plan: &mut Plan) -> bool {
         while let Some(from) = round.sweep {
             let mut found = Vec::new();
             round.sweep = self.volume.core.index.dirty_from(from, SWEEP, &mut found);
             found.retain(|extent| !self.is_newer(extent, round.epoch));
-            found.into_iter().for_each(|extent| cut(extent, &mut round.todo));
-            if !round.todo.is_empty() {
+            found.into_iter().for_each(|extent| cut(extent, &mut plan.todo));
+            if !plan.todo.is_empty() {
                 return true;
             }
         }
@@ -410,12 +408,12 @@ impl<E: Env> Writeback<E> {
     }
 
     /// The next operation: a run of adjacent extents of one kind.
-    fn next_op(&mut self, round: &mut Round) -> Result<Op, Failure> {
-        let first = *round.todo.front().expect("the caller looked");
+    fn next_op(&mut self, plan: &mut Plan) -> Result<Op, Failure> {
+        let first = *plan.todo.front().expect("the caller looked");
         let longest = if first.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
         let mut run = Vec::new();
         let mut end = first.range.start;
-        while let Some(extent) = round.todo.front() {
+        while let Some(extent) = plan.todo.front() {
             let len = extent.range.end() - first.range.start;
             let joins = extent.range.start == end
                 && extent.place.zero == first.place.zero
@@ -424,11 +422,11 @@ impl<E: Env> Writeback<E> {
                 break;
             }
             end = extent.range.end();
-            run.push(round.todo.pop_front().expect("it is there"));
+            run.push(plan.todo.pop_front().expect("it is there"));
         }
         let offset = first.range.start * 512;
         let sectors = end - first.range.start;
-        round.written.extend_from_slice(&run);
+        plan.written.extend_from_slice(&run);
         if first.place.zero {
             let unmap = self.volume.pass_discard && first.place.position % 2 == 1;
             return Ok(Op::Zero { offset, len: sectors * 512, unmap });
@@ -436,7 +434,7 @@ impl<E: Env> Writeback<E> {
         let mut buf = self.buffer(sectors as usize * 512);
         let mut at = 0;
         for extent in &run {
-            let copied = self.volume.cache.copy_extent(extent, true, |offset, bytes| {
+            let copied = self.volume.cache.copy_extent(extent, Reader::Worker, true, |offset, bytes| {
                 buf[at + offset..][..bytes.len()].copy_from_slice(bytes);
                 Ok(())
             });
@@ -572,19 +570,21 @@ impl<E: Env> Writeback<E> {
         }
         let core = &self.volume.core;
         let mut written = 0;
-        for extent in &round.written {
+        let mut plan = lock(&core.plan);
+        for extent in &plan.written {
             core.index.mark_clean_if(*extent, true);
             written += extent.range.len;
         }
         add(&core.tally.written_back_sectors, written);
         // Last: from then on reclaim may take the segments, and with them their cursors.
-        let epoch = round.epoch;
-        self.settle(round);
-        core.tail.store(epoch, Ordering::SeqCst);
+        self.settle(round.epoch, &mut plan);
+        core.tail.store(round.epoch, Ordering::SeqCst);
         core.pacer.end_round(true);
+        plan.clear();
+        drop(plan);
         if core.is_clean() {
             core.dirty_since.store(0, Ordering::Relaxed);
-        } else if epoch >= self.overdue {
+        } else if round.epoch >= self.overdue {
             // Only what is younger is left. A guest that flushes often leaves many epochs behind
             // it, and they are all as old as the first.
             core.dirty_since.store(cache.clock.now_ms().max(1), Ordering::Relaxed);
@@ -597,18 +597,18 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Files the segments a round has consumed from.
-    fn settle(&self, round: Round) {
+    fn settle(&self, epoch: u64, plan: &mut Plan) {
         let core = &self.volume.core;
         let segments = &self.volume.cache.segments;
         let mut dirty = lock(&core.dirty);
-        for Consumed { id, generation, cursor, next } in round.cursors {
+        for Consumed { id, generation, cursor, next } in plan.cursors.drain(..) {
             let segment = &segments[id as usize];
             let is_gone = matches!(segment.state(), State::Free | State::Reclaiming | State::Bad);
             if is_gone || segment.generation.load(Ordering::Relaxed) != generation {
                 // Reclaim has taken its entries away; those there are now are of its next life.
                 continue;
             }
-            dirty.known.remove(&(round.epoch, id));
+            dirty.known.remove(&(epoch, id));
             match (next, cursor) {
                 (Some(next), cursor) => _ = dirty.known.insert((next, id), cursor),
                 (None, cursor @ Cursor::Log(_)) => _ = dirty.drained.insert(id, cursor),
@@ -619,7 +619,7 @@ impl<E: Env> Writeback<E> {
         // be appended to it.
         let done = |id: u32| {
             let segment = &segments[id as usize];
-            segment.state() != State::Open && segment.max_epoch.load(Ordering::SeqCst) <= round.epoch
+            segment.state() != State::Open && segment.max_epoch.load(Ordering::SeqCst) <= epoch
         };
         dirty.known.retain(|&(_, id), _| !done(id));
         dirty.drained.retain(|&id, _| !done(id));
@@ -634,11 +634,5 @@ fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
         let range = SectorRange::new(start, (extent.range.end() - start).min(longest));
         todo.push_back(Extent { range, place: extent.place_at(start) });
         start = range.end();
-    }
-}
-
-impl Round {
-    fn empty(epoch: u64) -> Self {
-        Self { epoch, todo: VecDeque::new(), sweep: None, written: Vec::new(), cursors: Vec::new() }
     }
 }

@@ -276,6 +276,7 @@ impl Run {
         match self.rng.below(1000) {
             0..380 => self.batch(volume, queue),
             380..600 => self.poll(volume, queue),
+            600..780 if self.scenario.is_disk_slow && self.rng.chance(3, 4) => {}
             600..780 => {
                 let steps = self.rng.between(1, 4);
                 for _ in 0..steps {
@@ -323,6 +324,12 @@ impl Run {
             self.note(|| format!("commit {volume}.{queue}"));
             self.machine().commit(volume, queue);
         }
+        if self.scenario.housekeeping > 0 && self.rng.chance(3, 4) {
+            for _ in 0..self.scenario.housekeeping {
+                let did = self.machine().housekeeper();
+                self.note(|| format!("housekeeper: {did:?}"));
+            }
+        }
     }
 
     fn range(&mut self, volume: usize) -> (u64, u64) {
@@ -342,8 +349,8 @@ impl Run {
     fn submit(&mut self, volume: usize, queue: usize) {
         let (mut first, mut count) = self.range(volume);
         let kind = match self.rng.below(100) {
-            0..50 => RequestKind::Write,
-            50..80 => RequestKind::Read,
+            n if n < self.scenario.write_percent => RequestKind::Write,
+            0..80 => RequestKind::Read,
             80..90 => RequestKind::Flush,
             n => {
                 if n == 99 {
