@@ -185,7 +185,7 @@ fn fuzz(name: &str, executions: u64) {
 
 #[test]
 fn ring() {
-    fuzz("ring", 400_000);
+    fuzz("ring", 250_000);
 }
 
 #[test]
@@ -195,12 +195,12 @@ fn media() {
 
 #[test]
 fn image() {
-    fuzz("image", 1_500);
+    fuzz("image", 1_000);
 }
 
 #[test]
 fn messages() {
-    fuzz("messages", 10_000);
+    fuzz("messages", 4_000);
 }
 
 #[test]

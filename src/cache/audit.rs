@@ -23,7 +23,7 @@ use super::env::Env;
 use super::segments::{Segment, State};
 use super::stripes::lock;
 use super::volume::VolumeCore;
-use crate::onmedia::{Key, SegmentHeader};
+use crate::onmedia::{Key, SegmentHeader, SegmentState};
 
 /// What the indexes point at, by segment: sectors of the segment.
 type Pointed = HashMap<u32, HashSet<u32>>;
@@ -213,8 +213,9 @@ impl<E: Env> Cache<E> {
     /// The keys a segment's records name; `None` where they cannot be read.
     fn keys_of(&self, id: u32) -> Option<Vec<Key>> {
         let segment = &self.segments[id as usize];
-        if segment.state() == State::Sealed
-            && let Some(header) = self.media.load_header(id).newest
+        // Sealed, it may hold a record more: a torn one that recovery did not count.
+        if let Some(header) = self.media.load_header(id).newest
+            && header.state == SegmentState::Sealed
         {
             let summary = self.media.scan_summary(id, &header);
             return Some(match summary {

@@ -13,10 +13,10 @@
 //! Facts are atomics written by their one thread ([`Owed`]) or sit under one mutex that is taken
 //! only when something has failed, or by whoever asks.
 
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::env::{Clock, Env};
 use super::stripes::lock;

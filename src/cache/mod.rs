@@ -38,7 +38,7 @@ mod stream;
 mod stripes;
 mod syncer;
 #[cfg(all(test, feature = "sim", any(feature = "weave", miri)))]
-mod weave_tests;
+pub(crate) mod weave_tests;
 
 pub use attach::{AttachError, AttachOptions};
 #[cfg(feature = "sim")]

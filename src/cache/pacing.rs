@@ -300,11 +300,11 @@ impl<E: Env> Volume<E> {
             state.held.pop();
             state.released += capacity;
         }
-        let slice = state.rests.min((taken - state.sliced) / 8);
+        let slice = state.rests.min(taken.saturating_sub(state.sliced) / 8);
         (state.rests, state.beside) = (state.rests - slice, state.beside + slice);
         state.sliced += slice * 8;
         if state.rests == 0 {
-            state.sliced = taken;
+            state.sliced = state.sliced.max(taken);
         }
         let all = taken + state.beside;
         let used = all.saturating_sub(state.released);
@@ -360,7 +360,7 @@ impl<E: Env> Volume<E> {
                 let all = u128::from(r.todo + r.ending);
                 let part = |bytes: u64| (u128::from(bytes) * u128::from(r.done) / all) as u64;
                 settling = part(r.settles);
-                evenly = part(r.room.min(r.settles - r.settles / 8)) as i64 - (taken - r.taken) as i64;
+                evenly = part(r.room.min(r.settles - r.settles / 8)) as i64 - taken.saturating_sub(r.taken) as i64;
             }
             let level = self.limit(room) as i64 - unsettled.saturating_sub(settling) as i64;
             // Without a disk that takes anything there is nothing to keep pace with.

@@ -80,6 +80,7 @@ fn base(class: MediaClass, closed: bool) -> Base {
     let disks = disks(vec![vec![0x77; SECTORS as usize * 512]; VOLUMES]);
     let style = Choices {
         accept_loss: false,
+        read_only: false,
         modes: [Mode::Writeback; VOLUMES],
         orders: [Order::Strict, Order::Relaxed],
     };
@@ -183,6 +184,7 @@ pub fn image(bytes: &[u8]) {
     let modes = [Mode::Writeback, Mode::Writethrough, Mode::Writearound, Mode::Writeback];
     let choices = Choices {
         accept_loss: choice & 4 != 0,
+        read_only: choice & 128 != 0,
         modes: [modes[usize::from(choice >> 3 & 3)], Mode::Writeback],
         orders: [[Order::Strict, Order::Relaxed][usize::from(choice >> 5 & 1)], Order::Strict],
     };
@@ -339,6 +341,7 @@ fn repair(bytes: &mut [u8], place: Place, how: u8) {
 /// How the volumes are attached.
 struct Choices {
     accept_loss: bool,
+    read_only: bool,
     modes: [Mode; VOLUMES],
     orders: [Order; VOLUMES],
 }
@@ -370,7 +373,7 @@ impl Machine {
                 order: choices.orders[number],
                 data_crc: number == 0,
                 pass_discard: true,
-                read_only: false,
+                read_only: choices.read_only,
                 serial: String::from("fuzz"),
                 block_size: None,
                 queues: 1,

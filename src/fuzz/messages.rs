@@ -13,7 +13,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -211,9 +211,15 @@ fn run(bytes: &[u8], props: &Props) {
     let options = Options { guest_memory_max: 1 << 30, ..Options::default() };
     let server = Server::new(theirs, Arc::new(Nothing), options).expect("a server");
     let stopper = server.stopper();
+    let (ended, end) = mpsc::channel();
     let thread = std::thread::Builder::new()
         .name(String::from("session"))
-        .spawn(move || server.run())
+        .spawn(move || {
+            let result = server.run();
+            // Whoever waits has given up, or is told.
+            _ = ended.send(());
+            result
+        })
         .expect("a thread");
     // Its own memory file, because it may become shorter.
     let mut front = Front { stream: ours, props, open: memory_file(2 * REGION), pending: 0, available: 0 };
@@ -226,13 +232,9 @@ fn run(bytes: &[u8], props: &Props) {
         }
     }
     drop(front);
-    let deadline = Instant::now() + PATIENCE;
-    while !thread.is_finished() {
-        if Instant::now() > deadline {
-            stopper.stop();
-            panic!("the session does not end although its front end has gone");
-        }
-        std::thread::yield_now();
+    if end.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+        stopper.stop();
+        panic!("the session does not end although its front end has gone");
     }
     thread.join().expect("a session does not panic").expect("one connection has nothing to fail");
 }

@@ -203,6 +203,8 @@ pub fn decode_record_into(
     let whole = body.checked(secret, header.check, bytes).map_err(RecordError::Damaged)?;
     judge_belonging(&header, expect).map_err(RecordError::Stale)?;
     judge_place(&header).map_err(RecordError::Damaged)?;
+    JUDGE.counter("sequence", header.sequence).map_err(RecordError::Damaged)?;
+    JUDGE.counter("epoch", header.epoch).map_err(RecordError::Damaged)?;
     let (start, end) = (geometry.data_start(), header.payload_end);
     let record_end = u64::from(header.offset) + header.padded_len() as u64;
     JUDGE.at_most("offset + len", geometry.data_end().into(), record_end).map_err(RecordError::Damaged)?;
@@ -227,8 +229,6 @@ fn judge_belonging(header: &RecordHeader, expect: &RecordExpect) -> Result<(), C
 #[inline]
 fn judge_place(header: &RecordHeader) -> Result<(), Corruption> {
     JUDGE.at_least("sequence", 1, header.sequence)?;
-    JUDGE.counter("sequence", header.sequence)?;
-    JUDGE.counter("epoch", header.epoch)?;
     JUDGE.multiple_of("offset", LOG_ALIGN.into(), header.offset.into())?;
     JUDGE.multiple_of("payload_end", SECTOR, header.payload_end.into())?;
     JUDGE.at_least("offset", header.payload_end.into(), header.offset.into())
@@ -529,6 +529,25 @@ mod tests {
     }
 
     #[test]
+    fn a_counter_that_could_wrap_is_written_once_and_never_believed() {
+        let end = COUNTER_MAX + 1;
+        let key = |version, epoch| [Key { version, epoch, ..keys()[0] }, keys()[1]];
+        for (field, header, keys) in [
+            ("sequence", RecordHeader { sequence: end, ..header() }, keys()),
+            ("epoch", RecordHeader { epoch: end, ..header() }, keys()),
+            ("version", header(), key(end, 1)),
+            ("epoch", header(), key(1, end)),
+        ] {
+            let mut out = Vec::new();
+            encode_record(&secret(), &header, &keys, &CHECKSUMS, &mut out);
+            match decode_record(&secret(), &geometry(), &out, &EXPECT) {
+                Err(RecordError::Damaged(error)) => assert_eq!(error.field, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
     fn the_encoder_refuses_what_the_decoder_would() {
         let refused = |header: RecordHeader, keys: &[Key], checksums: &[u32]| {
             let encode = || encode_record(&secret(), &header, keys, checksums, &mut Vec::new());
@@ -538,8 +557,6 @@ mod tests {
         refused(RecordHeader { offset: 255, ..header() }, &keys(), &CHECKSUMS);
         refused(RecordHeader { payload_end: 54 << 10, ..header() }, &keys(), &CHECKSUMS);
         refused(RecordHeader { payload_end: 45 << 10, ..header() }, &keys(), &CHECKSUMS);
-        refused(RecordHeader { epoch: COUNTER_MAX + 1, ..header() }, &keys(), &CHECKSUMS);
-        refused(header(), &[Key { version: COUNTER_MAX + 1, ..keys()[0] }, keys()[1]], &CHECKSUMS);
         refused(header(), &keys(), &CHECKSUMS[1..]);
         refused(header(), &[Key { sectors: 0, ..keys()[1] }], &[]);
         refused(header(), &[keys()[1]; RECORD_LEN_MAX / Key::SIZE], &[]);

@@ -11,6 +11,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 pub(super) use crate::pmem::guard::{Fault, copy_in, copy_out};
+use crate::sync::access;
 
 /// Reads a 16-bit index; what its writer stored before it is visible afterwards (acquire).
 ///
@@ -22,6 +23,7 @@ pub(super) use crate::pmem::guard::{Fault, copy_in, copy_out};
 #[expect(unsafe_code, reason = "touches guest memory")]
 pub(super) unsafe fn load_u16(src: *const u8) -> Result<u16, Fault> {
     let mut bytes = [0; 2];
+    access();
     // SAFETY: the caller vouches for `src`.
     unsafe { copy_in(src, &mut bytes) }?;
     fence(Ordering::Acquire);
@@ -38,6 +40,7 @@ pub(super) unsafe fn load_u16(src: *const u8) -> Result<u16, Fault> {
 #[expect(unsafe_code, reason = "touches guest memory")]
 pub(super) unsafe fn store_u16(dst: *mut u8, value: u16) -> Result<(), Fault> {
     fence(Ordering::Release);
+    access();
     // SAFETY: the caller vouches for `dst`.
     unsafe { copy_out(&value.to_le_bytes(), dst) }
 }

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sync;
+
 /// First and last length of a sleep of a queue without a kick descriptor.
 const NAP_MIN: Duration = Duration::from_micros(10);
 const NAP_MAX: Duration = Duration::from_millis(1);
@@ -107,12 +109,13 @@ impl Sleeper {
         if self.has_kick || woken_only {
             // Errors are EINTR; the loop looks again anyway.
             let limit_ms = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
-            drop(self.epoll.wait(limit_ms, &mut events));
+            sync::block(limit_ms, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
         } else if self.nap < NAP_MAX {
-            std::thread::sleep(self.nap);
+            sync::thread::sleep(self.nap);
             self.nap *= 2;
         } else {
-            drop(self.epoll.wait(NAP_MAX.as_millis() as i32, &mut events));
+            let nap = NAP_MAX.as_millis() as i32;
+            sync::block(nap, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
         }
         start.elapsed()
     }

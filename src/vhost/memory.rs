@@ -17,11 +17,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use super::copy::{self, Fault};
 use super::fds;
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::volume::{Buffer, GuestFault};
 
 /// Regions a device may have: what GET_MAX_MEM_SLOTS answers. QEMU's own limit for DIMMs and

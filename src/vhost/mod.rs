@@ -41,3 +41,5 @@ pub use server::{Endpoint, Options, Server, Stopper};
 
 #[cfg(test)]
 mod testing;
+#[cfg(all(test, feature = "weave"))]
+mod weave_tests;

@@ -7,11 +7,12 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::fds;
+use crate::sync::Mutex;
 
 /// Where to send notifications; nowhere until a descriptor is set. Replacing it takes effect at
 /// once: when `set` returns, the old descriptor is written no more.

@@ -18,8 +18,6 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -31,6 +29,9 @@ use super::memory::{GuestBuffer, HostRange, MemoryMap, SharedMemory};
 use super::notify::Notifier;
 use super::request::{Action, Parser};
 use super::ring::{Ring, RingError};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::hint;
+use crate::sync::thread::{self, JoinHandle};
 use crate::volume::{Buffer, Disk, DiskQueue, Done, Request, RequestKind, Status};
 use crate::wake::Waker;
 
@@ -133,7 +134,7 @@ pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>)
     let waker = Waker::new(event);
     let started_at = not_run(&start.ring);
     let name = format!("{}/q{}", start.name, start.index);
-    let thread = std::thread::Builder::new().name(name).spawn({
+    let thread = thread::Builder::new().name(name).spawn({
         let (stop, waker) = (Arc::clone(&stop), waker.clone());
         move || run(start, sleeper, &stop, waker)
     })?;
@@ -281,7 +282,7 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
                 continue;
             }
             if self.idle.keep_polling() {
-                std::hint::spin_loop();
+                hint::spin_loop();
                 continue;
             }
             if self.asked_for_notifications(sleeper.is_kicked()) {

@@ -32,20 +32,20 @@ mod parts;
 mod world;
 
 #[cfg(feature = "weave")]
-pub(super) use scheduled::{pause, weave};
+pub(crate) use scheduled::{pause, weave};
 #[cfg(not(feature = "weave"))]
-pub(super) use threaded::{pause, weave};
+pub(crate) use threaded::{pause, weave};
 
 /// Real threads: the orders, and what weak memory makes of them, are Miri's.
 #[cfg(not(feature = "weave"))]
 mod threaded {
     /// Runs `test` once: Miri runs the whole program under one seed after the other.
-    pub(in crate::cache) fn weave(_: u64, test: impl Fn() + Send + Sync + 'static) {
+    pub(crate) fn weave(_: u64, test: impl Fn() + Send + Sync + 'static) {
         test();
     }
 
     /// Another thread's turn, perhaps.
-    pub(in crate::cache) fn pause() {
+    pub(crate) fn pause() {
         std::thread::yield_now();
     }
 }
@@ -81,7 +81,7 @@ mod scheduled {
     }
 
     /// Runs `test` through `seeds` × [`RUNS_PER_SEED`] orders of its threads' steps.
-    pub(in crate::cache) fn weave(seeds: u64, test: impl Fn() + Send + Sync + 'static) {
+    pub(crate) fn weave(seeds: u64, test: impl Fn() + Send + Sync + 'static) {
         let test = Arc::new(test);
         let seeds = match number("PCACHE_WEAVE_SEED") {
             Some(seed) => seed..=seed,
@@ -108,7 +108,7 @@ mod scheduled {
     }
 
     /// Another thread's turn, perhaps. Not a yield: PCT takes that for a sign of waiting.
-    pub(in crate::cache) fn pause() {
+    pub(crate) fn pause() {
         let point = crate::sync::atomic::AtomicBool::new(false);
         point.store(true, Ordering::SeqCst);
     }

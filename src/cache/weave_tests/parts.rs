@@ -153,7 +153,7 @@ fn the_words_last_taken_say_everything_that_was_marked() {
 fn overlapping_batches_are_published_one_after_the_other_whatever_order_they_name_ranges_in() {
     const REGION: u64 = 2048;
     weave(40, || {
-        let stripes = Arc::new(Stripes::new());
+        let stripes = Arc::new(Stripes::new(1 << 24));
         let holders: Arc<Vec<Mutex<Option<u64>>>> = Arc::new((0..3).map(|_| Mutex::new(None)).collect());
         let batches = [[0u64, 1], [1, 0], [2, 1]];
         let threads: Vec<_> = (0u64..)
@@ -190,7 +190,7 @@ fn a_fill_that_is_whole_shows_what_the_disk_shows() {
     /// A disk write is under way.
     const TORN: u64 = u64::MAX;
     weave(60, || {
-        let stripes = Arc::new(Stripes::new());
+        let stripes = Arc::new(Stripes::new(1 << 24));
         let disk = Arc::new(AtomicU64::new(0));
         let fills = (0..2).map(|_| {
             let (stripes, disk) = (stripes.clone(), disk.clone());
@@ -239,7 +239,7 @@ fn a_fill_that_is_whole_shows_what_the_disk_shows() {
 fn a_commit_and_a_miss_of_the_same_range_notice_each_other() {
     const RANGE: SectorRange = SectorRange { start: 16, len: 8 };
     weave(60, || {
-        let stripes = Arc::new(Stripes::new());
+        let stripes = Arc::new(Stripes::new(1 << 24));
         let committed = Arc::new(AtomicU64::new(0));
         let miss = {
             let (stripes, committed) = (stripes.clone(), committed.clone());

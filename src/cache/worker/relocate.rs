@@ -94,7 +94,8 @@ pub(super) struct Relocator<E: Env> {
     draft: Draft,
     stripes: Vec<u16>,
     bytes: Vec<u8>,
-    /// Dirty segments that could not be emptied, and with what generation and tail.
+    /// Dirty segments that could not be emptied, or were filled here, and with what generation and
+    /// tail.
     left_alone: HashMap<u32, (u64, u64)>,
 }
 
@@ -414,9 +415,14 @@ impl<E: Env> Relocator<E> {
         Ok(())
     }
 
-    /// Ends the target; the housekeeper seals it.
+    /// Ends the target; the housekeeper seals it. What it holds is not moved once more before the
+    /// disk has taken something: two that do not fit together would be copied for ever.
     fn close(&mut self) {
         if let Some(mut target) = self.target.take() {
+            if let Some(open) = &target.stream.open {
+                let tail = target.volume.tail.load(Ordering::SeqCst);
+                self.left_alone.insert(open.id, (open.generation, tail));
+            }
             self.cache.close_segment(&mut target.stream);
         }
     }

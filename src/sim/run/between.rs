@@ -218,7 +218,10 @@ impl Run {
             if !is_there {
                 self.oracles[volume] = Oracle::new(&image.disks[volume].values());
             }
-            let judged = self.judge(image, host || dies, &mut rng);
+            // Whose volume it is, is not durable while only the daemon is dead: a host that dies before
+            // recovery has made it so may still bring the old one back.
+            let depth = if dies { 2 } else { 0 };
+            let judged = self.judge(image, host || dies, depth, &mut rng);
             self.oracles[volume] = old;
             self.stats.delete_images += 1;
             judged.map_err(|e| {

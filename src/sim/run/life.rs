@@ -95,15 +95,17 @@ impl Run {
         Ok(())
     }
 
+    /// Judges an image and, up to `depth` deep, what crashes inside and after its recovery leave.
     pub(super) fn judge(
         &mut self,
         image: Snapshot,
         host: bool,
+        depth: u32,
         rng: &mut Rng,
     ) -> Result<Option<Recovered>, String> {
         let Self { oracles, styles, stats, scenario, world, .. } = self;
         let at = Instant::new(oracles, styles, scenario.queues);
-        match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
+        match (Judge { at: &at, host, depth }).image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
             Err(error) if world.with(|w| w.faults.sync_failed) && is_refusal(&error) => Ok(None),
@@ -141,7 +143,7 @@ impl Run {
         let Left { image, host, .. } = left;
         let unanswered = std::mem::take(&mut self.under_way);
         let counted = self.stats;
-        let recovered = self.judge(image, host, &mut rng);
+        let recovered = self.judge(image, host, 2, &mut rng);
         // It may be one that was judged at this instant already.
         self.stats = counted;
         let Some(recovered) = recovered? else { return Ok(()) };
