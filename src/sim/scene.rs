@@ -84,7 +84,12 @@ impl Scene {
             }
             self.machine.sync();
         }
-        panic!("{kind:?} of sector {sector} never ends");
+        let volume = &self.machine.served[0].volume;
+        panic!(
+            "{kind:?} of sector {sector} never ends: {:?}, {:?}",
+            self.machine.cache.space(),
+            volume.counters()
+        );
     }
 
     /// Writes `count` sectors as write `value`.

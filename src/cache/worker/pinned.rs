@@ -51,7 +51,7 @@ impl<E: Env> Relocator<E> {
             Err(Stop::NoRoom) => {}
             Err(_) => {
                 let generation = segment.generation.load(Ordering::Relaxed);
-                self.left_alone.insert(id, (generation, tail));
+                self.left_alone.insert(id, (generation, tail, 0));
             }
         }
         is_empty

@@ -86,9 +86,9 @@ pub(super) struct Relocator<E: Env> {
     draft: Draft,
     stripes: Vec<u16>,
     bytes: Vec<u8>,
-    /// Dirty segments that could not be emptied, or were filled here, and with what generation and
-    /// tail.
-    pub(super) left_alone: HashMap<u32, (u64, u64)>,
+    /// Dirty segments that could not be emptied, or were filled here: with what generation and tail,
+    /// and with how many live sectors they are worth another look.
+    pub(super) left_alone: HashMap<u32, (u64, u64, u32)>,
 }
 
 impl<E: Env> Relocator<E> {
@@ -163,10 +163,17 @@ impl<E: Env> Relocator<E> {
         _ = self.copy(&volume, id, u64::MAX, PATIENCE, &mut pieces, &mut Moves::default());
     }
 
-    /// Whether a dirty segment has been tried in vain, and nothing has changed since.
+    /// Whether a dirty segment has been tried in vain, too little has changed since, and what is left
+    /// of it would not even find room in the present target.
     pub fn is_left_alone(&self, id: u32, tail: u64) -> bool {
-        let generation = self.cache.segments[id as usize].generation.load(Ordering::Relaxed);
-        self.left_alone.get(&id) == Some(&(generation, tail))
+        let segment = &self.cache.segments[id as usize];
+        let generation = segment.generation.load(Ordering::Relaxed);
+        let live = segment.live.load(Ordering::Relaxed);
+        let Some(&(known, at, enough)) = self.left_alone.get(&id) else { return false };
+        let open = self.target.as_ref().and_then(|t| t.stream.open.as_ref());
+        let room = open.map_or(0, |open| (open.log_low - open.payload_end) / 512);
+        let fits = enough > 0 && live + live / 4 + 8 <= room;
+        known == generation && at == tail && live > enough && !fits
     }
 
     /// A segment's volume and keys, if both can be trusted.
@@ -253,13 +260,15 @@ impl<E: Env> Relocator<E> {
         Ok(())
     }
 
-    /// Ends the target; the housekeeper seals it. What it holds is not moved once more before the
-    /// disk has taken something: two that do not fit together would be copied for ever.
+    /// Ends the target; the housekeeper seals it. What it holds is not moved once more before half of
+    /// it has died or the disk has taken something: two that do not fit together would be copied for
+    /// ever.
     fn close(&mut self) {
         if let Some(mut target) = self.target.take() {
             if let Some(open) = &target.stream.open {
                 let tail = target.volume.tail.load(Ordering::SeqCst);
-                self.left_alone.insert(open.id, (open.generation, tail));
+                let live = self.cache.segments[open.id as usize].live.load(Ordering::Relaxed);
+                self.left_alone.insert(open.id, (open.generation, tail, live / 2));
             }
             self.cache.close_segment(&mut target.stream);
         }
