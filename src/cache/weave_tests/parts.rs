@@ -349,7 +349,7 @@ fn a_ticket_that_is_reached_covers_all_that_was_stored_before_it_and_wakes_its_o
     for fails in [0, 1, 2] {
         weave(30, move || {
             let pmem = Arc::new(Ledger { fails, ..Ledger::default() });
-            let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+            let syncer = Arc::new(Syncer::new(MediaClass::PageCache));
             let (s, p) = (syncer.clone(), pmem.clone());
             let runner = thread::spawn(move || s.run(&*p));
             let waiters = (0..2).map(|_| {
@@ -399,7 +399,7 @@ fn a_ticket_that_is_reached_covers_all_that_was_stored_before_it_and_wakes_its_o
 fn who_waits_for_a_sync_outlives_the_syncing_thread() {
     weave(40, || {
         let pmem = Arc::new(Ledger::default());
-        let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+        let syncer = Arc::new(Syncer::new(MediaClass::PageCache));
         let (s, p) = (syncer.clone(), pmem.clone());
         let runner = thread::spawn(move || s.run(&*p));
         let waiters: Vec<_> = (0..2)
