@@ -360,7 +360,8 @@ impl<E: Env> Volume<E> {
                 let all = u128::from(r.todo + r.ending);
                 let part = |bytes: u64| (u128::from(bytes) * u128::from(r.done) / all) as u64;
                 settling = part(r.settles);
-                evenly = part(r.room.min(r.settles - r.settles / 8)) as i64 - taken.saturating_sub(r.taken) as i64;
+                evenly =
+                    part(r.room.min(r.settles - r.settles / 8)) as i64 - taken.saturating_sub(r.taken) as i64;
             }
             let level = self.limit(room) as i64 - unsettled.saturating_sub(settling) as i64;
             // Without a disk that takes anything there is nothing to keep pace with.

@@ -1,5 +1,5 @@
-//! Where a volume's dirty records lie, for ordered write-back: segments filed under the epoch of the
-//! next record that was not written back.
+//! What a round of write-back takes, and where it goes on. For ordered write-back segments are filed
+//! under the epoch of the next record that was not written back.
 //!
 //! Invariants:
 //! - a segment with such a record is filed once, under that record's epoch; an open one without is
@@ -10,12 +10,15 @@
 use std::sync::atomic::Ordering;
 
 use super::super::env::Env;
+use super::super::index::{Extent, ExtentMap};
 use super::super::plan::{Consumed, Plan};
 use super::super::scan::WalkError;
 use super::super::segments::State;
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, DirtySegments};
 use super::Writeback;
+use super::writeback::{Round, cut};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind, SegmentHeader};
 
 impl<E: Env> Writeback<E> {
@@ -83,6 +86,68 @@ impl<E: Env> Writeback<E> {
                 Ok((Cursor::Log(cursor), next))
             }
         }
+    }
+
+    pub(super) fn gather_relaxed(&mut self) -> Result<Option<Round>, WalkError> {
+        let core = &self.volume.core;
+        core.raise_epoch();
+        let epoch = core.closed_epoch();
+        if epoch <= core.tail.load(Ordering::SeqCst) {
+            return Ok(None);
+        }
+        self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
+        let mut round = Round::empty(epoch);
+        round.sweep = Some(0);
+        Ok(Some(round))
+    }
+
+    pub(super) fn gather_strict(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
+        let core = self.volume.core.clone();
+        let mut dirty = lock(&core.dirty);
+        let mut is_raised = false;
+        let epoch = loop {
+            // Before the look: what is committed after it belongs to an epoch above this one.
+            let closed = core.closed_epoch();
+            match self.lowest_epoch(&mut dirty)? {
+                Some(epoch) if epoch <= closed => break epoch,
+                // Nothing is dirty below: the tail may follow the closed epochs.
+                None if closed > core.tail.load(Ordering::SeqCst) => {
+                    return Ok(Some(Round::empty(closed)));
+                }
+                _ if is_raised => return Ok(None),
+                _ => core.raise_epoch(),
+            }
+            is_raised = true;
+        };
+        let mut keys = Vec::new();
+        for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
+            let upto = epoch + u64::from(mutated(Mutant::NextEpochAlong));
+            let (cursor, next) = self.consume(*id, cursor.clone(), upto, &mut keys)?;
+            let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
+            plan.cursors.push(Consumed { id: *id, generation, cursor, next });
+        }
+        drop(dirty);
+        tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
+        // Two copies have one version if a crash came between relocation and the end of its source:
+        // the segment decides, as it does in recovery.
+        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (k.version, *id));
+        if_mutated(Mutant::OldestOfEpochWritten, || keys.reverse());
+        if_mutated(Mutant::ZerosNotWrittenBack, || keys.retain(|(k, _)| k.kind.has_payload()));
+        let mut newest = ExtentMap::new();
+        let mut replaced = Vec::new();
+        for (key, id) in &keys {
+            replaced.clear();
+            let place = self.volume.cache.media.place(*id, key, true);
+            newest.insert(Extent { range: key.range(), place }, &mut replaced);
+        }
+        newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
+        if_mutated(Mutant::WritesOverlap, || plan.todo.extend(plan.todo.clone()));
+        let bytes = |len: u64| len * 512;
+        let write = plan.todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
+        let payload: u64 =
+            keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
+        self.volume.begin_pace(write, Some(payload + payload / 16));
+        Ok(Some(Round::empty(epoch)))
     }
 
     /// Files the segments a round has consumed from.

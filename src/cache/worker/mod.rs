@@ -5,6 +5,7 @@
 
 mod dirty;
 mod housekeeper;
+mod pieces;
 mod relocate;
 mod retry;
 mod victims;

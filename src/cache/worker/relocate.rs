@@ -40,6 +40,7 @@ use super::super::stream::{Stamp, Stream};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, Order, VolumeCore};
 use super::housekeeper::life;
+use super::pieces::{cut, runs};
 use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
 use crate::pmem::Pmem;
@@ -595,24 +596,6 @@ fn keep(draft: &mut Draft, sources: Vec<u32>, test: impl Fn(&Key, u32) -> bool) 
     let mut verdict = verdicts.iter();
     draft.keys.retain(|_| *verdict.next().expect("one each"));
     sources.into_iter().zip(&verdicts).filter(|(_, good)| **good).map(|(source, _)| source).collect()
-}
-
-/// The part of a key that says `range`.
-fn cut(key: &Key, range: SectorRange) -> Key {
-    let payload = key.payload + (range.start - key.first) as u32;
-    Key { first: range.start, sectors: range.len as u32, payload, ..*key }
-}
-
-/// The parts of a key with payload whose payload sectors pass the test.
-fn runs(key: Key, test: impl Fn(u32) -> bool) -> Vec<Key> {
-    let mut runs: Vec<Key> = Vec::new();
-    for i in (0..key.sectors).filter(|i| test(key.payload + i)) {
-        match runs.last_mut() {
-            Some(run) if run.payload + run.sectors == key.payload + i => run.sectors += 1,
-            _ => runs.push(cut(&key, SectorRange::new(key.first + u64::from(i), 1))),
-        }
-    }
-    runs
 }
 
 fn note_damage(volume: &VolumeCore, piece: &Key, error: &HitError) {

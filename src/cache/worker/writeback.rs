@@ -43,17 +43,15 @@ use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Failure;
-use super::super::index::{Extent, ExtentMap};
-use super::super::plan::{Consumed, Plan};
-use super::super::scan::WalkError;
+use super::super::index::Extent;
+use super::super::plan::Plan;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
 use super::super::volume::{Order, Volume};
 use super::Progress;
 use super::retry::delay_ms;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
-use crate::mutant::{Mutant, if_mutated, mutated};
-use crate::onmedia::Key;
+use crate::mutant::{Mutant, mutated};
 use crate::sync::thread;
 use crate::units::SectorRange;
 use crate::wake::Waker;
@@ -83,11 +81,11 @@ enum Phase {
 
 /// One round.
 #[derive(Default)]
-struct Round {
+pub(super) struct Round {
     /// The tail if it succeeds.
-    epoch: u64,
+    pub epoch: u64,
     /// Where a relaxed sweep goes on; `None` when all is in the plan.
-    sweep: Option<u64>,
+    pub sweep: Option<u64>,
     damage: Damage,
 }
 
@@ -248,66 +246,6 @@ impl<E: Env> Writeback<E> {
     /// counts is the last time that anything ended.
     fn note_owed(&self) {
         self.volume.core.facts.writeback.set(self.is_owed().then(|| self.volume.cache.clock.now_ms()));
-    }
-
-    fn gather_relaxed(&mut self) -> Result<Option<Round>, WalkError> {
-        let core = &self.volume.core;
-        core.raise_epoch();
-        let epoch = core.closed_epoch();
-        if epoch <= core.tail.load(Ordering::SeqCst) {
-            return Ok(None);
-        }
-        self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
-        Ok(Some(Round { sweep: Some(0), ..Round::empty(epoch) }))
-    }
-
-    fn gather_strict(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
-        let core = self.volume.core.clone();
-        let mut dirty = lock(&core.dirty);
-        let mut is_raised = false;
-        let epoch = loop {
-            // Before the look: what is committed after it belongs to an epoch above this one.
-            let closed = core.closed_epoch();
-            match self.lowest_epoch(&mut dirty)? {
-                Some(epoch) if epoch <= closed => break epoch,
-                // Nothing is dirty below: the tail may follow the closed epochs.
-                None if closed > core.tail.load(Ordering::SeqCst) => {
-                    return Ok(Some(Round::empty(closed)));
-                }
-                _ if is_raised => return Ok(None),
-                _ => core.raise_epoch(),
-            }
-            is_raised = true;
-        };
-        let mut keys = Vec::new();
-        for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
-            let upto = epoch + u64::from(mutated(Mutant::NextEpochAlong));
-            let (cursor, next) = self.consume(*id, cursor.clone(), upto, &mut keys)?;
-            let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
-            plan.cursors.push(Consumed { id: *id, generation, cursor, next });
-        }
-        drop(dirty);
-        tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
-        // Two copies have one version if a crash came between relocation and the end of its source:
-        // the segment decides, as it does in recovery.
-        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (k.version, *id));
-        if_mutated(Mutant::OldestOfEpochWritten, || keys.reverse());
-        if_mutated(Mutant::ZerosNotWrittenBack, || keys.retain(|(k, _)| k.kind.has_payload()));
-        let mut newest = ExtentMap::new();
-        let mut replaced = Vec::new();
-        for (key, id) in &keys {
-            replaced.clear();
-            let place = self.volume.cache.media.place(*id, key, true);
-            newest.insert(Extent { range: key.range(), place }, &mut replaced);
-        }
-        newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
-        if_mutated(Mutant::WritesOverlap, || plan.todo.extend(plan.todo.clone()));
-        let bytes = |len: u64| len * 512;
-        let write = plan.todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
-        let payload: u64 =
-            keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
-        self.volume.begin_pace(write, Some(payload + payload / 16));
-        Ok(Some(Round::empty(epoch)))
     }
 
     /// Makes durable what is about to be written: were the disk to have it and the cache to lose it,
@@ -567,7 +505,7 @@ impl<E: Env> Writeback<E> {
 }
 
 /// Appends an extent in pieces that one operation can take.
-fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
+pub(super) fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
     let longest = if extent.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
     let mut start = extent.range.start;
     while start < extent.range.end() {
@@ -578,7 +516,7 @@ fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
 }
 
 impl Round {
-    fn empty(epoch: u64) -> Self {
+    pub(super) fn empty(epoch: u64) -> Self {
         Self { epoch, ..Self::default() }
     }
 }

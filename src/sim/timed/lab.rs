@@ -144,7 +144,7 @@ impl Lab {
     pub fn new(setup: &Setup) -> Lab {
         let clock = VirtualClock::default();
         let disk = TimedDisk::new(&clock, setup.model, setup.sectors);
-        let geometry = Geometry::custom(16 << 10, setup.segment_size.into(), setup.segments, 1);
+        let geometry = Geometry::custom(16 << 10, setup.segment_size, setup.segments, 1);
         let geometry = geometry.expect("the geometry is within its bounds");
         let memory = Arc::new(PlainMemory(Mutex::new(vec![0; geometry.device_size as usize])));
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
@@ -171,7 +171,7 @@ impl Lab {
         let face = VolumeDisk(volume.clone());
         face.set_write_cache(true);
         let queue = face.open_queue(0, Waker::default()).expect("nobody has it");
-        let stepper = Stepper::new(&cache, &[volume.clone()]);
+        let stepper = Stepper::new(&cache, std::slice::from_ref(&volume));
         Lab { clock, disk, volume, queue, stepper, value: 0, expected: HashMap::new() }
     }
 
