@@ -249,7 +249,9 @@ impl DiskState {
             if let Some(version) = kept {
                 self.durable[sector as usize] = version.value;
             }
-            hash = (hash ^ self.durable[sector as usize]).wrapping_mul(0x100_0000_01b3).rotate_left(7);
+            hash = (hash ^ self.durable[sector as usize] ^ sector << 40)
+                .wrapping_mul(0x100_0000_01b3)
+                .rotate_left(7);
         }
         hash
     }

@@ -43,6 +43,11 @@ pub struct Scenario {
 }
 
 impl Scenario {
+    /// Sizes of volumes in sectors.
+    pub(super) fn sizes(is_large: bool) -> &'static [u64] {
+        if is_large { &[512, 900, 2304] } else { &[40, 64, 96, 136, 200] }
+    }
+
     /// The scenario of a seed.
     pub fn from_seed(seed: u64) -> Scenario {
         let mut rng = Rng::new(seed);
@@ -68,7 +73,7 @@ impl Scenario {
             geometry: geometry.expect("within the bounds of a geometry"),
             volumes,
             queues: rng.between(1, 3) as u16,
-            sectors: if is_large { rng.pick(&[512, 900, 2304]) } else { rng.pick(&[40, 64, 96, 136, 200]) },
+            sectors: rng.pick(Self::sizes(is_large)),
             styles,
             changes_style: !simple && rng.chance(2, 3),
             has_faults: rng.chance(1, 4),

@@ -8,6 +8,11 @@ const TABLE: &str = include_str!("../../src/sim/MUTANTS.md");
 const CHECKS: &[(&str, &str)] = &[
     ("panic: ", "an assertion"),
     ("audit: ", "the audit of the books"),
+    ("the index points at", "the audit of the books"),
+    ("is pointed at twice", "the audit of the books"),
+    ("neither pointed at nor dead", "the audit of the books"),
+    (", below the tail", "the audit of the books"),
+    ("calls itself clean", "the audit of the books"),
     ("was attached to", "a disk that was to be refused"),
     ("nothing is told", "silent loss"),
     ("cache lost", "the disk alone"),

@@ -96,9 +96,7 @@ impl<E: Env> Writeback<E> {
             return Ok(None);
         }
         self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
-        let mut round = Round::empty(epoch);
-        round.sweep = Some(0);
-        Ok(Some(round))
+        Ok(Some(Round::sweeping(epoch)))
     }
 
     pub(super) fn gather_strict(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {

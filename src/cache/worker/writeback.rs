@@ -85,7 +85,7 @@ pub(super) struct Round {
     /// The tail if it succeeds.
     pub epoch: u64,
     /// Where a relaxed sweep goes on; `None` when all is in the plan.
-    pub sweep: Option<u64>,
+    sweep: Option<u64>,
     damage: Damage,
 }
 
@@ -516,6 +516,12 @@ pub(super) fn cut(extent: Extent, todo: &mut VecDeque<Extent>) {
 }
 
 impl Round {
+    /// A round that sweeps the index.
+    pub(super) fn sweeping(epoch: u64) -> Self {
+        Self { sweep: Some(0), ..Self::empty(epoch) }
+    }
+
+    /// A round whose plan says it all.
     pub(super) fn empty(epoch: u64) -> Self {
         Self { epoch, ..Self::default() }
     }

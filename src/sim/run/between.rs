@@ -9,6 +9,7 @@
 //!   nothing shows in the one made in its slot, at any instant: whoever crashes inside the delete
 //!   finds the old volume whole, or none.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::super::check::{disk_survival, survival};
@@ -16,6 +17,7 @@ use super::super::disk::DiskState;
 use super::super::machine::Machine;
 use super::super::memory::SimPmem;
 use super::super::oracle::Oracle;
+use super::super::scenario::Scenario;
 use super::super::world::{SimClock, SimEnv, Snapshot, World};
 use super::Run;
 use crate::cache::{Cache, DeleteError};
@@ -161,7 +163,7 @@ impl Run {
         }
         left.image = world.photograph("a delete").daemon_crash(&mut self.rng);
         left.in_order = false;
-        let sectors = self.rng.pick(&[64, 200, 512, 900, 2304]);
+        let sectors = self.rng.pick(Scenario::sizes(self.scenario.is_large));
         let disk = self.fresh_disk(sectors);
         self.oracles[volume] = Oracle::new(disk.durable_values());
         left.image.disks[volume] = disk;
@@ -202,15 +204,21 @@ impl Run {
     fn crash_inside_delete(&mut self, snapshot: &Snapshot, host: bool, volume: usize) -> Result<(), String> {
         // Dice of its own: whether this is judged must not matter to the run.
         let mut dice = self.rng.fork();
+        let mut seen = BTreeSet::new();
         for _ in 0..if self.plan.judges(self.step) { 3 } else { 0 } {
             let mut rng = dice.fork();
             let dies = rng.chance(2, 3);
-            let image = if dies {
+            let (image, hash) = if dies {
                 let how = survival(snapshot.memory.pending_lines(), &mut rng);
-                snapshot.host_crash(&how, disk_survival(&mut rng), &mut rng).0
+                let (image, hash) = snapshot.host_crash(&how, disk_survival(&mut rng), &mut rng);
+                (image, Some(hash))
             } else {
-                snapshot.daemon_crash(&mut rng)
+                (snapshot.daemon_crash(&mut rng), None)
             };
+            if !seen.insert(hash) {
+                self.stats.equal_images += 1;
+                continue;
+            }
             let (cache, report) = open_cache(&World::new(image.clone(), 1))?;
             let is_there = cache.descriptor(&name_of(volume)).is_some();
             drop(cache);

@@ -38,6 +38,8 @@ use crate::volume::{Done, Request, RequestKind, Status};
 
 /// Most photographs of one step.
 const CUTS_MAX: usize = 24;
+/// Steps after which the models are pruned.
+const PRUNE_STEPS: u64 = 16;
 /// Requests under way per queue.
 const UNDER_WAY_MAX: usize = 24;
 
@@ -229,6 +231,9 @@ impl Run {
             w.cuts.rng = self.rng.fork();
         });
         self.trouble();
+        if self.step.is_multiple_of(PRUNE_STEPS) {
+            self.prune();
+        }
         self.act()?;
         let cuts = self.world.take_cuts();
         let mut death = cuts.last().filter(|_| self.rng.chance(1, 6)).map(|(_, snapshot)| snapshot);
@@ -253,6 +258,16 @@ impl Run {
             self.crash_at(&Snapshot { what: "anything after an acknowledgement", ..quiet })?;
         }
         Ok(())
+    }
+
+    /// Lets the models forget what can matter no more: what they remember costs every image.
+    fn prune(&mut self) {
+        let Self { oracles, world, under_way, .. } = self;
+        for (volume, oracle) in oracles.iter_mut().enumerate() {
+            let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
+            let since = reads.map(|(_, u)| u.began).min().unwrap_or(u64::MAX);
+            oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));
+        }
     }
 
     fn act(&mut self) -> Result<(), String> {
@@ -287,14 +302,7 @@ impl Run {
                 let machine = self.machine.as_ref().expect("between two lives nothing steps");
                 books::audit(machine, with_records, &mut self.stats)?;
             }
-            990..998 => {
-                let Self { oracles, world, under_way, .. } = self;
-                for (volume, oracle) in oracles.iter_mut().enumerate() {
-                    let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
-                    let since = reads.map(|(_, u)| u.began).min().unwrap_or(u64::MAX);
-                    oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));
-                }
-            }
+            990..998 => self.prune(),
             _ if self.rng.chance(1, 4) && !self.world.with(|w| w.faults.sync_failed) => {
                 let drain = self.rng.chance(1, 2);
                 self.end_in_order(drain)?;
