@@ -363,7 +363,7 @@ fn damage_to_the_newest_copy_of_the_tail_sets_nothing_back() {
                 rounds += 1;
                 scene.write(100 + rounds % 20 * 16, 16, 1000 + rounds);
                 scene.drain();
-                (0..8).for_each(|_| scene.machine.step_all());
+                (0..20).for_each(|_| scene.machine.step_all());
                 assert!(rounds < 500, "nothing is ever reclaimed");
             }
             let geometry = Geometry::custom(16 << 10, 64 << 10, 12, 1).expect("a scene's");
