@@ -13,6 +13,8 @@ mod damage;
 mod lost;
 #[path = "crash/regressions.rs"]
 mod regressions;
+#[path = "crash/shares.rs"]
+mod shares;
 #[path = "crash/relocation.rs"]
 mod relocation;
 #[path = "crash/unsynced.rs"]
