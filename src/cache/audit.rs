@@ -7,8 +7,8 @@
 //!
 //! What holds at such a moment:
 //! 1. every segment is free, used or bad; the free list has exactly the free ones, once each;
-//! 2. an open segment is some stream's of its owner, and of one only; a sealed one is on the list of
-//!    victims, once;
+//! 2. an open segment is some stream's of its owner, and of one only; reclaim's target and the one in
+//!    reserve for it are nobody else's; a sealed one is on the list of victims, once;
 //! 3. the index points into used segments of its own volume, into their payload, at nothing dead,
 //!    and `live` counts exactly that;
 //! 4. a payload sector that a record names and the index does not point at is dead (law 4);
@@ -69,6 +69,10 @@ impl<E: Env> Cache<E> {
                 self.audit_records(id, &volume, sectors)?;
             }
         }
+        let withheld = self.segments.iter().filter(|s| s.state() == State::Target).count();
+        if withheld > 2 {
+            return Err(format!("reclaim withholds {withheld} segments"));
+        }
         let is_in_hand = |s: &&Segment| matches!(s.state(), State::Full | State::Reclaiming);
         Ok(Audit { space, in_hand: self.segments.iter().filter(is_in_hand).count() })
     }
@@ -103,7 +107,7 @@ impl<E: Env> Cache<E> {
             let expected = match segment.state() {
                 State::Free | State::Open | State::Sealed => 1,
                 // In the hands of the housekeeper, or in nobody's.
-                State::Full | State::Reclaiming | State::Bad => 0,
+                State::Full | State::Reclaiming | State::Target | State::Bad => 0,
             };
             if homes != expected {
                 return Err(format!("segment {id}, {:?}, is on {homes} lists", segment.state()));

@@ -28,6 +28,8 @@ pub(crate) enum State {
     Sealed = 3,
     /// Being reclaimed.
     Reclaiming = 4,
+    /// Reclaim's own: it appends what it relocates, or holds it in reserve for that.
+    Target = 6,
     /// Its header cannot be trusted or written; never used again.
     Bad = 5,
 }
@@ -40,6 +42,7 @@ impl State {
             2 => State::Full,
             3 => State::Sealed,
             4 => State::Reclaiming,
+            6 => State::Target,
             _ => State::Bad,
         }
     }

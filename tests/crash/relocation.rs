@@ -5,21 +5,13 @@ use pcache_vhost::cache::worker::Progress;
 use pcache_vhost::cache::{Counters, Mode, Order};
 use pcache_vhost::pmem::MediaClass::{self, AssumeDax, PageCache};
 use pcache_vhost::sim::{DiskSurvival, Faults, Rng, Scene, SimBuffer, Snapshot, Style, Survival};
-use pcache_vhost::volume::RequestKind;
+use pcache_vhost::volume::{Request, RequestKind, Status};
 
 const CLASSES: [MediaClass; 2] = [AssumeDax, PageCache];
 /// A disk that takes nothing.
-const BROKEN: Faults = Faults {
-    read: 0,
-    write: 10_000,
-    flush: 10_000,
-    sync: 0,
-    sync_failed: false,
-    away: 0,
-    hung: 0,
-    is_uneven: false,
-    lossy: 0,
-};
+fn broken() -> Faults {
+    Faults { write: 10_000, flush: 10_000, ..Faults::default() }
+}
 
 fn style(order: Order) -> Style {
     Style { mode: Mode::Writeback, order, write_cache: true, pass_discard: false }
@@ -92,7 +84,7 @@ fn what_guests_read_outlives_reclaim_and_dropping_first_in_first_out_loses_it() 
 /// Fills a cache far beyond its size with overwritten blocks, each segment pinned by one that is not.
 fn pinned(class: MediaClass, order: Order, writes: u64) -> Scene {
     let mut scene = Scene::sized(class, style(order), 16, 1024);
-    break_disk(&scene, BROKEN);
+    break_disk(&scene, broken());
     for i in 0..writes {
         write(&mut scene, pinned_block(i), 10_000 + i);
     }
@@ -112,20 +104,19 @@ fn last_value(block: u64, writes: u64) -> u64 {
 
 #[test]
 fn dirty_remains_of_dead_segments_do_not_pin_them_while_the_disk_is_down() {
-    for (class, order) in CLASSES.into_iter().flat_map(|c| [(c, Order::Relaxed), (c, Order::Strict)]) {
-        // Ten times what the cache holds; in strict order all of it is of the epoch the disk refused
-        // and the one after it.
+    for class in CLASSES {
+        // Ten times what the cache holds.
         let writes = 2000;
-        let mut scene = pinned(class, order, writes);
+        let mut scene = pinned(class, Order::Relaxed, writes);
         let after = counters(&scene);
-        assert!(after.relocated_dirty_sectors > 0 && after.reclaimed > 100, "{class} {order}: {after:?}");
-        assert_eq!(after.written_back_sectors, 0, "{class} {order}");
+        assert!(after.relocated_dirty_sectors > 0 && after.reclaimed > 100, "{class}: {after:?}");
+        assert_eq!(after.written_back_sectors, 0, "{class}");
         scene.flush();
         let blocks: Vec<u64> = (1..11).chain(64..88).collect();
         for crash in 0..3 {
             for &block in &blocks {
                 let read = scene.read(block * 8 + block % 8);
-                assert_eq!(read, last_value(block, writes), "{class} {order} crash {crash} block {block}");
+                assert_eq!(read, last_value(block, writes), "{class} crash {crash} block {block}");
             }
             match crash {
                 0 => scene.daemon_crash(),
@@ -135,7 +126,7 @@ fn dirty_remains_of_dead_segments_do_not_pin_them_while_the_disk_is_down() {
         }
         scene.drain();
         for block in blocks {
-            assert_eq!(scene.on_disk(block * 8), last_value(block, writes), "{class} {order} block {block}");
+            assert_eq!(scene.on_disk(block * 8), last_value(block, writes), "{class} block {block}");
         }
     }
 }
@@ -144,7 +135,7 @@ fn dirty_remains_of_dead_segments_do_not_pin_them_while_the_disk_is_down() {
 fn in_strict_order_a_segment_with_superseded_versions_of_older_epochs_is_left_alone() {
     for class in CLASSES {
         let mut scene = Scene::sized(class, style(Order::Strict), 16, 1024);
-        break_disk(&scene, BROKEN);
+        break_disk(&scene, broken());
         let mut tags = Vec::new();
         for i in 0..400 {
             let block = i % 7;
@@ -186,56 +177,36 @@ fn in_strict_order_a_segment_with_superseded_versions_of_older_epochs_is_left_al
 
 #[test]
 fn a_round_that_waits_for_the_disk_finds_what_was_relocated_meanwhile() {
-    for (class, order) in CLASSES.into_iter().flat_map(|c| [(c, Order::Relaxed), (c, Order::Strict)]) {
-        let mut scene = Scene::sized(class, style(order), 64, 4096);
-        // Cold blocks far apart, so that each is an operation of its own, and many more than a round
-        // has under way; between them blocks that are overwritten at once.
+    for class in CLASSES {
+        let mut scene = Scene::sized(class, style(Order::Relaxed), 64, 4096);
+        // Cold blocks far apart, so that each is an operation of its own, and more than a round has
+        // under way; between them two that are overwritten.
         let cold = |i: u64| 64 + 3 * i;
-        for i in 0..60 {
-            write_only(&mut scene, cold(i), 10_000 + i);
-            for hot in 0..10 {
-                write_only(&mut scene, hot, 20_000 + i * 10 + hot);
+        for i in 0..42 {
+            for (block, value) in [(i % 2, 20_000 + i), (cold(i), 10_000 + i)] {
+                let data = SimBuffer::of_write(0, block * 8, 8, value);
+                assert_eq!(scene.request(RequestKind::Write, block * 8, data).0, Status::Ok);
+                keep_house(&mut scene);
             }
         }
         scene.flush();
+        break_disk(&scene, Faults { hung: 1, ..Faults::default() });
+        // The sources are freed and written over while the disk does not answer.
+        for i in 0..760 {
+            let block = if i % 3 == 0 { 200 + i / 3 % 180 } else { 500 + i % 10 };
+            write(&mut scene, block, 30_000 + i);
+        }
+        let waiting = counters(&scene);
+        assert!((30..40).contains(&waiting.writeback_ops), "{class}: the round stands still: {waiting:?}");
+        assert!(waiting.relocated_dirty_sectors > 100, "{class}: {waiting:?}");
         break_disk(&scene, Faults::default());
-        scene.machine.clock.advance(5000);
-        let first_ops = counters(&scene).writeback_ops;
-        while counters(&scene).writeback_ops < first_ops + 20 {
-            scene.machine.writeback(0);
-            scene.machine.sync();
-        }
-        let under_way = counters(&scene);
-        assert!(
-            under_way.writeback_ops < first_ops + 60,
-            "{class} {order}: the round is over: {under_way:?}"
-        );
-        // The sources are freed and written over while the round stands still.
-        for i in 0..1500 {
-            write_only(&mut scene, 300 + i % 10, 30_000 + i);
-        }
-        let relocated = counters(&scene).relocated_dirty_sectors;
-        assert!(relocated > 0, "{class} {order}: {:?}", counters(&scene));
         scene.drain();
-        for i in 0..60 {
-            assert_eq!(scene.on_disk(cold(i) * 8 + 5), 10_000 + i, "{class} {order}");
+        for i in 0..42 {
+            assert_eq!(scene.on_disk(cold(i) * 8 + 5), 10_000 + i, "{class}");
         }
-        assert_eq!(counters(&scene).checksum_errors, 0, "{class} {order}");
-        assert_eq!(counters(&scene).dirty_bytes, 0, "{class} {order}: what was written is clean");
+        let after = counters(&scene);
+        assert_eq!((after.checksum_errors, after.writeback_errors, after.dirty_bytes), (0, 0, 0), "{class}");
     }
-}
-
-/// Writes a block while write-back stands still.
-fn write_only(scene: &mut Scene, block: u64, value: u64) {
-    let tag = scene.submit(RequestKind::Write, block * 8, SimBuffer::of_write(0, block * 8, 8, value));
-    for _ in 0..200 {
-        scene.machine.sync();
-        scene.machine.housekeeper();
-        if scene.machine.poll(0, 0).iter().any(|d| d.tag == tag) {
-            return;
-        }
-    }
-    panic!("the write of block {block} never ends: {:?} {:?}", scene.machine.cache.space(), counters(scene));
 }
 
 /// A cache in which the housekeeper relocates as soon as some more is written, dirty data or what was
@@ -271,7 +242,6 @@ fn a_crash_anywhere_in_a_relocation_leaves_one_of_two_copies() {
     for (class, order, dirty) in [
         (AssumeDax, Order::Strict, false),
         (AssumeDax, Order::Relaxed, true),
-        (AssumeDax, Order::Strict, true),
         (PageCache, Order::Strict, false),
         (PageCache, Order::Relaxed, true),
     ] {
@@ -282,7 +252,7 @@ fn a_crash_anywhere_in_a_relocation_leaves_one_of_two_copies() {
             let mut act = |scene: &mut Scene| {
                 let before = counters(scene).relocated_sectors;
                 for i in 0..30 {
-                    write_only(scene, 110 + i % 5, 40_000 + i);
+                    write(scene, 110 + i % 5, 40_000 + i);
                 }
                 keep_house(scene);
                 relocated = counters(scene).relocated_sectors - before;
@@ -349,6 +319,43 @@ fn damaged_data_is_not_given_a_fresh_checksum() {
             assert_eq!(scene.read(block * 8), 9000 + block, "{class}: from the disk");
         }
     }
+}
+
+/// The story: relocation read a segment by its records. One that recovery had sealed held a record
+/// more than counted, valid but for its payload, and a discard in it came to count by being copied.
+/// (Simulation, seed 188.)
+#[test]
+fn what_recovery_did_not_count_is_not_brought_back_by_relocation() {
+    let mut scene = Scene::sized(PageCache, style(Order::Relaxed), 16, 1024);
+    write(&mut scene, 5, 9005);
+    scene.flush();
+    break_disk(&scene, broken());
+    scene.machine.submit(0, 0, request(900, RequestKind::Discard { sectors: 8 }, 40, SimBuffer::default()));
+    scene.machine.submit(0, 0, request(901, RequestKind::Write, 48, SimBuffer::of_write(0, 48, 8, 9006)));
+    scene.machine.commit(0, 0);
+    scene.submit(RequestKind::Write, 56, SimBuffer::of_write(0, 56, 8, 9007));
+    let photo = scene.world.photograph("a discard and a write in one record, and another record after it");
+    let (mut torn, mut relocated) = (0, 0);
+    for line in 0..photo.memory.pending_lines() {
+        let (image, _) = photo.host_crash(&Survival::AllBut(line), DiskSurvival::Completed, &mut Rng::new(1));
+        scene.start(image);
+        torn += scene.machine.report.torn_records;
+        let read = [scene.read(40), scene.read(48)];
+        break_disk(&scene, broken());
+        for i in 0..300u64 {
+            let block = if i.is_multiple_of(11) { 100 + i / 11 % 24 } else { 20 + i % 11 };
+            write(&mut scene, block, 10_000 + i);
+        }
+        relocated += counters(&scene).relocated_dirty_sectors;
+        scene.flush();
+        scene.daemon_crash();
+        assert_eq!([scene.read(40), scene.read(48)], read, "line {line}");
+    }
+    assert!(torn > 0 && relocated > 0, "{torn} torn, {relocated} relocated");
+}
+
+fn request(tag: u32, kind: RequestKind, sector: u64, data: SimBuffer) -> Request<SimBuffer> {
+    Request { tag, kind, sector, data }
 }
 
 /// Reads `count` blocks by a zipf distribution over `blocks`; returns how many hit.

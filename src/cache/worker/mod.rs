@@ -6,6 +6,7 @@
 mod dirty;
 mod housekeeper;
 mod pieces;
+mod pinned;
 mod relocate;
 mod retry;
 mod victims;

@@ -7,22 +7,18 @@
 //!   no write around the cache overlaps: nothing newer can come between the copy's record and the
 //!   index, so no copy is ever valid on the media for data that has been superseded already. The
 //!   publish is a compare-and-swap all the same: a reader may have dropped a damaged copy, and then
-//!   the new one is marked dead like any other.
+//!   the new one is marked dead like any other. (Dirty zeros are copied whether shown or not: they
+//!   have no payload, and count for nothing once they are clean.)
 //! - The source is freed by the housekeeper's ordinary steps, the first of which makes everything
 //!   stored before it durable, the copies included.
-//! - Dirty data is moved with the volume's plan locked: write-back neither looks up nor reads its
-//!   positions meanwhile, and afterwards index, cursors and plan name the copies alone. So each key
-//!   is in exactly one cursor, and what a round has not written yet it reads from the copy.
 //! - A crash that leaves both copies leaves two keys of one version and content: recovery takes the
 //!   one in the higher segment and marks the other dead; write-back decides likewise.
-//! - In *strict* order a version above the tail that something newer has superseded is still needed
-//!   by its epoch, unless both are of one epoch. Such a version is in no index, so its segment is
-//!   left alone until the tail has passed it. In *relaxed* order it is needed by nobody.
-//! - Copies go to one segment at a time, the target. Once that is half full an empty one is held in
+//! - Copies go to one segment at a time, the target. Once that is in use an empty one is held in
 //!   reserve as the next, so the dirty data of a mostly dead segment always finds room: where the
 //!   disk is down nothing else makes any. Reclaim withholds these two segments and no more, and a
 //!   cache has at least six: with all others clean, guests get the second of those it frees (law 12).
 //!   Without a target nothing is relocated: clean data is dropped, dirty data waits for write-back.
+//! - Dirty data: see `pinned.rs`.
 //! - What is copied was less than half of its segment, and a copy must be read again to be copied
 //!   again: reclaim writes less than it frees.
 
@@ -33,32 +29,26 @@ use super::super::core::Cache;
 use super::super::counters::add;
 use super::super::env::Env;
 use super::super::index::{Extent, Place};
-use super::super::plan::{Moved, Plan};
+use super::super::plan::Moved;
 use super::super::queue::{HitError, Reader};
 use super::super::record::Draft;
-use super::super::stream::{Stamp, Stream};
-use super::super::stripes::lock;
-use super::super::volume::{Cursor, Order, VolumeCore};
-use super::housekeeper::life;
+use super::super::segments::State;
+use super::super::stream::{Open, Stamp, Stream};
+use super::super::volume::VolumeCore;
 use super::pieces::{cut, runs};
 use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
 use crate::pmem::Pmem;
 use crate::sync::atomic::Ordering;
-use crate::units::SectorRange;
 
 /// What stands in a target's header for the stream that fills it.
 const STREAM: u16 = u16::MAX;
 /// Times another volume asks for the target before its present one has to give it up: it is
 /// sealed as it is, which costs at most a segment for so many freed ones.
 const PATIENCE: u32 = 8;
-/// Looks at a segment's dirty data before it is left to another time: the first finds it, a second
-/// what was overwritten in part during the first.
-const LOOKS: u32 = 4;
-
 /// Why copying ends early.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Stop {
+pub(super) enum Stop {
     /// No target, or it is full and there is no other.
     NoRoom,
     /// It would not pay, or something is needed that cannot be moved.
@@ -75,29 +65,35 @@ struct Target {
     refused: u32,
 }
 
+/// What a segment was like when its dirty data was left in it.
+pub(super) struct Attempt {
+    generation: u64,
+    tail: u64,
+    live: u32,
+}
+
 /// What has been moved of one segment's dirty data.
 #[derive(Default)]
-struct Moves {
+pub(super) struct Moves {
     /// The new keys, by target.
-    keys: Vec<(u32, Key)>,
-    payload: Vec<Moved>,
+    pub keys: Vec<(u32, Key)>,
+    pub payload: Vec<Moved>,
     /// Sectors of the source whose bytes were moved.
-    sectors: HashSet<u32>,
+    pub sectors: HashSet<u32>,
     /// Versions of keys without payload.
-    zeros: HashSet<u64>,
+    pub zeros: HashSet<u64>,
 }
 
 pub(super) struct Relocator<E: Env> {
-    cache: Arc<Cache<E>>,
+    pub(super) cache: Arc<Cache<E>>,
     target: Option<Target>,
     /// The next target: free on the media, on no list.
     reserve: Option<u32>,
     draft: Draft,
     stripes: Vec<u16>,
     bytes: Vec<u8>,
-    /// Dirty segments that could not be emptied, or were filled here, and with what generation and
-    /// tail.
-    left_alone: HashMap<u32, (u64, u64)>,
+    /// Dirty segments that could not be emptied, or were filled here.
+    pub(super) left_alone: HashMap<u32, Attempt>,
 }
 
 impl<E: Env> Relocator<E> {
@@ -123,14 +119,20 @@ impl<E: Env> Relocator<E> {
     /// Whether the target, if there is one, might not take the dirty data of one segment more.
     fn wants_reserve(&self) -> bool {
         let open = self.target.as_ref().and_then(|t| t.stream.open.as_ref());
-        let half = self.cache.capacity_sectors() / 2 * 512;
-        self.reserve.is_none() && open.is_none_or(|open| open.log_low - open.payload_end < half)
+        self.reserve.is_none() && open.is_none_or(Open::is_used)
     }
 
     /// Takes a reserve off the free list, if there is need of one and it is not the last.
     pub fn fill_reserve(&mut self) {
+        if self.target.as_ref().is_some_and(|t| self.cache.volume_of(t.volume.incarnation).is_none()) {
+            // Its volume was deleted.
+            self.close();
+        }
         if self.wants_reserve() {
             self.reserve = self.cache.take_free(true);
+            if let Some(id) = self.reserve {
+                self.cache.segments[id as usize].set_state(State::Target);
+            }
         }
     }
 
@@ -138,15 +140,20 @@ impl<E: Env> Relocator<E> {
     pub fn take_reserve(&mut self, id: u32) -> bool {
         let is_wanted = self.wants_reserve();
         if is_wanted {
+            self.cache.segments[id as usize].set_state(State::Target);
             self.reserve = Some(id);
         }
         is_wanted
     }
 
+    /// Whether the target is this volume's.
+    pub fn is_aimed_at(&self, volume: &Arc<VolumeCore>) -> bool {
+        self.target.as_ref().is_some_and(|t| Arc::ptr_eq(&t.volume, volume))
+    }
+
     /// Whether there is somewhere to put dirty data of this volume.
     pub fn has_room_for(&self, volume: &Arc<VolumeCore>) -> bool {
-        let is_aimed = self.target.as_ref().is_some_and(|t| Arc::ptr_eq(&t.volume, volume));
-        self.reserve.is_some() || is_aimed
+        self.reserve.is_some() || self.is_aimed_at(volume)
     }
 
     /// Copies what a clean segment has that guests have read. What does not fit is not kept.
@@ -164,63 +171,58 @@ impl<E: Env> Relocator<E> {
         _ = self.copy(&volume, id, u64::MAX, PATIENCE, &mut pieces, &mut Moves::default());
     }
 
-    /// Moves all of a segment's dirty data that is still needed. When this returns true none is, and
-    /// the segment counts as clean; otherwise it is as dirty as it was, wherever its data is now.
-    pub fn save_dirty(&mut self, id: u32) -> bool {
-        let Some((volume, mut keys)) = self.contents(id) else { return false };
-        let mut plan = lock(&volume.plan);
-        let tail = volume.tail.load(Ordering::SeqCst);
-        keys.retain(|k| k.kind != KeyKind::Fill && k.epoch > tail);
-        let mut moves = Moves::default();
-        let moved = self.move_needed(&volume, id, tail, &keys, &mut moves);
-        let is_empty = moved.is_ok();
-        if !mutated(Mutant::RelocatedNotFiled) {
-            self.file(&volume, &mut plan, id, is_empty, &keys, moves);
-        }
-        let segment = &self.cache.segments[id as usize];
-        match moved {
-            Ok(()) => {
-                segment.max_epoch.store(0, Ordering::SeqCst);
-                volume.pacer.emptied(id, self.cache.segment_capacity());
-            }
-            Err(Stop::NoRoom) => {}
-            Err(_) => {
-                let generation = segment.generation.load(Ordering::Relaxed);
-                self.left_alone.insert(id, (generation, tail));
-            }
-        }
-        is_empty
-    }
-
     /// Whether a dirty segment has been tried in vain, and nothing has changed since.
     pub fn is_left_alone(&self, id: u32, tail: u64) -> bool {
-        let generation = self.cache.segments[id as usize].generation.load(Ordering::Relaxed);
-        self.left_alone.get(&id) == Some(&(generation, tail))
+        let now = self.attempt(id, tail);
+        self.left_alone.get(&id).is_some_and(|then| {
+            (then.generation, then.tail) == (now.generation, now.tail) && now.live > then.live / 2
+        })
     }
 
-    /// A segment's volume and keys, if both can be trusted.
-    fn contents(&self, id: u32) -> Option<(Arc<VolumeCore>, Vec<Key>)> {
+    /// Leaves a segment alone until the tail moves or half of what lives in it has died: else two that
+    /// do not fit together would be copied for ever.
+    pub(super) fn leave_alone(&mut self, id: u32, tail: u64) {
+        let attempt = self.attempt(id, tail);
+        self.left_alone.insert(id, attempt);
+    }
+
+    fn attempt(&self, id: u32, tail: u64) -> Attempt {
+        let segment = &self.cache.segments[id as usize];
+        let generation = segment.generation.load(Ordering::Relaxed);
+        Attempt { generation, tail, live: segment.live.load(Ordering::Relaxed) }
+    }
+
+    /// A sealed segment's volume and keys, if both can be trusted.
+    ///
+    /// By its summary: one that recovery has sealed may hold a record more than counts, valid but for
+    /// a payload that a crash has torn, and its keys must not come to count by being copied.
+    pub(super) fn contents(&self, id: u32) -> Option<(Arc<VolumeCore>, Vec<Key>)> {
         let segment = &self.cache.segments[id as usize];
         let volume = self.cache.volume_of(segment.owner.load(Ordering::Relaxed))?;
         if volume.damaged.load(Ordering::Relaxed) {
             return None;
         }
-        let (low, top) = (segment.log_low.load(Ordering::Acquire), self.cache.media.geometry.data_end());
-        let mut keys = Vec::new();
-        let header = life(&self.cache, id);
-        let walked = self.cache.media.walk_from(id, &header, top, low, u64::MAX, |record| {
-            keys.extend_from_slice(&record.keys);
-        });
-        walked.is_ok().then_some((volume, keys))
+        let media = &self.cache.media;
+        let header = media.load_header(id).newest?;
+        if header.generation != segment.generation.load(Ordering::Relaxed) {
+            return None;
+        }
+        if header.summary_len > 0
+            && let Ok(scan) = media.scan_summary(id, &header)
+        {
+            return Some((volume, scan.keys));
+        }
+        let scan = media.scan_records(id, &header).ok()?;
+        scan.losses.is_empty().then_some((volume, scan.keys))
     }
 
     /// The position of a segment's sector.
-    fn position(&self, id: u32, sector: u32) -> u64 {
+    pub(super) fn position(&self, id: u32, sector: u32) -> u64 {
         self.cache.media.in_segment(id, sector * 512) / 512
     }
 
     /// The parts of a key that the index shows in this segment.
-    fn live_parts(&self, volume: &VolumeCore, id: u32, key: &Key) -> Vec<Key> {
+    pub(super) fn live_parts(&self, volume: &VolumeCore, id: u32, key: &Key) -> Vec<Key> {
         let mut found = Vec::new();
         volume.index.lookup(key.range(), &mut found);
         let base = self.position(id, key.payload);
@@ -229,142 +231,9 @@ impl<E: Env> Relocator<E> {
         found.iter().map(|e| cut(key, e.range)).collect()
     }
 
-    /// Copies a segment's dirty data until none is needed there.
-    fn move_needed(
-        &mut self,
-        volume: &Arc<VolumeCore>,
-        id: u32,
-        tail: u64,
-        keys: &[Key],
-        moves: &mut Moves,
-    ) -> Result<(), Stop> {
-        let order = lock(&volume.descriptor).0.order;
-        for look in 0..LOOKS {
-            let mut pieces = self.needed(volume, id, order, keys, moves).ok_or(Stop::NotNow)?;
-            if pieces.is_empty() {
-                return Ok(());
-            }
-            let sectors = |k: &Key| if k.kind.has_payload() { k.range().len } else { 0 };
-            let is_much =
-                pieces.iter().map(sectors).sum::<u64>() * 2 > u64::from(self.cache.capacity_sectors());
-            if look == 0 && is_much {
-                return Err(Stop::NotNow);
-            }
-            self.copy(volume, id, tail, 0, &mut pieces, moves)?;
-        }
-        Err(Stop::NotNow)
-    }
-
-    /// What of these dirty keys is to be copied; `None` if something is needed that cannot be.
-    fn needed(
-        &self,
-        volume: &VolumeCore,
-        id: u32,
-        order: Order,
-        keys: &[Key],
-        moves: &Moves,
-    ) -> Option<VecDeque<Key>> {
-        let mut pieces = VecDeque::new();
-        for key in keys {
-            if !key.kind.has_payload() {
-                // As long as it is dirty it may count beside anything newer.
-                if !moves.zeros.contains(&key.version) && !mutated(Mutant::RelocationDropsZeros) {
-                    pieces.push_back(*key);
-                }
-                continue;
-            }
-            let live = self.live_parts(volume, id, key);
-            if order == Order::Strict && !mutated(Mutant::RelocationDropsSuperseded) {
-                let mut gone = Vec::new();
-                let mut at = key.first;
-                for part in live.iter().map(Key::range).chain([SectorRange::new(key.range().end(), 1)]) {
-                    let between = cut(key, SectorRange { start: at, len: part.start - at });
-                    gone.extend(runs(between, |sector| !moves.sectors.contains(&sector)));
-                    at = part.end();
-                }
-                if !gone.iter().all(|part| self.is_superseded_within(volume, part)) {
-                    return None;
-                }
-            }
-            pieces.extend(live);
-        }
-        Some(pieces)
-    }
-
-    /// Whether everything that has superseded `part` is of the same epoch, so that write-back has no
-    /// use for `part`. When in doubt, no.
-    fn is_superseded_within(&self, volume: &VolumeCore, part: &Key) -> bool {
-        let mut found = Vec::new();
-        volume.index.lookup(part.range(), &mut found);
-        // Read after the look: what was there has no higher epoch.
-        if volume.epoch.load(Ordering::SeqCst) == part.epoch {
-            return true;
-        }
-        let covered: u64 = found.iter().map(|e| e.range.len).sum();
-        let is_of_epoch = |e: &Extent| {
-            // A segment's highest epoch is raised before the index shows what is of it.
-            let (id, _) = self.cache.media.locate(e.place.position);
-            self.cache.segments[id as usize].max_epoch.load(Ordering::SeqCst) == part.epoch
-        };
-        covered == part.range().len && found.iter().all(|e| !e.place.zero && e.place.dirty && is_of_epoch(e))
-    }
-
-    /// Makes the cursors and the round under way follow what was moved.
-    fn file(
-        &self,
-        volume: &VolumeCore,
-        plan: &mut Plan,
-        id: u32,
-        is_empty: bool,
-        keys: &[Key],
-        mut moves: Moves,
-    ) {
-        if !is_empty && moves.keys.is_empty() {
-            return;
-        }
-        let tail = volume.tail.load(Ordering::SeqCst);
-        let mut dirty = lock(&volume.dirty);
-        dirty.drained.remove(&id);
-        dirty.known.retain(|&(_, other), _| other != id);
-        let mut add = |id: u32, mut keys: Vec<Key>| {
-            while let Some(at) = dirty.known.keys().find(|(_, other)| *other == id).copied() {
-                match dirty.known.remove(&at) {
-                    Some(Cursor::Keys(earlier)) => keys.extend(earlier),
-                    _ => unreachable!("targets are not walked"),
-                }
-            }
-            keys.retain(|k| k.epoch > tail);
-            keys.sort_by_key(|k| (k.epoch, k.version));
-            if let Some(first) = keys.first() {
-                dirty.known.insert((first.epoch, id), Cursor::Keys(keys.into()));
-            }
-            // The round's own cursor would forget what has just been added.
-            plan.cursors.retain(|c| c.id != id);
-        };
-        if !is_empty {
-            let stays = |key: &Key| match key.kind.has_payload() {
-                true => runs(*key, |sector| !moves.sectors.contains(&sector)),
-                false if moves.zeros.contains(&key.version) => Vec::new(),
-                false => vec![*key],
-            };
-            add(id, keys.iter().flat_map(stays).collect());
-        }
-        moves.keys.sort_by_key(|(target, _)| *target);
-        for chunk in moves.keys.chunk_by(|a, b| a.0 == b.0) {
-            add(chunk[0].0, chunk.iter().map(|(_, key)| *key).collect());
-        }
-        drop(dirty);
-        plan.cursors.retain(|c| c.id != id);
-        let first = self.position(id, 0);
-        let positions = first..first + u64::from(self.cache.media.geometry.segment_size / 512);
-        if !mutated(Mutant::RoundKeepsOldPositions) {
-            plan.redirect(&positions, &mut moves.payload, is_empty);
-        }
-    }
-
     /// Copies pieces of a segment, a record at a time. Those above `tail` are dirty. Another volume's
     /// target is left to it until asked for more than `patience` times.
-    fn copy(
+    pub(super) fn copy(
         &mut self,
         volume: &Arc<VolumeCore>,
         id: u32,
@@ -388,13 +257,11 @@ impl<E: Env> Relocator<E> {
 
     /// Makes the target ready for a record of `volume`.
     fn aim(&mut self, volume: &Arc<VolumeCore>, patience: u32) -> Result<(), Stop> {
-        let cache = &self.cache;
         if let Some(target) = &mut self.target
             && !Arc::ptr_eq(&target.volume, volume)
         {
             target.refused += 1;
-            let is_gone = cache.volume_of(target.volume.incarnation).is_none();
-            if target.refused <= patience && !is_gone {
+            if target.refused <= patience {
                 return Err(Stop::NoRoom);
             }
             self.close();
@@ -404,6 +271,7 @@ impl<E: Env> Relocator<E> {
             let id = self.reserve.take().ok_or(Stop::NoRoom)?;
             let open = self.cache.open_taken(id, volume.incarnation, STREAM).ok_or(Stop::NoRoom)?;
             let stream = Stream { open: Some(open) };
+            self.cache.segments[id as usize].set_state(State::Target);
             self.target = Some(Target { volume: volume.clone(), stream, refused: 0 });
         }
         let target = self.target.as_mut().expect("opened above");
@@ -416,13 +284,12 @@ impl<E: Env> Relocator<E> {
         Ok(())
     }
 
-    /// Ends the target; the housekeeper seals it. What it holds is not moved once more before the
-    /// disk has taken something: two that do not fit together would be copied for ever.
+    /// Ends the target; the housekeeper seals it. What it holds is not moved again soon.
     fn close(&mut self) {
         if let Some(mut target) = self.target.take() {
             if let Some(open) = &target.stream.open {
                 let tail = target.volume.tail.load(Ordering::SeqCst);
-                self.left_alone.insert(open.id, (open.generation, tail));
+                self.leave_alone(open.id, tail);
             }
             self.cache.close_segment(&mut target.stream);
         }
