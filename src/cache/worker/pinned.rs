@@ -49,10 +49,7 @@ impl<E: Env> Relocator<E> {
                 volume.pacer.emptied(id, self.cache.segment_capacity());
             }
             Err(Stop::NoRoom) => {}
-            Err(_) => {
-                let generation = segment.generation.load(Ordering::Relaxed);
-                self.left_alone.insert(id, (generation, tail, 0));
-            }
+            Err(_) => self.leave_alone(id, tail),
         }
         is_empty
     }

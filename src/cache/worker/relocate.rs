@@ -13,7 +13,7 @@
 //!   stored before it durable, the copies included.
 //! - A crash that leaves both copies leaves two keys of one version and content: recovery takes the
 //!   one in the higher segment and marks the other dead; write-back decides likewise.
-//! - Copies go to one segment at a time, the target. Once that is half full an empty one is held in
+//! - Copies go to one segment at a time, the target. Once that is in use an empty one is held in
 //!   reserve as the next, so the dirty data of a mostly dead segment always finds room: where the
 //!   disk is down nothing else makes any. Reclaim withholds these two segments and no more, and a
 //!   cache has at least six: with all others clean, guests get the second of those it frees (law 12).
@@ -33,9 +33,8 @@ use super::super::plan::Moved;
 use super::super::queue::{HitError, Reader};
 use super::super::record::Draft;
 use super::super::segments::State;
-use super::super::stream::{Stamp, Stream};
+use super::super::stream::{Open, Stamp, Stream};
 use super::super::volume::VolumeCore;
-use super::housekeeper::life;
 use super::pieces::{cut, runs};
 use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
@@ -66,6 +65,13 @@ struct Target {
     refused: u32,
 }
 
+/// What a segment was like when its dirty data was left in it.
+pub(super) struct Attempt {
+    generation: u64,
+    tail: u64,
+    live: u32,
+}
+
 /// What has been moved of one segment's dirty data.
 #[derive(Default)]
 pub(super) struct Moves {
@@ -86,9 +92,8 @@ pub(super) struct Relocator<E: Env> {
     draft: Draft,
     stripes: Vec<u16>,
     bytes: Vec<u8>,
-    /// Dirty segments that could not be emptied, or were filled here: with what generation and tail,
-    /// and with how many live sectors they are worth another look.
-    pub(super) left_alone: HashMap<u32, (u64, u64, u32)>,
+    /// Dirty segments that could not be emptied, or were filled here.
+    pub(super) left_alone: HashMap<u32, Attempt>,
 }
 
 impl<E: Env> Relocator<E> {
@@ -114,8 +119,7 @@ impl<E: Env> Relocator<E> {
     /// Whether the target, if there is one, might not take the dirty data of one segment more.
     fn wants_reserve(&self) -> bool {
         let open = self.target.as_ref().and_then(|t| t.stream.open.as_ref());
-        let half = self.cache.capacity_sectors() / 2 * 512;
-        self.reserve.is_none() && open.is_none_or(|open| open.log_low - open.payload_end < half)
+        self.reserve.is_none() && open.is_none_or(Open::is_used)
     }
 
     /// Takes a reserve off the free list, if there is need of one and it is not the last.
@@ -142,10 +146,14 @@ impl<E: Env> Relocator<E> {
         is_wanted
     }
 
+    /// Whether the target is this volume's.
+    pub fn is_aimed_at(&self, volume: &Arc<VolumeCore>) -> bool {
+        self.target.as_ref().is_some_and(|t| Arc::ptr_eq(&t.volume, volume))
+    }
+
     /// Whether there is somewhere to put dirty data of this volume.
     pub fn has_room_for(&self, volume: &Arc<VolumeCore>) -> bool {
-        let is_aimed = self.target.as_ref().is_some_and(|t| Arc::ptr_eq(&t.volume, volume));
-        self.reserve.is_some() || is_aimed
+        self.reserve.is_some() || self.is_aimed_at(volume)
     }
 
     /// Copies what a clean segment has that guests have read. What does not fit is not kept.
@@ -163,33 +171,49 @@ impl<E: Env> Relocator<E> {
         _ = self.copy(&volume, id, u64::MAX, PATIENCE, &mut pieces, &mut Moves::default());
     }
 
-    /// Whether a dirty segment has been tried in vain, too little has changed since, and what is left
-    /// of it would not even find room in the present target.
+    /// Whether a dirty segment has been tried in vain, and nothing has changed since.
     pub fn is_left_alone(&self, id: u32, tail: u64) -> bool {
-        let segment = &self.cache.segments[id as usize];
-        let generation = segment.generation.load(Ordering::Relaxed);
-        let live = segment.live.load(Ordering::Relaxed);
-        let Some(&(known, at, enough)) = self.left_alone.get(&id) else { return false };
-        let open = self.target.as_ref().and_then(|t| t.stream.open.as_ref());
-        let room = open.map_or(0, |open| (open.log_low - open.payload_end) / 512);
-        let fits = enough > 0 && live + live / 4 + 8 <= room;
-        known == generation && at == tail && live > enough && !fits
+        let now = self.attempt(id, tail);
+        self.left_alone.get(&id).is_some_and(|then| {
+            (then.generation, then.tail) == (now.generation, now.tail) && now.live > then.live / 2
+        })
     }
 
-    /// A segment's volume and keys, if both can be trusted.
+    /// Leaves a segment alone until the tail moves or half of what lives in it has died: else two that
+    /// do not fit together would be copied for ever.
+    pub(super) fn leave_alone(&mut self, id: u32, tail: u64) {
+        let attempt = self.attempt(id, tail);
+        self.left_alone.insert(id, attempt);
+    }
+
+    fn attempt(&self, id: u32, tail: u64) -> Attempt {
+        let segment = &self.cache.segments[id as usize];
+        let generation = segment.generation.load(Ordering::Relaxed);
+        Attempt { generation, tail, live: segment.live.load(Ordering::Relaxed) }
+    }
+
+    /// A sealed segment's volume and keys, if both can be trusted.
+    ///
+    /// By its summary: one that recovery has sealed may hold a record more than counts, valid but for
+    /// a payload that a crash has torn, and its keys must not come to count by being copied.
     pub(super) fn contents(&self, id: u32) -> Option<(Arc<VolumeCore>, Vec<Key>)> {
         let segment = &self.cache.segments[id as usize];
         let volume = self.cache.volume_of(segment.owner.load(Ordering::Relaxed))?;
         if volume.damaged.load(Ordering::Relaxed) {
             return None;
         }
-        let (low, top) = (segment.log_low.load(Ordering::Acquire), self.cache.media.geometry.data_end());
-        let mut keys = Vec::new();
-        let header = life(&self.cache, id);
-        let walked = self.cache.media.walk_from(id, &header, top, low, u64::MAX, |record| {
-            keys.extend_from_slice(&record.keys);
-        });
-        walked.is_ok().then_some((volume, keys))
+        let media = &self.cache.media;
+        let header = media.load_header(id).newest?;
+        if header.generation != segment.generation.load(Ordering::Relaxed) {
+            return None;
+        }
+        if header.summary_len > 0
+            && let Ok(scan) = media.scan_summary(id, &header)
+        {
+            return Some((volume, scan.keys));
+        }
+        let scan = media.scan_records(id, &header).ok()?;
+        scan.losses.is_empty().then_some((volume, scan.keys))
     }
 
     /// The position of a segment's sector.
@@ -260,15 +284,12 @@ impl<E: Env> Relocator<E> {
         Ok(())
     }
 
-    /// Ends the target; the housekeeper seals it. What it holds is not moved once more before half of
-    /// it has died or the disk has taken something: two that do not fit together would be copied for
-    /// ever.
+    /// Ends the target; the housekeeper seals it. What it holds is not moved again soon.
     fn close(&mut self) {
         if let Some(mut target) = self.target.take() {
             if let Some(open) = &target.stream.open {
                 let tail = target.volume.tail.load(Ordering::SeqCst);
-                let live = self.cache.segments[open.id as usize].live.load(Ordering::Relaxed);
-                self.left_alone.insert(open.id, (open.generation, tail, live / 2));
+                self.leave_alone(open.id, tail);
             }
             self.cache.close_segment(&mut target.stream);
         }

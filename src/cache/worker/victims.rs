@@ -97,9 +97,10 @@ impl<E: Env> Housekeeper<E> {
                 && !volume.damaged.load(Ordering::Relaxed)
                 && self.relocator.has_room_for(&volume)
                 && !self.relocator.is_left_alone(id, volume.tail.load(Ordering::SeqCst));
-            is_worth_it.then_some((live, id))
+            // Another volume's would end the target before it is full.
+            is_worth_it.then_some((!self.relocator.is_aimed_at(&volume), live, id))
         };
         let emptiest = lock(&cache.sealed).iter().filter_map(candidate).min();
-        emptiest.is_some_and(|(_, id)| self.relocator.save_dirty(id))
+        emptiest.is_some_and(|(_, _, id)| self.relocator.save_dirty(id))
     }
 }
