@@ -133,7 +133,7 @@ fn what_a_killed_server_leaves_does_not_stop_the_next() {
 }
 
 #[test]
-fn usr1_logs_one_line_of_counters_per_volume() {
+fn usr1_logs_the_state_and_the_counters_of_each_volume() {
     let place = Place::new();
     let (socket, mut server) = start_small(&place, &[]);
     assert_writable(&mut connect(&socket), 0, 1);
@@ -158,7 +158,7 @@ fn usr1_logs_one_line_of_counters_per_volume() {
     assert_eq!(server.err(), "");
     server.signal("USR1");
     server.wait_for("counters volume=disk0");
-    assert_eq!(server.err().lines().count(), 1);
+    assert_eq!(server.err().lines().count(), 2, "the state, then the counters");
     server.stop();
 }
 

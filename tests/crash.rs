@@ -13,10 +13,10 @@ mod damage;
 mod lost;
 #[path = "crash/regressions.rs"]
 mod regressions;
-#[path = "crash/shares.rs"]
-mod shares;
 #[path = "crash/relocation.rs"]
 mod relocation;
+#[path = "crash/shares.rs"]
+mod shares;
 #[path = "crash/unsynced.rs"]
 mod unsynced;
 
