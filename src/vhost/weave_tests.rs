@@ -4,6 +4,8 @@
 //! gets that wrong sleeps forever, once in a million. Here the kernel's sleeps are turns of the
 //! scheduler, so a kick, a call or a wake-up that is lost is a request that hangs.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
