@@ -14,6 +14,9 @@
 pub mod backing;
 pub mod cache;
 pub mod control;
+#[cfg(feature = "sim")]
+pub mod fuzz;
+pub mod mutant;
 pub mod onmedia;
 pub mod pmem;
 #[cfg(feature = "sim")]

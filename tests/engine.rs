@@ -159,7 +159,7 @@ fn traffic(seed: u64, dir: &Path, setup: Setup, rounds: usize, batches: usize) {
     make(dir, 64 << 20, disk_size, setup);
     let mut rng = Rng(seed);
     let mut model = vec![0u8; disk_size as usize];
-    let mut reclaimed = 0;
+    let (mut reclaimed, mut relocated) = (0, 0);
     for round in 0..rounds {
         let mut world = World::open(dir, setup);
         for batch in 0..batches {
@@ -169,6 +169,7 @@ fn traffic(seed: u64, dir: &Path, setup: Setup, rounds: usize, batches: usize) {
         let counters = world.volume.counters();
         assert_eq!(counters.checksum_errors, 0);
         reclaimed += counters.reclaimed;
+        relocated += counters.relocated_sectors;
         world.queues.clear();
         if round + 1 == rounds {
             world.workers.take();
@@ -186,6 +187,9 @@ fn traffic(seed: u64, dir: &Path, setup: Setup, rounds: usize, batches: usize) {
         }
     }
     assert!(reclaimed > 0, "seed {seed:#x}: nothing was reclaimed");
+    if setup.mode == Mode::Writeback {
+        assert!(relocated > 0, "seed {seed:#x}: nothing was relocated");
+    }
 }
 
 /// A batch of disjoint requests on both queues; reads are compared, writes enter the model.

@@ -124,6 +124,8 @@ fn every_constant_has_the_value_it_says() {
         ("VOLUME_SECTORS_MAX", format::VOLUME_SECTORS_MAX),
         ("LIVENESS_SECTORS", format::LIVENESS_SECTORS.into()),
         ("LIVENESS_WORD", format::LIVENESS_WORD as u64),
+        ("LOST_MAX", format::LOST_MAX as u64),
+        ("COUNTER_MAX", format::COUNTER_MAX),
         ("GC_PERCENT_MAX", format::GC_PERCENT_MAX.into()),
         ("GC_PERCENT_UNSET", format::GC_PERCENT_UNSET.into()),
     ];
@@ -159,6 +161,8 @@ fn the_example_lies_where_it_says() {
         ("in a segment: header, copy 1", geometry.header_offset(1).into()),
         ("in a segment: witness 0", geometry.witness_offset(0).into()),
         ("in a segment: witness 1", geometry.witness_offset(1).into()),
+        ("in a segment: liveness floor, copy 0", geometry.floor_offset(0).into()),
+        ("in a segment: liveness floor, copy 1", geometry.floor_offset(1).into()),
         ("in a segment: liveness words", geometry.liveness_offset().into()),
         ("in a segment: data_start", geometry.data_start().into()),
         ("in a segment: data_end", geometry.data_end().into()),

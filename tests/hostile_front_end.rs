@@ -293,9 +293,10 @@ fn a_started_ring_is_frozen() {
 #[test]
 fn memory_taken_away_under_a_running_ring_kills_nobody() {
     let (_workspace, mut daemon) = server(1);
-    for rings_too in [false, true] {
+    for (rings_too, sealable) in [(false, true), (true, true), (false, false), (true, false)] {
         let wire = greeted(&daemon);
-        let memory = Arc::new(Memory::new(16 * MIB, 1));
+        let memory = if sealable { Memory::new(16 * MIB, 1) } else { Memory::unsealable(16 * MIB) };
+        let memory = Arc::new(memory);
         memory.set_table(&wire);
         let queues = queues_in(&memory, 1, 16);
         set_up_ring(&wire, &memory, &queues[0], 0);
@@ -305,22 +306,47 @@ fn memory_taken_away_under_a_running_ring_kills_nobody() {
         client.assert_works(0, 1);
         // Data in the second half of the file, which goes; or everything goes.
         let gone = memory.regions()[0].guest + 8 * MIB;
-        client.queues[0].submit_framed(1, 1, 0, &[Descriptor::readable(gone, 4096)]);
-        client.queues[0].submit_framed(2, 0, 0, &[Descriptor::writable(gone, 4096)]);
+        let statuses = [
+            client.queues[0].submit_framed(1, 1, 0, &[Descriptor::readable(gone, 4096)]),
+            client.queues[0].submit_framed(2, 0, 0, &[Descriptor::writable(gone, 4096)]),
+        ];
         client.queues[0].store_avail();
-        // Where the server has sealed the file against shrinking, that is as good.
+        // The server seals what can be sealed against shrinking.
         let taken = memory.file().set_len(if rings_too { 0 } else { 8 * MIB });
+        assert_eq!(taken.is_err(), sealable, "a file that can be sealed is");
         client.queues[0].kick();
-        if taken.is_err() || !rings_too {
+        if sealable || !rings_too {
             let mut done = Vec::new();
             while done.len() < 2 {
                 client.wait(&mut done);
+            }
+            let expected = if sealable { client::request::OK } else { client::request::IOERR };
+            for at in statuses {
+                let mut status = [0];
+                memory.read(at, &mut status);
+                assert_eq!(status, [expected]);
             }
             client.assert_works(0, 2);
         }
         daemon.assert_alive();
         drop(client);
         Client::connect(daemon.socket(), options(1)).assert_works(0, 3);
+        daemon.assert_alive();
+    }
+}
+
+#[test]
+fn an_in_flight_region_that_could_become_shorter_is_refused() {
+    let (_workspace, mut daemon) = server(1);
+    for (memory, accepted) in [(Memory::unsealable(MIB), false), (Memory::new(MIB, 1), true)] {
+        let wire = greeted(&daemon);
+        let fd = memory.file().as_raw_fd();
+        let answer = wire.try_tell_acked(Req::SetInflightFd, &inflight(MIB, 0, 1, 16), &[fd]);
+        assert_eq!(matches!(answer, Ok(0)), accepted, "{answer:?}");
+        // What was accepted cannot become shorter any more.
+        assert_eq!(memory.file().set_len(0).is_err(), accepted);
+        drop(wire);
+        Client::connect(daemon.socket(), options(1)).assert_works(0, 1);
         daemon.assert_alive();
     }
 }
@@ -360,6 +386,20 @@ fn an_in_flight_region_full_of_noise_is_survived() {
         }
         drop(wire);
         Client::connect(daemon.socket(), options(2)).assert_works(0, round as u8);
+        daemon.assert_alive();
+    }
+}
+
+#[test]
+fn a_front_end_that_leaves_its_own_socket_behind_is_gone_all_the_same() {
+    let (_workspace, mut daemon) = server(1);
+    let whole = [words(&[Req::SetVringKick as u32, 1, 8]), longs(&[0])].concat();
+    // In a message, and in one that never ends.
+    for len in [whole.len(), 14] {
+        let wire = greeted(&daemon);
+        wire.send_bytes(&whole[..len], &[wire.as_raw_fd()]).expect("it can be sent");
+        drop(wire);
+        Client::connect(daemon.socket(), options(1)).assert_works(0, 1);
         daemon.assert_alive();
     }
 }

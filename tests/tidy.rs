@@ -13,15 +13,23 @@ const LAW: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("sync", &[]),
     ("wake", &[]),
-    ("onmedia", &["units", "wake"]),
+    ("mutant", &[]),
+    ("onmedia", &["mutant", "units", "wake"]),
     ("pmem", &["units", "wake"]),
     ("backing", &["units", "wake"]),
     ("volume", &["units", "wake"]),
-    ("cache", &["backing", "onmedia", "pmem", "sync", "units", "volume", "wake"]),
+    ("cache", &["backing", "mutant", "onmedia", "pmem", "sync", "units", "volume", "wake"]),
     ("vhost", &["pmem::guard", "sync", "units", "volume", "wake"]),
     ("sim", &["backing", "cache", "onmedia", "pmem", "units", "volume", "wake"]),
     ("tools", &["backing", "cache", "onmedia", "pmem", "units", "volume", "wake"]),
     ("control", &["backing", "cache", "onmedia", "pmem", "tools", "units", "vhost", "volume", "wake"]),
+    (
+        "fuzz",
+        &[
+            "backing", "cache", "control", "onmedia", "pmem", "sim", "tools", "units", "vhost", "volume",
+            "wake",
+        ],
+    ),
     // The map uses nothing, the program only what runs it.
     ("lib", &[]),
     ("main", &["control"]),
@@ -31,7 +39,8 @@ const LAW: &[(&str, &[&str])] = &[
 const LINES_MAX: usize = 600;
 
 /// Folders of Rust code.
-const FOLDERS: &[&str] = &["src", "tests", "benches", "integration", "qemu", "cloud-hypervisor"];
+const FOLDERS: &[&str] =
+    &["src", "tests", "benches", "integration", "qemu", "cloud-hypervisor", "fuzz/fuzz_targets"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -1,8 +1,9 @@
-//! The bar: random traffic over two queues, on a disk much larger than its cache, through twenty
+//! The bar: random traffic over several queues, on a disk much larger than its cache, through many
 //! `kill -9`, without one sector that must not be what it is.
 //!
-//! `PCACHE_TRAFFIC_OPS` sets the number of operations (default 200000), `PCACHE_SEED` repeats a run,
-//! `PCACHE_TEST_DIR` says where cache and disk lie.
+//! `PCACHE_TRAFFIC_OPS` sets the number of operations (default 200000), `PCACHE_KILLS` the number of
+//! kills over all the `killed_…` tests (default 60), `PCACHE_SEED` repeats a run, `PCACHE_TEST_DIR`
+//! says where cache and disk lie.
 
 mod client;
 
@@ -99,6 +100,91 @@ fn drained_disk_agrees(workspace: &Workspace, traffic: &mut Traffic) {
     }
 }
 
+/// Tests that share the kills of `PCACHE_KILLS`.
+const KILLED_TESTS: u64 = 6;
+
+/// One test's share of the kills.
+fn kills() -> u64 {
+    let total: u64 = match std::env::var("PCACHE_KILLS") {
+        Ok(text) => text.parse().expect("PCACHE_KILLS is a number"),
+        Err(_) => 60,
+    };
+    total.div_ceil(KILLED_TESTS)
+}
+
+/// Kill after kill under load over four queues: what is in flight at one is replayed and runs into
+/// the next. Every fourth life is killed before it has served a request of its own, many while they
+/// replay. Then the whole disk is compared through the server, and once more alone after a drain.
+fn killed(order: &str, assume_dax: bool, mix: Mix) {
+    let seed = Rng::seed_from_env("PCACHE_SEED");
+    let workspace = if assume_dax { Workspace::in_memory() } else { Workspace::new() };
+    let mut more = vec!["--order", order];
+    more.extend(assume_dax.then_some("--assume-dax"));
+    let mut daemon = Daemon::cached(&workspace, "64MiB", 256 * MIB, 4, &more);
+    let client = Client::connect(daemon.socket(), ClientOptions { queues: 4, ..Default::default() });
+    let mut traffic = Traffic::new(client, seed, mix);
+    traffic.backing = Some(workspace.path("disk.img"));
+    let (kills, mut in_flight, mut checked) = (kills(), 0, 0);
+    for kill in 0..kills {
+        if kill % 4 != 3 {
+            let operations = traffic.rng.between(1, 1500);
+            traffic.run(operations);
+        }
+        in_flight += traffic.client.outstanding();
+        let base = if kill % 2 == 0 { RestartBase::Used } else { RestartBase::Available };
+        traffic.client.options.restart_base = base;
+        kill_in_flight(&mut traffic, &mut daemon);
+        if kill % 8 == 7 {
+            traffic.quiesce();
+            let part = traffic.model.sectors() / 16;
+            let from = traffic.rng.below(16) * part;
+            traffic.verify(from..from + part);
+            checked += part;
+        }
+    }
+    traffic.quiesce();
+    traffic.verify(0..traffic.model.sectors());
+    daemon.stop();
+    eprintln!(
+        "order={order} assume_dax={assume_dax} kills={kills} in_flight_at_kills={in_flight} \
+         sectors_compared={} lost=0 {:?}",
+        checked + 2 * traffic.model.sectors(),
+        traffic.tally
+    );
+    assert!(in_flight as u64 >= kills, "hardly anything was in flight at the kills");
+    drained_disk_agrees(&workspace, &mut traffic);
+}
+
+#[test]
+fn killed_in_strict_order_on_page_cache_nothing_is_lost() {
+    killed("strict", false, Mix::default());
+}
+
+#[test]
+fn killed_in_relaxed_order_on_page_cache_nothing_is_lost() {
+    killed("relaxed", false, Mix::default());
+}
+
+#[test]
+fn killed_in_strict_order_on_dax_nothing_is_lost() {
+    killed("strict", true, Mix::default());
+}
+
+#[test]
+fn killed_in_relaxed_order_on_dax_under_overlapping_writes_nothing_is_lost() {
+    killed("relaxed", true, Mix::overlapping());
+}
+
+#[test]
+fn killed_under_flush_after_flush_nothing_is_lost() {
+    killed("strict", false, Mix::flushing());
+}
+
+#[test]
+fn killed_under_overlapping_writes_in_strict_order_on_dax_nothing_is_lost() {
+    killed("strict", true, Mix { flushes: 20, ..Mix::overlapping() });
+}
+
 /// Traffic and clean restarts on one kind of media in one order; every sector compared.
 fn steady(order: &str, assume_dax: bool) {
     let seed = Rng::seed_from_env("PCACHE_SEED");
@@ -143,6 +229,27 @@ fn steady_traffic_in_strict_order_on_dax() {
 #[test]
 fn steady_traffic_in_relaxed_order_on_dax() {
     steady("relaxed", true);
+}
+
+#[test]
+fn what_is_left_alone_reaches_the_disk_within_seconds_however_often_the_guest_has_flushed() {
+    let workspace = Workspace::new();
+    let mut daemon = Daemon::cached(&workspace, "64MiB", 64 * MIB, 1, &[]);
+    let client = Client::connect(daemon.socket(), ClientOptions::default());
+    let mut traffic = Traffic::new(client, Rng::seed_from_env("PCACHE_SEED"), Mix::default());
+    for at in 0..200 {
+        traffic.write_at(0, at * 64, 8);
+        traffic.quiesce();
+        traffic.flush_now(0);
+        traffic.quiesce();
+    }
+    // Each flush has closed an epoch, and a round takes one. A busy machine gets time, but not the
+    // 400 s that a wait for each would take.
+    let line = daemon.wait_status(" dirty_bytes=0 ", Duration::from_secs(40));
+    assert!(Daemon::counter(&line, "tail_epoch") >= Some(200), "{line}");
+    daemon.stop();
+    let bytes = std::fs::read(workspace.path("disk.img")).expect("the disk");
+    traffic.model.check(0, &bytes).unwrap_or_else(|why| panic!("the disk alone: {why}"));
 }
 
 #[test]

@@ -6,6 +6,8 @@
 //! - The fingerprint is valid only between a clean detach and the next attach: it is struck out
 //!   durably before a guest can write.
 //! - Entering a mode that writes around the cache, and leaving `relaxed` for `strict`, drain first.
+//! - A detach flushes the disk before it takes the fingerprint: what a power cut could still take
+//!   away must not be part of what the next attach compares with.
 //! - What the disk shows at attach is flushed before a guest sees it: in write-back a FLUSH does not
 //!   reach the disk, and what an earlier life wrote around the cache would never become durable.
 
@@ -16,12 +18,14 @@ use std::time::Duration;
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
 use super::judge::{judge_identity, judge_options};
+use super::segments::State;
 use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
 use super::volume::{Mode, Order, QueueShared, Volume, VolumeCore};
 use super::worker::DrainError;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
 use crate::pmem::{MediaClass, MediaError, Pmem};
 use crate::sync::Mutex;
@@ -120,6 +124,18 @@ pub enum AttachError {
          for writing; --accept-loss opens it without that data"
     )]
     Damaged(String),
+    /// Lost sectors and a mode that does not keep them.
+    #[error(
+        "volume `{name}` has lost {sectors} sectors to damage of the cache (`check` lists them): a mode \
+         that writes around the cache would read the disk's older bytes there; serve it in writeback \
+         mode until they are overwritten, or give them up with --accept-loss"
+    )]
+    Lost {
+        /// The volume.
+        name: String,
+        /// How many.
+        sectors: u64,
+    },
     /// Volatile media.
     #[error(
         "the cache is on {0} media, which does not survive the host: writes could be lost; use \
@@ -149,7 +165,8 @@ pub enum AttachError {
     },
     /// The cache no longer accepts writes.
     #[error(
-        "making the cache durable has failed before: it accepts no writes; drain it offline and format it anew"
+        "making the cache durable has failed before: it accepts no writes; `drain` brings what is left to the \
+         disks, and when all volumes are drained it accepts writes again, but doubt the device"
     )]
     SyncFailed,
     /// The disk failed.
@@ -180,6 +197,26 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// [`AttachError`]; nothing has been changed but, at most, an empty volume made.
     pub fn attach(self: &Arc<Self>, options: AttachOptions<E>) -> Result<Arc<Volume<E>>, AttachError> {
+        self.attach_for(options, false)
+    }
+
+    /// Attaches a volume to be drained and no more: no guest may write to it, so it is possible also
+    /// after a `sync` has failed once.
+    ///
+    /// # Errors
+    /// [`AttachError`], as for [`Cache::attach`].
+    pub fn attach_to_drain(
+        self: &Arc<Self>,
+        options: AttachOptions<E>,
+    ) -> Result<Arc<Volume<E>>, AttachError> {
+        self.attach_for(options, true)
+    }
+
+    fn attach_for(
+        self: &Arc<Self>,
+        options: AttachOptions<E>,
+        for_drain: bool,
+    ) -> Result<Arc<Volume<E>>, AttachError> {
         let block = judge_options(self.media_class(), &options)?;
         let name = options.name.clone();
         let identity = options.backing.identity();
@@ -193,7 +230,7 @@ impl<E: Env> Cache<E> {
         if core.attached.swap(true, Ordering::SeqCst) {
             return Err(AttachError::InUse(name));
         }
-        let attached = self.attach_core(&core, &options, &identity, block, serial);
+        let attached = self.attach_core(&core, &options, for_drain, &identity, block, serial);
         if attached.is_err() {
             core.attached.store(false, Ordering::SeqCst);
         }
@@ -204,6 +241,7 @@ impl<E: Env> Cache<E> {
         self: &Arc<Self>,
         core: &Arc<VolumeCore>,
         options: &AttachOptions<E>,
+        for_drain: bool,
         identity: &BackingIdentity,
         block: u32,
         serial: [u8; 20],
@@ -218,23 +256,36 @@ impl<E: Env> Cache<E> {
                 core.damaged.store(false, Ordering::Relaxed);
             }
         }
-        if self.syncer.has_failed() && !options.read_only {
+        core.accepts_loss.store(options.accept_loss, Ordering::Relaxed);
+        if options.accept_loss {
+            self.forget_lost(core)?;
+        }
+        if self.has_failed() && !options.read_only && !for_drain {
             return Err(AttachError::SyncFailed);
         }
-        if !options.backing.geometry().read_only {
+        if !options.backing.geometry().read_only && !mutated(Mutant::AttachUnflushed) {
             flush(&*options.backing)
                 .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
-        _ = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect());
+        let is_first = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect()).is_ok();
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
         _ = core.streams.set((0..streams).map(|_| Mutex::new(Stream::default())).collect());
+        for (id, segment) in self.segments.iter().enumerate().filter(|_| is_first) {
+            let max_epoch = segment.max_epoch.load(Ordering::Relaxed);
+            if segment.owner.load(Ordering::Relaxed) == core.incarnation
+                && matches!(segment.state(), State::Full | State::Sealed)
+                && max_epoch > core.tail.load(Ordering::Relaxed)
+            {
+                core.pacer.found(max_epoch, id as u32, self.segment_capacity());
+            }
+        }
         let geometry = options.backing.geometry();
         let config = DiskConfig {
             sectors: descriptor.sectors,
             block_size: block,
             physical_block_size: geometry.physical_block.max(block),
             optimal_io_size: geometry.optimal_io,
-            read_only: options.read_only,
+            read_only: options.read_only || for_drain,
             serial,
             queues: options.queues,
             queue_size: options.queue_size,
@@ -254,12 +305,20 @@ impl<E: Env> Cache<E> {
         self.update_descriptor(core, |d| {
             d.fingerprint_valid = false;
             d.damaged = core.damaged.load(Ordering::Relaxed);
+            if options.order == Order::Relaxed {
+                // Whichever copy of the next two updates is left, it says what may have happened.
+                d.order = Order::Relaxed;
+            }
             set_identity(d, identity);
         })?;
         let bypass_begins = options.mode.bypasses() && !core.is_clean();
         let strict_begins = options.order == Order::Strict && was_order == Order::Relaxed && !core.is_clean();
-        if bypass_begins || strict_begins {
+        if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins {
             volume.drain_here(&mut |_| {})?;
+        }
+        let lost_sectors = volume.counters().lost_sectors;
+        if options.mode.bypasses() && lost_sectors > 0 {
+            return Err(AttachError::Lost { name: options.name.clone(), sectors: lost_sectors });
         }
         volume.set_mode(options.mode);
         volume.set_order(options.order);
@@ -285,7 +344,7 @@ impl<E: Env> Cache<E> {
         Ok(())
     }
 
-    fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
+    pub(crate) fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
         self.all_volumes().into_iter().find(|v| unpad(&lock(&v.descriptor).0.name) == name.as_bytes())
     }
 
@@ -321,7 +380,7 @@ impl<E: Env> Cache<E> {
         let mut incarnation = 0;
         self.update_start(|page| {
             incarnation = page.next_incarnation.max(1);
-            page.next_incarnation = incarnation + 1;
+            page.next_incarnation = incarnation + u64::from(!mutated(Mutant::IncarnationReused));
         })?;
         let mut uuid = [0; 16];
         getrandom::fill(&mut uuid)
@@ -346,10 +405,11 @@ impl<E: Env> Cache<E> {
         };
         set_identity(&mut descriptor, identity);
         let core = Arc::new(VolumeCore::new(descriptor, next));
-        // The tail first: a descriptor without one would be a damaged volume.
+        // The tail first, durably: a descriptor without one would be a damaged volume.
         for copy in 0..2 {
             self.write_tail(&core, copy, 0)?;
         }
+        self.settle()?;
         self.update_descriptor(&core, |_| {})?;
         self.update_descriptor(&core, |_| {})?;
         write(&self.volumes).insert(incarnation, core.clone());
@@ -366,14 +426,21 @@ impl<E: Env> Cache<E> {
         let mut descriptor = guard.0.clone();
         change(&mut descriptor);
         descriptor.sequence += 1;
-        let at = self.media.geometry.descriptor(core.slot, guard.1);
+        let at = guard.1 ^ usize::from(mutated(Mutant::DescriptorNewestOverwritten));
+        let at = self.media.geometry.descriptor(core.slot, at);
         self.media.pmem.write(at, &descriptor.encode()[..])?;
-        let ticket = self.syncer.request(&*self.media.pmem, None);
-        if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
-            return Err(AttachError::SyncFailed);
-        }
+        self.settle()?;
         *guard = (descriptor, 1 - guard.1);
         Ok(())
+    }
+
+    /// Waits until what this thread has stored is durable.
+    fn settle(&self) -> Result<(), AttachError> {
+        let ticket = self.syncer.request(&*self.media.pmem, None);
+        match self.syncer.wait(&*self.media.pmem, ticket) {
+            Outcome::Failed => Err(AttachError::SyncFailed),
+            _ => Ok(()),
+        }
     }
 
     /// Writes one copy of a volume's tail. It counts once it is durable.
@@ -387,9 +454,18 @@ impl<E: Env> Cache<E> {
             epoch,
             version_floor: core.version.load(Ordering::SeqCst),
             time_ms: self.clock.unix_ms(),
+            lost: lock(&core.lost).clone(),
         };
         page.1 = 1 - copy;
         self.media.pmem.write(self.media.geometry.tail(core.slot, copy), &tail.encode()[..])
+    }
+
+    /// Writes the other copy of a tail that is durable. It is by the next wait for durability.
+    pub(crate) fn write_tail_again(&self, core: &VolumeCore, epoch: u64) -> Result<(), MediaError> {
+        let next = lock(&core.tail_page).1;
+        self.write_tail(core, next, epoch)?;
+        self.media.pmem.fence();
+        Ok(())
     }
 
     /// Ends a volume's attachment in order: the disk's fingerprint is taken, so that the next
@@ -398,8 +474,20 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// The disk or the media failed; the volume is then as after a crash.
     pub fn detach(&self, volume: &Volume<E>) -> Result<(), AttachError> {
-        let path = volume.backing.identity().path;
-        let fingerprint = volume.backing.fingerprint().map_err(|error| AttachError::Disk { path, error })?;
+        let of_disk = |error| AttachError::Disk { path: volume.backing.identity().path, error };
+        if volume.core.facts.left_behind() > 0 {
+            return Err(of_disk(std::io::Error::other("operations left to it may still change it")));
+        }
+        if mutated(Mutant::DirtyDroppedAtDetach) {
+            let copy = lock(&volume.core.tail_page).1;
+            self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
+        }
+        if !volume.backing.geometry().read_only && !mutated(Mutant::DetachUnflushed) {
+            // Else a power cut after this takes from the disk what the fingerprint has seen, and the
+            // next attach takes it for another's work.
+            flush(&*volume.backing).map_err(of_disk)?;
+        }
+        let fingerprint = volume.backing.fingerprint().map_err(of_disk)?;
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;
             d.fingerprint_valid = true;

@@ -12,7 +12,8 @@ use super::core::{OpenError, load_media, load_start, load_superblock};
 use super::media::Media;
 use super::scan::Scan;
 use crate::onmedia::{
-    Key, KeyKind, SegmentHeader, SegmentState, Superblock, Tail, VolumeDescriptor, VolumeState, unpad,
+    Key, KeyKind, LostCause, LostRange, SegmentHeader, SegmentState, Superblock, Tail, VolumeDescriptor,
+    VolumeState, unpad,
 };
 use crate::pmem::Pmem;
 
@@ -111,7 +112,7 @@ fn check_volumes<P: Pmem>(media: &Media<P>, report: &mut CheckReport) -> HashMap
         for error in copies.errors.iter().flatten() {
             report.findings.push(format!("volume slot {slot}: a copy of its descriptor is damaged: {error}"));
         }
-        let Some(descriptor) = copies.newest.filter(|d| d.state != VolumeState::Empty) else { continue };
+        let Some(descriptor) = copies.newest.filter(|d| d.state == VolumeState::InUse) else { continue };
         let tails = media.load(
             |copy| media.geometry.tail(slot, copy),
             |bytes| Tail::decode(bytes, &media.uuid, descriptor.incarnation),
@@ -123,11 +124,23 @@ fn check_volumes<P: Pmem>(media: &Media<P>, report: &mut CheckReport) -> HashMap
         if descriptor.damaged {
             report.findings.push(format!("volume {name} has lost dirty data and nobody has accepted it"));
         }
+        for lost in tails.newest.iter().flat_map(|t| &t.lost) {
+            report.findings.push(format!("volume {name}: {}", lost_in_words(lost)));
+        }
         let tail = tails.newest.map_or(0, |t| t.epoch);
         let row = VolumeRow { name, sectors: descriptor.sectors, tail, ..VolumeRow::default() };
         volumes.insert(descriptor.incarnation, row);
     }
     volumes
+}
+
+fn lost_in_words(lost: &LostRange) -> String {
+    let LostRange { range, cause, version, time_s } = lost;
+    let why = match cause {
+        LostCause::Checksum => "they did not match their checksum",
+        LostCause::Unreadable => "the media could not be read",
+    };
+    format!("{range} are lost, found at {time_s} seconds since 1970: {why} (version {version})")
 }
 
 fn load_descriptor<P: Pmem>(media: &Media<P>, slot: u32) -> crate::onmedia::Dual<VolumeDescriptor> {
@@ -167,6 +180,10 @@ fn check_segment<P: Pmem>(
     }
     if scan.torn > 0 {
         report.remarks.push(format!("segment {id}: {} torn records at the end, as after a crash", scan.torn));
+    }
+    if media.load_liveness(id, header.generation).is_damaged {
+        let what = "its liveness words are damaged: the next start drops its clean data";
+        report.findings.push(format!("segment {id}: {what}"));
     }
     row.keys += scan.keys.len() as u64;
     let tail = row.tail;
@@ -251,11 +268,11 @@ pub fn dump<P: Pmem>(pmem: &Arc<P>, keys: bool, out: &mut dyn Write) -> io::Resu
                 |copy| media.geometry.tail(slot, copy),
                 |bytes| Tail::decode(bytes, &media.uuid, d.incarnation),
             )
-            .newest
-            .map_or_else(|| "lost".to_owned(), |t| t.epoch.to_string());
+            .newest;
+        let epoch = tail.as_ref().map_or_else(|| "lost".to_owned(), |t| t.epoch.to_string());
         writeln!(
             out,
-            "volume   slot={slot} name={} incarnation={} sectors={} mode={} order={} tail={tail} backing={}",
+            "volume   slot={slot} name={} incarnation={} sectors={} mode={} order={} tail={epoch} backing={}",
             String::from_utf8_lossy(unpad(&d.name)),
             d.incarnation,
             d.sectors,
@@ -263,6 +280,14 @@ pub fn dump<P: Pmem>(pmem: &Arc<P>, keys: bool, out: &mut dyn Write) -> io::Resu
             d.order,
             String::from_utf8_lossy(unpad(&d.path)).escape_debug(),
         )?;
+        for lost in tail.iter().flat_map(|t| &t.lost) {
+            let LostRange { range, version, time_s, cause } = lost;
+            writeln!(
+                out,
+                "  lost   {}+{} version={version} cause={cause} time={time_s}",
+                range.start, range.len
+            )?;
+        }
     }
     for id in 0..media.geometry.segment_count {
         dump_segment(&media, id, keys, out)?;

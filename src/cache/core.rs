@@ -1,13 +1,15 @@
 //! The cache: media, segments, free list, and the volumes that live on it.
 //!
-//! Locks, in the order they may be taken: stream → stripes → index shard → the small lists here.
+//! Locks, in the order they may be taken: stream or write-back's plan → stripes → index shard → the
+//! small lists here.
 //! The liveness writer's mutex is taken with none of these held.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::env::{Clock, Env};
+use super::format::has_small_segments;
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
@@ -16,6 +18,7 @@ use super::segments::{Segment, State};
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
 use super::volume::VolumeCore;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
@@ -45,6 +48,12 @@ pub enum OpenError {
         formatted: u64,
         /// Bytes now.
         found: u64,
+    },
+    /// It was formatted on DAX, and this is not.
+    #[error("the cache's segments of {segment_size} bytes are usable with DAX only")]
+    SmallSegments {
+        /// Bytes of one.
+        segment_size: u32,
     },
     /// The media failed.
     #[error(transparent)]
@@ -84,7 +93,7 @@ pub struct Cache<E: Env> {
     pub(crate) syncer: Syncer,
     pub(crate) housekeeper: Signal,
     /// Volumes by incarnation, attached or not.
-    pub(crate) volumes: RwLock<HashMap<u64, Arc<VolumeCore>>>,
+    pub(crate) volumes: RwLock<BTreeMap<u64, Arc<VolumeCore>>>,
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
     pub(crate) stopping: AtomicBool,
@@ -108,16 +117,28 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
-        let media = load_media(pmem)?;
+        let mut media = load_media(pmem)?;
+        let class = media.pmem.class();
+        if has_small_segments(&media.geometry, class) {
+            return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
+        }
+        let has_failed = load_start(&media).newest.is_some_and(|page| page.sync_failed);
+        if has_failed {
+            // The device is the truth, not what still reads back (law 8).
+            media.pmem.reread().map_err(|_| OpenError::NotDurable)?;
+            media = load_media(media.pmem)?;
+        }
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
-        media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
-        let start = begin_start(&media)?;
-        let class = media.pmem.class();
+        if !mutated(Mutant::RecoveryNotSyncedFirst) {
+            media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+        }
+        media.settle_metadata();
+        let start = begin_start(&media, has_failed)?;
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
         let now_ms = clock.unix_ms();
         let mut cache = Cache {
-            syncer: Syncer::new(class, start.page.sync_failed),
+            syncer: Syncer::new(class),
             start_counter: start.page.start_counter,
             media,
             clock,
@@ -139,6 +160,8 @@ impl<E: Env> Cache<E> {
         if cache.syncer.wait(&*cache.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
         }
+        // Its other copy too, now that the first is durable: no damage to one sets the counters back.
+        cache.update_start_once(&mut |_| {})?;
         Ok((Arc::new(cache), report))
     }
 
@@ -173,6 +196,12 @@ impl<E: Env> Cache<E> {
         }
     }
 
+    /// The free list, for the audit.
+    #[cfg(feature = "sim")]
+    pub(crate) fn free_list(&self) -> Vec<u32> {
+        lock(&self.free).iter().copied().collect()
+    }
+
     /// Free segments that reclaim keeps in hand.
     pub(crate) fn free_target(&self) -> usize {
         // Enough that opening never waits for reclaim at a steady rate, without idling the cache:
@@ -187,11 +216,11 @@ impl<E: Env> Cache<E> {
         self.free_count.store(free.len(), Ordering::Relaxed);
     }
 
-    /// Takes a free segment; a fill leaves the last ones to the guest's writes.
-    pub(crate) fn take_free(&self, for_fill: bool) -> Option<u32> {
+    /// Takes a free segment; fills and relocation leave the last one to the guest's writes.
+    pub(crate) fn take_free(&self, spares_last: bool) -> Option<u32> {
         let mut free = lock(&self.free);
         let low = free.len() <= self.free_target();
-        let taken = if for_fill && free.len() <= 1 { None } else { free.pop_front() };
+        let taken = if spares_last && free.len() <= 1 { None } else { free.pop_front() };
         self.free_count.store(free.len(), Ordering::Relaxed);
         drop(free);
         if low {
@@ -208,6 +237,12 @@ impl<E: Env> Cache<E> {
     /// Most payload of a record in bytes: well below a segment, and short enough under a fence.
     pub(crate) fn record_payload_max(&self) -> u32 {
         (self.media.geometry.segment_size / 8).clamp(8192, 1 << 20)
+    }
+
+    /// Sectors of a segment that are not taken by its fixed parts.
+    pub(crate) fn capacity_sectors(&self) -> u32 {
+        let geometry = &self.media.geometry;
+        (geometry.data_end() - geometry.data_start()) / 512
     }
 
     pub(crate) fn queue_for_sealing(&self, id: u32) {
@@ -232,8 +267,34 @@ impl<E: Env> Cache<E> {
         read(&self.volumes).values().cloned().collect()
     }
 
+    /// Whether a `sync` has failed, in this run or in one since which not everything has been drained.
+    pub fn has_failed(&self) -> bool {
+        self.syncer.has_failed() || lock(&self.start).page.sync_failed
+    }
+
+    /// Forgets that a `sync` has failed once, if nothing is left that could have suffered: everything
+    /// is on the disks. Says whether it did.
+    ///
+    /// # Errors
+    /// The cache still cannot be made durable.
+    pub fn forgive(&self) -> Result<bool, OpenError> {
+        let is_clean = |v: &Arc<VolumeCore>| v.is_clean() && !v.damaged.load(Ordering::Relaxed);
+        if !self.has_failed() || self.syncer.has_failed() || !self.all_volumes().iter().all(is_clean) {
+            return Ok(false);
+        }
+        self.update_start(|page| page.sync_failed = false)?;
+        Ok(true)
+    }
+
+    /// Changes both copies of the start page, the older one first, and waits until each is durable:
+    /// no damage to one sets a counter back.
+    pub(crate) fn update_start(&self, mut change: impl FnMut(&mut StartPage)) -> Result<(), OpenError> {
+        self.update_start_once(&mut change)?;
+        self.update_start_once(&mut |_| {})
+    }
+
     /// Writes the start page's older copy and waits until it is durable.
-    pub(crate) fn update_start(&self, change: impl FnOnce(&mut StartPage)) -> Result<(), OpenError> {
+    fn update_start_once(&self, change: &mut dyn FnMut(&mut StartPage)) -> Result<(), OpenError> {
         let mut start = lock(&self.start);
         let mut page = start.page.clone();
         change(&mut page);
@@ -293,17 +354,21 @@ pub(crate) fn load_start<P: Pmem>(media: &Media<P>) -> Dual<StartPage> {
 }
 
 /// Counts this start, durably: records of different starts are told apart by it.
-fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
+fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState, OpenError> {
     let copies = load_start(media);
     let next = copies.next;
     let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
     let was_clean = page.clean;
     page.sequence += 1;
-    page.start_counter += 1;
+    page.start_counter += u64::from(!mutated(Mutant::StartNotCounted));
     page.owner_generation += 1;
     page.clean = false;
+    page.sync_failed |= has_failed;
     page.boot_id = boot_id();
     media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
+    if mutated(Mutant::StartPageNewestOverwritten) {
+        media.pmem.write(media.geometry.start_page(1 - next), &page.encode()[..])?;
+    }
     media.pmem.fence();
     // On page-cache media the `sync` at the end of recovery makes it durable before anything that
     // carries the new counter can be.
@@ -312,6 +377,11 @@ fn begin_start<P: Pmem>(media: &Media<P>) -> Result<StartState, OpenError> {
 
 /// The kernel's identity of this boot; zeros where it has none.
 fn boot_id() -> [u8; 16] {
+    static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+    *BOOT_ID.get_or_init(read_boot_id)
+}
+
+fn read_boot_id() -> [u8; 16] {
     let mut id = [0; 16];
     if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         let digits: Vec<u8> =

@@ -54,6 +54,10 @@ counters! {
     discards,
     /// Requests that ended in an error.
     errors,
+    /// Times a write waited because the space fills up faster than the disk takes it.
+    pace_waits,
+    /// Operations of queues that the backing disk failed.
+    disk_errors,
     /// Records committed.
     records,
     /// Sectors filled after a miss.
@@ -76,10 +80,16 @@ counters! {
     reclaimed,
     /// Clean sectors evicted by reclaim.
     evicted_sectors,
+    /// Sectors copied to another segment by reclaim, because they were read or are dirty.
+    relocated_sectors,
+    /// Of these, dirty ones.
+    relocated_dirty_sectors,
     /// Dirty bytes now.
     dirty_bytes,
     /// Bytes mapped by the index now.
     cached_bytes,
+    /// Sectors that are lost now: they answer with an error until they are overwritten.
+    lost_sectors,
     /// Free segments of the cache now.
     free_segments,
     /// The epoch now being written.

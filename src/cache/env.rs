@@ -21,6 +21,11 @@ pub trait Clock: Send + Sync + 'static {
     /// Milliseconds since some fixed moment; never goes back.
     fn now_ms(&self) -> u64;
 
+    /// Microseconds since the same moment.
+    fn now_us(&self) -> u64 {
+        self.now_ms() * 1000
+    }
+
     /// Milliseconds since 1970, for what is written to the media.
     fn unix_ms(&self) -> u64;
 }
@@ -38,6 +43,10 @@ impl Default for SystemClock {
 impl Clock for SystemClock {
     fn now_ms(&self) -> u64 {
         u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn now_us(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
     fn unix_ms(&self) -> u64 {

@@ -8,7 +8,7 @@ use super::syncer::{Outcome, Syncer};
 use crate::onmedia::{
     Geometry, GeometryError, Secret, SegmentHeader, StartPage, Superblock, VolumeDescriptor, pad, pad_cut,
 };
-use crate::pmem::{MediaError, Pmem};
+use crate::pmem::{MediaClass, MediaError, Pmem};
 
 /// How to format.
 #[derive(Clone, Debug, Default)]
@@ -19,6 +19,16 @@ pub struct FormatOptions {
     pub label: String,
     /// A geometry of one's own, for simulations.
     pub geometry: Option<Geometry>,
+}
+
+/// Smallest segment where durability comes by `sync`: there payload and records begin new pages
+/// with every `sync`, and a smaller segment has no room for both beside its fixed parts and summary.
+/// Not one record would fit, and writes would wait for ever.
+const PAGED_SEGMENT_SIZE_MIN: u32 = 64 << 10;
+
+/// Whether no record might fit a segment of this geometry on such media.
+pub(super) fn has_small_segments(geometry: &Geometry, class: MediaClass) -> bool {
+    !class.fence_is_durable() && geometry.segment_size < PAGED_SEGMENT_SIZE_MIN
 }
 
 /// What was made.
@@ -36,6 +46,14 @@ pub enum FormatError {
     /// The size does not make a cache.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// The segments are too small for this media.
+    #[error(
+        "segments of {segment_size} bytes are too small without DAX: at least {PAGED_SEGMENT_SIZE_MIN} are needed"
+    )]
+    SmallSegments {
+        /// Bytes of one.
+        segment_size: u32,
+    },
     /// The label does not fit.
     #[error("the label is longer than 64 bytes")]
     Label,
@@ -55,7 +73,7 @@ pub enum FormatError {
 /// On return it is durable.
 ///
 /// # Errors
-/// [`FormatError`]. Nothing has been written on the first three; after the others there may be no
+/// [`FormatError`]. Nothing has been written on the first four; after the others there may be no
 /// cache any more.
 pub fn format<P: Pmem>(
     pmem: &P,
@@ -67,6 +85,9 @@ pub fn format<P: Pmem>(
         None => Geometry::choose(pmem.len(), options.segment_size)?,
     };
     geometry.validate()?;
+    if has_small_segments(&geometry, pmem.class()) {
+        return Err(FormatError::SmallSegments { segment_size: geometry.segment_size });
+    }
     let label = pad(&options.label).ok_or(FormatError::Label)?;
     let (mut uuid, mut secret) = ([0; 16], [0; 16]);
     for bytes in [&mut uuid, &mut secret] {
@@ -120,7 +141,7 @@ fn write_tables<P: Pmem>(pmem: &P, geometry: &Geometry, uuid: [u8; 16]) -> Resul
 
 /// Makes all that was written durable.
 fn settle<P: Pmem>(pmem: &P) -> Result<(), FormatError> {
-    let syncer = Syncer::new(pmem.class(), false);
+    let syncer = Syncer::new(pmem.class());
     let ticket = syncer.request(pmem, None);
     match syncer.wait(pmem, ticket) {
         Outcome::Failed => Err(FormatError::NotDurable),

@@ -5,8 +5,11 @@
 
 use std::sync::Arc;
 
-use super::index::{POSITION_END, Place};
-use crate::onmedia::{Corruption, Dual, Geometry, Key, KeyKind, PAGE, Secret, Sequenced, newest};
+use super::index::{Place, ZERO_NAME_END};
+use crate::mutant::{Mutant, mutated};
+use crate::onmedia::{
+    Corruption, Dual, Geometry, Key, KeyKind, PAGE, Secret, SegmentHeader, Sequenced, newest,
+};
 use crate::pmem::{MediaError, Pmem};
 
 /// The media, its layout, and the secret its checks are keyed with.
@@ -31,6 +34,44 @@ impl<P: Pmem> Media<P> {
         newest(copy(0), copy(1))
     }
 
+    /// Makes durable what anybody has left in the metadata: recovery is about to believe it.
+    pub fn settle_metadata(&self) {
+        let Geometry { device_size, meta_size, .. } = self.geometry;
+        for at in [0, device_size - meta_size] {
+            // By page: what cannot be reached is not believed either, and there is another copy.
+            for page in (at..at + meta_size).step_by(PAGE) {
+                self.settle(page, PAGE as u64);
+            }
+        }
+    }
+
+    /// Makes durable what anybody has left beside a segment's log: headers, witnesses, floors, words.
+    pub fn settle_segment(&self, id: u32) {
+        let words = u64::from(self.geometry.liveness_words()) * 8;
+        for copy in 0..2 {
+            self.settle(self.in_segment(id, self.geometry.header_offset(copy)), SegmentHeader::SIZE as u64);
+            self.settle(self.in_segment(id, self.geometry.witness_offset(copy)), 128);
+        }
+        self.settle(self.in_segment(id, self.geometry.liveness_offset()), words);
+    }
+
+    /// Makes durable what anybody has left in a part of a segment.
+    pub fn settle_range(&self, id: u32, offset: u32, end: u32) {
+        for page in (offset & !4095..end).step_by(PAGE) {
+            self.settle(self.in_segment(id, page), PAGE as u64);
+        }
+    }
+
+    /// What cannot be reached cannot be believed, and is found out when it is read.
+    fn settle(&self, at: u64, len: u64) {
+        if mutated(Mutant::RecoveryNotSyncedFirst) {
+            return;
+        }
+        if let Err(error) = self.pmem.settle(at, len) {
+            tracing::debug!(%error, "not settled");
+        }
+    }
+
     /// Bytes of segment `id` at `offset` on the media.
     pub fn in_segment(&self, id: u32, offset: u32) -> u64 {
         self.geometry.segment(id) + u64::from(offset)
@@ -53,7 +94,7 @@ impl<P: Pmem> Media<P> {
             KeyKind::Zero | KeyKind::Discard => {
                 // Its lowest bit says whether the guest gave the space up.
                 let name = key.version << 1 | u64::from(key.kind == KeyKind::Discard);
-                Place { position: name % POSITION_END, zero: true, dirty }
+                Place { position: name % ZERO_NAME_END, zero: true, dirty }
             }
         }
     }

@@ -19,10 +19,18 @@ pub mod volume;
 pub mod worker;
 
 mod attach;
+#[cfg(feature = "sim")]
+mod audit;
 mod core;
+mod delete;
+mod ghost;
+mod health;
 mod judge;
 mod liveness;
+mod lost;
 mod media;
+mod pacing;
+mod plan;
 mod record;
 mod recovery;
 mod scan;
@@ -34,11 +42,15 @@ mod syncer;
 pub(crate) mod weave_tests;
 
 pub use attach::{AttachError, AttachOptions};
+#[cfg(feature = "sim")]
+pub use audit::Audit;
 pub use check::{CheckReport, Verdict, check, dump};
 pub use core::{Cache, OpenError, Space};
 pub use counters::Counters;
+pub use delete::DeleteError;
 pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
+pub use health::{Health, STALL_MS, VolumeState};
 pub use judge::{has_volume, would_attach};
 pub use recovery::RecoveryReport;
 pub use volume::{Mode, Order, Volume, VolumeDisk};

@@ -1,26 +1,29 @@
 //! Recovery: from the media alone to a warm cache.
 //!
 //! Laws: idempotent, and safe to be interrupted anywhere, because all it writes before it is done
-//! is the start counter, summaries and sealed headers of segments found open, and nothing of that
-//! changes what a second recovery finds. Keys are inserted in version order, so the newest wins.
+//! is the start counter, summaries and sealed headers of segments found open, and floors that say of
+//! damaged liveness words what it has found out, and nothing of that changes what a second recovery
+//! finds. Keys are inserted in version order, so the newest wins.
 //! A dirty key counts as it is; a clean one where its liveness words allow; a fill only if the disk
 //! has been flushed since. Loss of keys that may
 //! have been dirty damages the volume they belonged to, and no other.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::core::{Cache, OpenError, write};
 use super::env::Env;
-use super::index::Extent;
+use super::index::{Extent, Place};
+use super::lost;
 use super::scan::Scan;
 use super::segments::State;
 use super::stripes::lock;
 use super::volume::{Cursor, VolumeCore};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{
     Key, KeyKind, LIVENESS_SECTORS, SegmentHeader, SegmentState, SummaryHeader, Tail, VolumeDescriptor,
-    VolumeState, encode_summary, liveness_bits,
+    VolumeState, encode_summary,
 };
 use crate::pmem::Pmem;
 use crate::units::SectorRange;
@@ -38,6 +41,8 @@ pub struct RecoveryReport {
     pub dirty_bytes: u64,
     /// Bytes that are cached, dirty ones included.
     pub cached_bytes: u64,
+    /// Sectors that are lost: neither here nor on the disk.
+    pub lost_sectors: u64,
     /// Torn records at ends of logs: legal after a crash.
     pub torn_records: u64,
     /// Whether the last run ended in order.
@@ -55,15 +60,18 @@ struct Found {
     segment: u32,
     kind: KeyKind,
     dirty: bool,
+    /// The key of this version is lost, wherever it lay; nothing above but the range says anything.
+    is_lost: bool,
 }
 
 /// Fills the cache's DRAM from its media.
 pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, OpenError> {
     let mut report = RecoveryReport { was_clean: lock(&cache.start).was_clean, ..RecoveryReport::default() };
     let volumes = load_volumes(cache, &mut report);
-    let mut found: HashMap<u64, Vec<Found>> = HashMap::new();
+    let mut found: BTreeMap<u64, Vec<Found>> = BTreeMap::new();
     let mut sealed: Vec<(u64, u32)> = Vec::new();
     for id in 0..cache.media.geometry.segment_count {
+        cache.media.settle_segment(id);
         let copies = cache.media.load_header(id);
         if copies.is_damaged() {
             report.findings.push(format!("segment {id}: a copy of its header is damaged"));
@@ -89,7 +97,7 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
         report.segments_used += 1;
         if let Some(volume) = volumes.get(&header.incarnation) {
             let scan = scan_segment(cache, id, &header, volume, &mut report);
-            let keys = take_keys(cache, id, &header, volume, &scan);
+            let keys = take_keys(cache, id, &header, volume, &scan, &mut report);
             found.entry(header.incarnation).or_default().extend(keys);
         }
         segment.set_state(State::Sealed);
@@ -97,8 +105,9 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
     }
     sealed.sort_unstable();
     lock(&cache.sealed).extend(sealed.into_iter().map(|(_, id)| id));
-    for (incarnation, keys) in found {
-        let volume = &volumes[&incarnation];
+    for volume in volumes.values() {
+        let mut keys = found.remove(&volume.incarnation).unwrap_or_default();
+        add_lost(volume, &mut keys, &mut report);
         insert(cache, volume, keys, &mut report);
     }
     for volume in volumes.values() {
@@ -111,9 +120,9 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
 }
 
 /// Reads descriptors and tails.
-fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMap<u64, Arc<VolumeCore>> {
+fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeMap<u64, Arc<VolumeCore>> {
     let media = &cache.media;
-    let mut volumes = HashMap::new();
+    let mut volumes = BTreeMap::new();
     for slot in 0..media.geometry.volume_slots {
         let copies = media.load(
             |copy| media.geometry.descriptor(slot, copy),
@@ -133,7 +142,14 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMa
         if descriptor.state == VolumeState::Empty {
             continue;
         }
+        let is_deleted = descriptor.state == VolumeState::Deleting;
         let volume = VolumeCore::new(descriptor, next);
+        if is_deleted {
+            if let Err(error) = cache.finish_delete(&volume) {
+                report.findings.push(format!("volume slot {slot} cannot be emptied: {error}"));
+            }
+            continue;
+        }
         let tails = media.load(
             |copy| media.geometry.tail(slot, copy),
             |bytes| Tail::decode(bytes, &media.uuid, volume.incarnation),
@@ -147,9 +163,14 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> HashMa
                 volume.tail.store(tail.epoch, Ordering::Relaxed);
                 // Also where no segment is left to say what was used: an epoch at or below the
                 // tail would count as clean.
-                volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
-                volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                if !mutated(Mutant::EpochRestartsBelowTail) {
+                    volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
+                }
+                if !mutated(Mutant::VersionsRestart) {
+                    volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                }
                 *lock(&volume.tail_page) = (tail.sequence, next);
+                *lock(&volume.lost) = tail.lost;
             }
             Err(error) => {
                 // Tail 0 takes everything for dirty, and clean data may be older than the disk's.
@@ -171,6 +192,15 @@ fn scan_segment<E: Env>(
     report: &mut RecoveryReport,
 ) -> Scan {
     let mut scan = Scan::default();
+    let geometry = &cache.media.geometry;
+    match header.state {
+        // Its records were fenced by those who wrote them before it was sealed.
+        SegmentState::Sealed => {
+            let end = header.summary_offset.saturating_add(header.summary_len).min(geometry.data_end());
+            cache.media.settle_range(id, header.summary_offset, end);
+        }
+        _ => cache.media.settle_range(id, geometry.data_start(), geometry.data_end()),
+    }
     if header.state == SegmentState::Sealed && header.summary_len > 0 {
         match cache.media.scan_summary(id, header) {
             Ok(found) => return found,
@@ -203,7 +233,9 @@ fn scan_segment<E: Env>(
         // Sealed with what is left, the segment no longer shows that there was more: the volume's
         // descriptor must say so first, or the next start would find nothing amiss.
         let is_lost = scan.losses.iter().any(|(epoch, _)| *epoch > tail);
-        match if is_lost { cache.update_descriptor(volume, |d| d.damaged = true) } else { Ok(()) } {
+        // Both copies: neither may be left saying that all is well.
+        let note = || cache.update_descriptor(volume, |d| d.damaged = true);
+        match if is_lost { note().and_then(|()| note()) } else { Ok(()) } {
             Ok(()) => seal_found(cache, id, header, &scan, report),
             Err(error) => report.findings.push(format!("segment {id} cannot be sealed: {error}")),
         }
@@ -236,6 +268,7 @@ fn take_keys<E: Env>(
     header: &SegmentHeader,
     volume: &VolumeCore,
     scan: &Scan,
+    report: &mut RecoveryReport,
 ) -> Vec<Found> {
     let segment = &cache.segments[id as usize];
     let tail = volume.tail.load(Ordering::Relaxed);
@@ -245,7 +278,7 @@ fn take_keys<E: Env>(
     segment.payload_end.store(scan.payload_end, Ordering::Relaxed);
     segment.last_sequence.store(scan.last_sequence, Ordering::Relaxed);
     segment.key_count.store(scan.keys.len() as u32, Ordering::Relaxed);
-    load_liveness(cache, id, header);
+    load_liveness(cache, id, header, report);
     let mut checksums = scan.checksums.iter();
     let mut found = Vec::with_capacity(scan.keys.len());
     let mut dirty_keys = Vec::new();
@@ -263,7 +296,10 @@ fn take_keys<E: Env>(
         if key.first + u64::from(key.sectors) > sectors {
             continue;
         }
-        if is_dirty(key) {
+        if mutated(Mutant::ZerosForgotten) && !key.kind.has_payload() {
+            continue;
+        }
+        if is_dirty(key) && !(mutated(Mutant::DeadWordsEndDirtyKeys) && segment.is_dead(key.payload)) {
             max_dirty = max_dirty.max(key.epoch);
             dirty_keys.push(*key);
             if key.kind.has_payload() {
@@ -276,6 +312,7 @@ fn take_keys<E: Env>(
                 segment: id,
                 kind: key.kind,
                 dirty: true,
+                is_lost: false,
             });
         } else if key.kind == KeyKind::Fill && key.epoch > tail {
             // The disk may have lost what this was filled from: dead, durably so before the tail
@@ -287,7 +324,10 @@ fn take_keys<E: Env>(
     }
     segment.max_version.store(max_version, Ordering::Relaxed);
     segment.max_epoch.store(max_dirty, Ordering::Relaxed);
-    volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
+    segment.min_epoch.store(0, Ordering::Relaxed);
+    if !mutated(Mutant::VersionsRestart) {
+        volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
+    }
     volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);
     if !dirty_keys.is_empty() {
@@ -314,36 +354,76 @@ fn live_runs(segment: &super::segments::Segment, key: &Key, id: u32) -> Vec<Foun
                 segment: id,
                 kind: key.kind,
                 dirty: false,
+                is_lost: false,
             }),
         }
     }
     runs
 }
 
-/// Reads the liveness words. One that fails its check makes everything under it dead.
-fn load_liveness<E: Env>(cache: &Cache<E>, id: u32, header: &SegmentHeader) {
-    let media = &cache.media;
-    let words = media.geometry.liveness_words();
-    let mut bytes = vec![0; words as usize * 8];
-    let at = media.in_segment(id, media.geometry.liveness_offset());
-    let readable = media.pmem.read(at, &mut bytes).is_ok();
-    for (index, word) in bytes.as_chunks::<8>().0.iter().enumerate() {
-        let word = u64::from_le_bytes(*word);
-        let bits = liveness_bits(&media.secret, id, header.generation, index as u32, word);
-        let bits = if readable { bits.unwrap_or(u32::MAX) } else { u32::MAX };
-        if bits != 0 {
-            cache.segments[id as usize].restore_dead(index, bits);
+/// Takes over what the liveness words say. Where they are damaged, everything is dead, and stays so.
+fn load_liveness<E: Env>(cache: &Cache<E>, id: u32, header: &SegmentHeader, report: &mut RecoveryReport) {
+    let segment = &cache.segments[id as usize];
+    let dead = cache.media.load_liveness(id, header.generation);
+    let is_believed = mutated(Mutant::BadLivenessWordIgnored);
+    if dead.is_damaged && !is_believed {
+        report.findings.push(format!("segment {id}: its liveness words are damaged; clean data is dropped"));
+        if let Err(error) = cache.bury(id) {
+            report.findings.push(format!("segment {id}: its liveness words cannot be repaired: {error}"));
+        }
+    }
+    for (index, word) in dead.words.iter().enumerate() {
+        match word {
+            Some(bits) if !dead.is_damaged || is_believed => {
+                if *bits != 0 {
+                    segment.restore_dead(index, *bits);
+                }
+            }
+            None if is_believed => {}
+            _ => segment.distrust(index),
         }
     }
     const { assert!(LIVENESS_SECTORS == 32) };
 }
 
-/// Inserts a volume's keys, oldest first; what loses is dead.
+/// Adds what is listed as lost to a volume's keys: each range counts like a key of its version.
+fn add_lost(volume: &VolumeCore, keys: &mut Vec<Found>, report: &mut RecoveryReport) {
+    let list = lock(&volume.lost);
+    let whole = SectorRange::new(0, volume.descriptor_sectors());
+    for lost in list.iter() {
+        volume.version.fetch_max(lost.version + 1, Ordering::Relaxed);
+        keys.extend(lost.range.intersection(&whole).map(|range| Found {
+            version: lost.version,
+            range,
+            payload: 0,
+            segment: 0,
+            kind: KeyKind::Data,
+            dirty: false,
+            is_lost: true,
+        }));
+    }
+    if !list.is_empty() {
+        let name = volume.descriptor_name();
+        report.lost_sectors += lost::sectors(&list);
+        report.findings.push(format!("volume {name}: {}", lost::summary(&list)));
+    }
+}
+
+/// Inserts a volume's keys, oldest first; what loses is dead. Of two copies of one version, which a
+/// crash during relocation leaves, the one in the higher segment wins: write-back decides likewise.
 fn insert<E: Env>(cache: &Cache<E>, volume: &VolumeCore, mut keys: Vec<Found>, report: &mut RecoveryReport) {
-    keys.sort_unstable_by_key(|k| k.version);
+    // At equality the loss: the key it speaks of is the one that is lost.
+    keys.sort_unstable_by_key(|k| (k.version, k.is_lost, k.segment));
+    if_mutated(Mutant::OldestWins, || keys.reverse());
     report.keys += keys.len() as u64;
     let mut replaced = Vec::new();
     for found in keys {
+        if found.is_lost {
+            replaced.clear();
+            volume.index.insert(Extent { range: found.range, place: Place::LOST }, &mut replaced);
+            cache.mark_dead(&replaced);
+            continue;
+        }
         let key = Key {
             first: found.range.start,
             kind: found.kind,
@@ -358,7 +438,9 @@ fn insert<E: Env>(cache: &Cache<E>, volume: &VolumeCore, mut keys: Vec<Found>, r
         replaced.clear();
         let place = cache.media.place(found.segment, &key, found.dirty);
         volume.index.insert(Extent { range: found.range, place }, &mut replaced);
-        cache.mark_dead(&replaced);
+        if !mutated(Mutant::LosersNotKilled) {
+            cache.mark_dead(&replaced);
+        }
     }
     if !volume.is_clean() {
         volume.dirty_since.store(1, Ordering::Relaxed);

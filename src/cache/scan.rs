@@ -9,9 +9,10 @@
 //! segment's generation and the start that opened it; its fields have been bounded by the decoder.
 
 use super::media::Media;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     Corruption, Dual, Key, Record, RecordExpect, SegmentHeader, SegmentState, SummaryExpect, Witness,
-    decode_record_into, decode_summary, newest,
+    decode_record_into, decode_summary, newest, record_len,
 };
 use crate::pmem::{MediaError, Pmem};
 
@@ -51,7 +52,8 @@ impl<P: Pmem> Media<P> {
                 let mut bytes = [0; 64];
                 self.pmem.read(self.in_segment(id, self.geometry.witness_offset(copy)), &mut bytes).ok()?;
                 let witness = Witness::decode(&bytes, &self.secret, id).ok()?;
-                (witness.generation == generation).then_some(witness.sequence)
+                let counts = witness.generation == generation && !mutated(Mutant::WitnessIgnored);
+                counts.then_some(witness.sequence)
             })
             .max()
             .unwrap_or(0)
@@ -104,7 +106,8 @@ impl<P: Pmem> Media<P> {
                 scan.torn += 1;
                 continue;
             }
-            if sequence > expected && (strict || expected <= witness) {
+            let is_gap = sequence > expected && !mutated(Mutant::SequenceGapIgnored);
+            if is_gap && (strict || expected <= witness) {
                 let what = format!("records {expected} to {} are missing", sequence - 1);
                 scan.losses.push((record.header.epoch, what));
             }
@@ -123,6 +126,9 @@ impl<P: Pmem> Media<P> {
 
     /// Whether every checksum of a record's payload holds.
     fn payload_holds(&self, id: u32, record: &Record) -> bool {
+        if mutated(Mutant::PayloadNotVerified) {
+            return true;
+        }
         let mut checksums = record.checksums.iter();
         let mut block = [0; 4096];
         record.keys.iter().all(|key| {
@@ -148,12 +154,16 @@ impl<P: Pmem> Media<P> {
         let SegmentHeader { generation, incarnation, .. } = *header;
         let expect = RecordExpect { segment: id, generation, incarnation, offset };
         decode_record_into(&self.secret, &self.geometry, bytes, &expect, record).is_ok()
-            && record.header.start_counter == header.start_counter
+            && (record.header.start_counter == header.start_counter || mutated(Mutant::StartNotChecked))
     }
 
     /// Reads on from `cursor` (where an earlier record begins) down to `log_low`, as long as
     /// records are of epochs ≤ `upto`. Calls `f` for each record; returns the new cursor and, if a
     /// record of a later epoch comes next, its epoch.
+    ///
+    /// # Errors
+    /// [`WalkError`]: a record is not there or does not follow the one before. Nobody is to take the
+    /// others for all there are: what it held would never be written back, or never be evicted.
     pub fn walk_from(
         &self,
         id: u32,
@@ -165,6 +175,7 @@ impl<P: Pmem> Media<P> {
     ) -> Result<(u32, Option<u64>), WalkError> {
         let mut cursor = cursor;
         let mut record = Record::default();
+        let mut expected = self.sequence_from(id, header, cursor, &mut record)?;
         while cursor > log_low {
             // A record is at most about 10 KiB; a generous window saves reads.
             let low = log_low.max(cursor.saturating_sub(32 << 10));
@@ -181,6 +192,15 @@ impl<P: Pmem> Media<P> {
                 }
                 at -= 256;
             }
+            let end = at + record_len(record.keys.len(), record.checksums.len()) as u32;
+            let follows = match expected {
+                Some(sequence) => record.header.sequence == sequence,
+                None => end == cursor || end == cursor & !4095,
+            };
+            if !follows {
+                return Err(WalkError::Missing { segment: id, below: cursor });
+            }
+            expected = Some(record.header.sequence + 1);
             if record.header.epoch > upto {
                 return Ok((cursor, Some(record.header.epoch)));
             }
@@ -188,6 +208,27 @@ impl<P: Pmem> Media<P> {
             cursor = at;
         }
         Ok((cursor, None))
+    }
+}
+
+impl<P: Pmem> Media<P> {
+    /// The sequence number of the record that comes below `cursor`. `None` when that which begins there,
+    /// and was read once, is damaged by now.
+    fn sequence_from(
+        &self,
+        id: u32,
+        header: &SegmentHeader,
+        cursor: u32,
+        record: &mut Record,
+    ) -> Result<Option<u64>, WalkError> {
+        let top = self.geometry.data_end();
+        if cursor == top {
+            return Ok(Some(1));
+        }
+        let mut bytes = vec![0; (top - cursor).min(32 << 10) as usize];
+        self.pmem.read(self.in_segment(id, cursor), &mut bytes).map_err(WalkError::Media)?;
+        let is_whole = self.read_record(id, header, cursor, &bytes, record);
+        Ok(is_whole.then_some(record.header.sequence + 1))
     }
 }
 

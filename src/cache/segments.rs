@@ -6,9 +6,11 @@
 //! - A checksum is stored before the key it belongs to is published, and not changed until the
 //!   segment has been freed, which waits for every reader.
 //! - A segment has at most one writer: the stream that opened it, until it is full.
+//! - `read` bits are evidence, not truth: they may be lost, and a new life begins without any.
 
 use std::sync::OnceLock;
 
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::Geometry;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
@@ -26,6 +28,8 @@ pub(crate) enum State {
     Sealed = 3,
     /// Being reclaimed.
     Reclaiming = 4,
+    /// Reclaim's own: it appends what it relocates, or holds it in reserve for that.
+    Target = 6,
     /// Its header cannot be trusted or written; never used again.
     Bad = 5,
 }
@@ -38,6 +42,7 @@ impl State {
             2 => State::Full,
             3 => State::Sealed,
             4 => State::Reclaiming,
+            6 => State::Target,
             _ => State::Bad,
         }
     }
@@ -56,6 +61,8 @@ pub(crate) struct Segment {
     pub header_sequence: AtomicU64,
     /// Highest epoch of any dirty key in it, 0 for none.
     pub max_epoch: AtomicU64,
+    /// Lowest epoch of any dirty key in it, `u64::MAX` for none. Set before the record exists.
+    pub min_epoch: AtomicU64,
     pub max_version: AtomicU64,
     pub last_sequence: AtomicU64,
     /// Lowest byte of the records committed (they grow down); offset in the segment.
@@ -66,6 +73,11 @@ pub(crate) struct Segment {
     pub live: AtomicU32,
     /// Whether it is on the list of segments whose liveness words must be written.
     pub liveness_pending: AtomicBool,
+    /// Bits set in what its liveness words are, or will be once they are written: counted after the
+    /// mark, so that words written after a look at it hold at least as many.
+    pub dead_count: AtomicU32,
+    /// Whether its floor says on the media that every clean key is dead: its words need no writing.
+    pub is_buried: AtomicBool,
     body: OnceLock<Body>,
 }
 
@@ -76,10 +88,29 @@ struct Body {
     changed: Box<[AtomicU32]>,
     /// CRC-32 of each 4 KiB block that one key fills.
     blocks: Box<[AtomicU32]>,
-    /// One bit per block: its sectors have checksums of their own.
-    packed: Box<[AtomicU32]>,
+    /// Marks of 32 blocks at a time.
+    marks: Box<[Marks]>,
     /// CRC-32 of each sector, where `packed`.
     sectors: OnceLock<Box<[AtomicU32]>>,
+    /// One bit per sector: dead on the media, and pointed at again since recovery. It stays dead
+    /// there: bits are never cleared in a life.
+    revived: OnceLock<Box<[AtomicU32]>>,
+}
+
+impl Body {
+    fn revived(&self, word: u32) -> u32 {
+        self.revived.get().map_or(0, |all| all[word as usize].load(Ordering::Relaxed))
+    }
+}
+
+/// What is known of 32 blocks, bit by bit. Together, because a hit that verifies looks at `packed`
+/// anyway: so the evidence that reclaim wants costs it no cache line of its own.
+#[derive(Default)]
+struct Marks {
+    /// The block's sectors have checksums of their own.
+    packed: AtomicU32,
+    /// A guest has read from the block since it was written, or since reclaim last passed.
+    read: AtomicU32,
 }
 
 fn zeros(n: usize) -> Box<[AtomicU32]> {
@@ -102,12 +133,18 @@ impl Segment {
             dead: zeros(sectors.div_ceil(32)),
             changed: zeros(sectors.div_ceil(32).div_ceil(32)),
             blocks: zeros(sectors / 8),
-            packed: zeros((sectors / 8).div_ceil(32)),
+            marks: (0..(sectors / 8).div_ceil(32)).map(|_| Marks::default()).collect(),
             sectors: OnceLock::new(),
+            revived: OnceLock::new(),
         };
         let body = self.body.get_or_init(fresh);
-        for word in body.dead.iter().chain(&body.changed).chain(&body.packed) {
+        let revived = body.revived.get().into_iter().flatten();
+        for word in body.dead.iter().chain(&body.changed).chain(revived) {
             word.store(0, Ordering::Relaxed);
+        }
+        for marks in &body.marks {
+            marks.packed.store(0, Ordering::Relaxed);
+            marks.read.store(0, Ordering::Relaxed);
         }
         self.owner.store(owner, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Relaxed);
@@ -115,8 +152,11 @@ impl Segment {
         for n in [&self.max_epoch, &self.max_version, &self.last_sequence] {
             n.store(0, Ordering::Relaxed);
         }
+        self.min_epoch.store(u64::MAX, Ordering::Relaxed);
         self.key_count.store(0, Ordering::Relaxed);
         self.live.store(0, Ordering::Relaxed);
+        self.dead_count.store(0, Ordering::Relaxed);
+        self.is_buried.store(false, Ordering::Relaxed);
         self.log_low.store(geometry.data_end(), Ordering::Release);
         self.payload_end.store(geometry.data_start(), Ordering::Relaxed);
     }
@@ -134,7 +174,7 @@ impl Segment {
     /// Does not touch `live`.
     pub fn mark_dead(&self, first: u32, n: u32) -> u32 {
         let body = self.body();
-        let mut fresh = 0;
+        let (mut fresh, mut counted) = (0, 0);
         let (mut at, end) = (first, first + n);
         while at < end {
             let word = at / 32;
@@ -143,6 +183,7 @@ impl Segment {
             let mask = if width == 32 { u32::MAX } else { ((1 << width) - 1) << (at % 32) };
             let old = body.dead[word as usize].fetch_or(mask, Ordering::SeqCst);
             fresh += (mask & !old).count_ones();
+            counted += (mask & !old & !body.revived(word)).count_ones();
             if mask & !old != 0 {
                 let (changed, bit) = (&body.changed[word as usize / 32], 1 << (word % 32));
                 // Sequentially consistent with the taker: it clears the bit before it looks at the
@@ -153,18 +194,31 @@ impl Segment {
             }
             at = upto;
         }
+        self.dead_count.fetch_add(counted, Ordering::SeqCst);
         fresh
     }
 
     /// Marks dead what recovery found dead on the media already: nothing is left to write.
     pub fn restore_dead(&self, word: usize, bits: u32) {
         self.body().dead[word].store(bits, Ordering::Relaxed);
+        self.dead_count.fetch_add(bits.count_ones(), Ordering::Relaxed);
+    }
+
+    /// Marks dead what the media says nothing about, or nothing that counts: neither counted nor
+    /// written.
+    pub fn distrust(&self, word: usize) {
+        self.body().dead[word].store(u32::MAX, Ordering::Relaxed);
     }
 
     /// Takes sectors for live whatever the media says: dirty keys count as they are.
     pub fn revive(&self, first: u32, n: u32) {
+        let body = self.body();
         for sector in first..first + n {
-            self.body().dead[sector as usize / 32].fetch_and(!(1 << (sector % 32)), Ordering::Relaxed);
+            let (word, bit) = (sector as usize / 32, 1 << (sector % 32));
+            if body.dead[word].fetch_and(!bit, Ordering::Relaxed) & bit != 0 {
+                let revived = body.revived.get_or_init(|| zeros(body.dead.len()));
+                revived[word].fetch_or(bit, Ordering::Relaxed);
+            }
         }
     }
 
@@ -184,7 +238,7 @@ impl Segment {
             while bits != 0 {
                 let word = i as u32 * 32 + bits.trailing_zeros();
                 bits &= bits - 1;
-                f(word, body.dead[word as usize].load(Ordering::SeqCst));
+                f(word, body.dead[word as usize].load(Ordering::SeqCst) | body.revived(word));
             }
         }
     }
@@ -194,8 +248,8 @@ impl Segment {
         let body = self.body();
         body.blocks[block as usize].store(crc, Ordering::Relaxed);
         // A draft that was given up may have packed small pieces here before.
-        let (word, bit) = (&body.packed[block as usize / 32], 1 << (block % 32));
-        if word.load(Ordering::Relaxed) & bit != 0 {
+        let (word, bit) = (&body.marks[block as usize / 32].packed, 1 << (block % 32));
+        if word.load(Ordering::Relaxed) & bit != 0 && !mutated(Mutant::PackedMarkKept) {
             word.fetch_and(!bit, Ordering::Relaxed);
         }
     }
@@ -206,14 +260,57 @@ impl Segment {
         let all = body.sectors.get_or_init(|| zeros(body.blocks.len() * 8));
         all[sector as usize].store(crc, Ordering::Relaxed);
         let block = sector / 8;
-        body.packed[block as usize / 32].fetch_or(1 << (block % 32), Ordering::Relaxed);
+        body.marks[block as usize / 32].packed.fetch_or(1 << (block % 32), Ordering::Relaxed);
     }
 
     /// The checksum of a whole block, or `None` when its sectors have their own.
     pub fn block_checksum(&self, block: u32) -> Option<u32> {
         let body = self.body();
-        let packed = body.packed[block as usize / 32].load(Ordering::Relaxed) & (1 << (block % 32)) != 0;
+        let marks = &body.marks[block as usize / 32];
+        let packed = marks.packed.load(Ordering::Relaxed) & (1 << (block % 32)) != 0;
         (!packed).then(|| body.blocks[block as usize].load(Ordering::Relaxed))
+    }
+
+    /// Notes that a guest has read `sectors` from `first` on. On the hit path: a load, and a store
+    /// only the first time.
+    pub fn note_read(&self, first: u32, sectors: u32) {
+        let marks = &self.body().marks;
+        for block in first / 8..=(first + sectors - 1) / 8 {
+            let (word, bit) = (&marks[block as usize / 32].read, 1 << (block % 32));
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether a guest has read from the sector's block.
+    pub fn is_read(&self, sector: u32) -> bool {
+        let block = sector / 8;
+        self.body().marks[block as usize / 32].read.load(Ordering::Relaxed) & (1 << (block % 32)) != 0
+    }
+
+    /// Forgets what was read: it must be read again to count.
+    pub fn forget_reads(&self) {
+        for marks in &self.body().marks {
+            marks.read.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// At most how many sectors of it are live and were read: packed space that was never used
+    /// counts as live.
+    pub fn hot_sectors(&self) -> u32 {
+        let body = self.body();
+        let mut hot = 0;
+        for (marks, dead) in body.marks.iter().zip(body.dead.chunks(8)) {
+            let mut read = marks.read.load(Ordering::Relaxed);
+            while read != 0 {
+                let block = read.trailing_zeros();
+                read &= read - 1;
+                let dead = dead[block as usize / 4].load(Ordering::Relaxed) >> (block % 4 * 8);
+                hot += 8 - (dead & 0xff).count_ones();
+            }
+        }
+        hot
     }
 
     /// The checksum of one sector of a packed block.
@@ -246,6 +343,38 @@ mod tests {
     }
 
     #[test]
+    fn a_sector_revived_by_recovery_stays_dead_on_the_media_and_counts_once() {
+        let segment = segment();
+        segment.restore_dead(0, 0xff);
+        segment.revive(4, 8);
+        assert!(segment.is_dead(3) && !segment.is_dead(4));
+        assert_eq!(segment.mark_dead(20, 1), 1);
+        let mut words = Vec::new();
+        segment.take_changed(|word, bits| words.push((word, bits)));
+        assert_eq!(words, [(0, 0x10_00ff)]);
+        assert_eq!(segment.mark_dead(4, 2), 2);
+        assert_eq!(segment.dead_count.load(Ordering::Relaxed), 9);
+    }
+
+    #[test]
+    fn what_was_read_and_lives_is_hot_until_it_is_forgotten() {
+        let segment = segment();
+        assert_eq!(segment.hot_sectors(), 0);
+        segment.note_read(7, 2);
+        segment.note_read(8, 8);
+        assert!(segment.is_read(0) && segment.is_read(15) && !segment.is_read(16));
+        assert_eq!(segment.hot_sectors(), 16);
+        segment.mark_dead(4, 8);
+        segment.note_read(127, 1);
+        assert_eq!(segment.hot_sectors(), 8 + 8);
+        segment.forget_reads();
+        assert_eq!((segment.hot_sectors(), segment.is_read(7)), (0, false));
+        segment.note_read(33, 1);
+        segment.begin(&Geometry::custom(16 << 10, 64 << 10, 4, 1).unwrap(), 1, 2, 1);
+        assert_eq!(segment.hot_sectors(), 0);
+    }
+
+    #[test]
     fn each_sector_dies_once_and_each_changed_word_is_taken_once() {
         let segment = segment();
         assert_eq!(segment.mark_dead(30, 40), 40);
@@ -254,6 +383,7 @@ mod tests {
         segment.take_changed(|word, bits| words.push((word, bits)));
         assert_eq!(words, [(0, 0xfe00_0000), (1, u32::MAX), (2, 0x3f)]);
         segment.take_changed(|_, _| panic!("nothing changed since"));
+        assert_eq!(segment.dead_count.load(Ordering::Relaxed), 45);
         assert!(segment.is_dead(69) && !segment.is_dead(70));
     }
 }

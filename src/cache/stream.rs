@@ -16,6 +16,7 @@ use super::env::Env;
 use super::media::Media;
 use super::record::Draft;
 use super::segments::{Segment, State};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
 };
@@ -27,6 +28,11 @@ pub(crate) struct Packed {
     /// Offset in the segment, in sectors.
     pub next: u32,
     pub left: u32,
+}
+
+/// What aligning a record and the summary may cost.
+fn slack(by_page: bool) -> usize {
+    if by_page { 2 * 4096 } else { 256 }
 }
 
 /// A writer's place. Locked for the whole of one record.
@@ -54,6 +60,9 @@ pub(crate) struct Open {
     /// Sequence number of the last record a witness was written for.
     witnessed: u64,
     by_page: bool,
+    /// Bytes of it that have been charged to a queue.
+    charged: u32,
+    room: u32,
 }
 
 /// What stands in a record's header beside what the segment knows.
@@ -68,10 +77,23 @@ impl Open {
     /// Whether a record of so many keys and checksums, with payload up to `payload_end`, leaves
     /// room for the summary of the whole segment.
     pub fn fits(&self, payload_end: u32, keys: usize, checksums: usize) -> bool {
-        let slack = if self.by_page { 2 * 4096 } else { 256 };
         let record = record_len(keys, checksums);
-        let summary = summary_len(self.keys + keys, self.checksums + checksums) + slack;
+        let summary = summary_len(self.keys + keys, self.checksums + checksums) + slack(self.by_page);
         u64::from(payload_end) + (record + summary) as u64 <= u64::from(self.log_low)
+    }
+
+    /// Bytes taken since the last call.
+    pub fn charge(&mut self) -> u32 {
+        let room = self.log_low - self.payload_end;
+        let taken = self.room - room;
+        self.room = room;
+        self.charged += taken;
+        taken
+    }
+
+    /// Bytes that [`Open::charge`] has told of.
+    pub fn charged(&self) -> u32 {
+        self.charged
     }
 
     /// Whether anything was appended.
@@ -118,12 +140,19 @@ impl Open {
             // Of the record before: it is fenced, and this goes out with the fence of this one.
             self.write_witness(media);
         }
-        draft.store_last(media, self.id)?;
+        if !mutated(Mutant::PayloadAfterFence) {
+            draft.store_last(media, self.id)?;
+        }
         draft.bytes.clear();
         encode_record(&media.secret, &header, &draft.keys, &draft.checksums, &mut draft.bytes);
         assert_eq!(draft.bytes.len(), len as usize);
         media.pmem.write(media.in_segment(self.id, offset), &draft.bytes)?;
-        media.pmem.fence();
+        if !mutated(Mutant::RecordNotFenced) {
+            media.pmem.fence();
+        }
+        if mutated(Mutant::PayloadAfterFence) {
+            draft.store_last(media, self.id)?;
+        }
         self.log_low = offset;
         self.payload_end = draft.payload_end;
         self.packed = draft.packed;
@@ -152,7 +181,7 @@ impl Open {
 
     /// Remembers, beside the record, that it was whole.
     pub fn write_witness<P: Pmem>(&mut self, media: &Media<P>) {
-        let sequence = self.sequence - 1;
+        let sequence = self.sequence - 1 + u64::from(mutated(Mutant::WitnessAhead));
         self.witnessed = sequence;
         let witness =
             Witness { generation: self.generation, sequence, log_low: self.log_low, segment: self.id };
@@ -169,33 +198,39 @@ impl<E: Env> Cache<E> {
     pub(crate) fn open_segment(&self, owner: u64, stream: u16, for_fill: bool) -> Option<Open> {
         loop {
             let id = self.take_free(for_fill)?;
-            let segment = &self.segments[id as usize];
-            let generation = segment.generation.load(Ordering::Relaxed);
-            segment.begin(&self.media.geometry, owner, generation, self.start_counter);
-            match self.begin_on_media(id, owner, stream, generation) {
-                Ok(()) => {
-                    segment.set_state(State::Open);
-                    return Some(Open {
-                        id,
-                        generation,
-                        log_low: self.media.geometry.data_end(),
-                        payload_end: self.media.geometry.data_start(),
-                        packed: None,
-                        sequence: 1,
-                        keys: 0,
-                        checksums: 0,
-                        sync_mark: self.syncer.started(),
-                        appended_at: 0,
-                        witnessed: 0,
-                        by_page: !self.media.pmem.class().fence_is_durable(),
-                    });
-                }
-                Err(error) => {
-                    tracing::error!(%error, segment = id, "a segment cannot be opened and is given up");
-                    segment.set_state(State::Bad);
-                }
+            if let Some(open) = self.open_taken(id, owner, stream) {
+                return Some(open);
             }
         }
+    }
+
+    /// Opens a free segment that is on no list. `None` when the media refuses it: it is given up.
+    pub(crate) fn open_taken(&self, id: u32, owner: u64, stream: u16) -> Option<Open> {
+        let segment = &self.segments[id as usize];
+        let generation = segment.generation.load(Ordering::Relaxed);
+        segment.begin(&self.media.geometry, owner, generation, self.start_counter);
+        if let Err(error) = self.begin_on_media(id, owner, stream, generation) {
+            tracing::error!(%error, segment = id, "a segment cannot be opened and is given up");
+            segment.set_state(State::Bad);
+            return None;
+        }
+        segment.set_state(State::Open);
+        Some(Open {
+            id,
+            generation,
+            log_low: self.media.geometry.data_end(),
+            payload_end: self.media.geometry.data_start(),
+            packed: None,
+            sequence: 1,
+            keys: 0,
+            checksums: 0,
+            sync_mark: self.syncer.started(),
+            appended_at: 0,
+            witnessed: 0,
+            by_page: !self.media.pmem.class().fence_is_durable(),
+            charged: 0,
+            room: self.media.geometry.data_end() - self.media.geometry.data_start(),
+        })
     }
 
     fn begin_on_media(&self, id: u32, owner: u64, stream: u16, generation: u64) -> Result<(), MediaError> {
@@ -204,7 +239,8 @@ impl<E: Env> Cache<E> {
         let zeros = vec![0; words];
         self.media.pmem.write(self.media.in_segment(id, geometry.liveness_offset()), &zeros)?;
         for copy in 0..2 {
-            self.media.pmem.write(self.media.in_segment(id, geometry.witness_offset(copy)), &[0; 64])?;
+            // The witness and the floor behind it.
+            self.media.pmem.write(self.media.in_segment(id, geometry.witness_offset(copy)), &[0; 128])?;
         }
         self.write_header(id, |h| {
             h.state = SegmentState::Open;
@@ -231,17 +267,11 @@ impl<E: Env> Cache<E> {
         for copy in [sequence % 2, (sequence + 1) % 2] {
             let at = self.media.in_segment(id, self.media.geometry.header_offset(copy as usize));
             self.media.pmem.write(at, &bytes)?;
-            self.media.pmem.fence();
+            if !mutated(Mutant::HeaderCopiesTogether) {
+                self.media.pmem.fence();
+            }
         }
         segment.header_sequence.store(sequence, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// Ends a stream's segment; the housekeeper seals it.
-    pub(crate) fn close_segment(&self, stream: &mut Stream) {
-        if let Some(open) = stream.open.take() {
-            self.segments[open.id as usize].set_state(State::Full);
-            self.queue_for_sealing(open.id);
-        }
     }
 }

@@ -10,6 +10,7 @@
 //!   overlapping ones exist at a time, and a placeholder born under one is born broken.
 
 use super::index::REGION_SECTORS;
+use crate::mutant::{Mutant, mutated};
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, hint, thread};
 use crate::units::SectorRange;
@@ -40,9 +41,9 @@ pub(crate) struct Stripes {
     next: AtomicU64,
 }
 
-/// Number of stripes: two batches of 32 random writes from two queues meet in less than two of
-/// them on average, and the window is the header's store and the fence.
-const STRIPES: usize = 1024;
+/// Most stripes: two batches of 32 random writes from two queues meet in less than two of them on
+/// average, and the window is the header's store and the fence.
+const STRIPES_MAX: u64 = 1024;
 
 /// The stripes a batch holds. Dropping it unlocks them; the list is reused.
 pub(crate) struct Held<'a> {
@@ -60,15 +61,18 @@ impl Drop for Held<'_> {
 }
 
 impl Stripes {
-    pub fn new() -> Self {
-        Self { stripes: (0..STRIPES).map(|_| Stripe::default()).collect(), next: AtomicU64::new(1) }
+    /// Stripes for a volume of so many sectors: one per region, up to a number that is enough.
+    pub fn new(sectors: u64) -> Self {
+        let count = sectors.div_ceil(REGION_SECTORS).clamp(1, STRIPES_MAX);
+        Self { stripes: (0..count).map(|_| Stripe::default()).collect(), next: AtomicU64::new(1) }
     }
 
-    fn of(range: SectorRange) -> impl Iterator<Item = u16> {
+    fn of(&self, range: SectorRange) -> impl Iterator<Item = u16> + use<> {
         let first = range.start / REGION_SECTORS;
         let last = (range.end() - 1) / REGION_SECTORS;
-        let count = (last - first + 1).min(STRIPES as u64);
-        (0..count).map(move |i| ((first + i) % STRIPES as u64) as u16)
+        let stripes = self.stripes.len() as u64;
+        let count = (last - first + 1).min(stripes);
+        (0..count).map(move |i| ((first + i) % stripes) as u16)
     }
 
     /// Locks the stripes of all `ranges`. `scratch` must be empty and is emptied again.
@@ -79,7 +83,7 @@ impl Stripes {
     ) -> Held<'a> {
         debug_assert!(scratch.is_empty());
         for range in ranges {
-            scratch.extend(Self::of(range));
+            scratch.extend(self.of(range));
         }
         scratch.sort_unstable();
         scratch.dedup();
@@ -91,7 +95,7 @@ impl Stripes {
 
     /// Breaks every placeholder that overlaps `range`; the caller holds its stripes.
     pub fn break_placeholders(&self, range: SectorRange) {
-        for s in Self::of(range) {
+        for s in self.of(range) {
             let stripe = &self.stripes[s as usize];
             if stripe.registered.load(Ordering::Relaxed) == 0 {
                 continue;
@@ -108,7 +112,8 @@ impl Stripes {
     pub fn place(&self, range: SectorRange) -> Ticket {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.on_each(range, |stripe, entries| {
-            let broken = entries.iter().any(|e| e.bypass && e.range.overlaps(&range));
+            let born_broken = !mutated(Mutant::PlaceholderBornWhole);
+            let broken = born_broken && entries.iter().any(|e| e.bypass && e.range.overlaps(&range));
             entries.push(Entry { id, range, bypass: false, broken });
             stripe.registered.store(entries.len(), Ordering::Relaxed);
         });
@@ -119,19 +124,19 @@ impl Stripes {
     /// The caller holds no stripe.
     pub fn bypass(&self, range: SectorRange, scratch: &mut Vec<u16>) -> Option<Ticket> {
         let held = self.hold(std::iter::once(range), scratch);
-        let busy = Self::of(range).any(|s| {
+        let busy = self.of(range).any(|s| {
             let entries = lock(&self.stripes[s as usize].entries);
             entries.iter().any(|e| e.bypass && e.range.overlaps(&range))
         });
-        if busy {
+        if busy && !mutated(Mutant::BypassesOverlap) {
             return None;
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        for s in Self::of(range) {
+        for s in self.of(range) {
             let stripe = &self.stripes[s as usize];
             let mut entries = lock(&stripe.entries);
             for entry in entries.iter_mut().filter(|e| e.range.overlaps(&range)) {
-                entry.broken = true;
+                entry.broken = !mutated(Mutant::PlaceholderSurvivesBypass);
             }
             entries.push(Entry { id, range, bypass: true, broken: false });
             stripe.registered.store(entries.len(), Ordering::Relaxed);
@@ -140,9 +145,18 @@ impl Stripes {
         Some(Ticket(id))
     }
 
+    /// Whether a write around the cache that overlaps is registered; the caller holds the stripes.
+    pub fn is_bypassed(&self, range: SectorRange) -> bool {
+        self.of(range).any(|s| {
+            let stripe = &self.stripes[s as usize];
+            stripe.registered.load(Ordering::Relaxed) > 0
+                && lock(&stripe.entries).iter().any(|e| e.bypass && e.range.overlaps(&range))
+        })
+    }
+
     /// Whether the registration stands unbroken; the caller holds its stripes.
     pub fn is_whole(&self, ticket: Ticket, range: SectorRange) -> bool {
-        Self::of(range)
+        self.of(range)
             .all(|s| lock(&self.stripes[s as usize].entries).iter().any(|e| e.id == ticket.0 && !e.broken))
     }
 
@@ -157,7 +171,7 @@ impl Stripes {
     /// Runs `f` on the entries of each stripe of `range`, with that stripe held: registration and
     /// commit of overlapping ranges never interleave.
     fn on_each(&self, range: SectorRange, mut f: impl FnMut(&Stripe, &mut Vec<Entry>)) {
-        for s in Self::of(range) {
+        for s in self.of(range) {
             let stripe = &self.stripes[s as usize];
             stripe.lock();
             f(stripe, &mut lock(&stripe.entries));
@@ -194,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_commit_breaks_only_placeholders_it_overlaps() {
-        let stripes = Stripes::new();
+        let stripes = Stripes::new(u64::MAX);
         let (a, b) = (stripes.place(r(0, 8)), stripes.place(r(8, 8)));
         let mut scratch = Vec::new();
         let held = stripes.hold([r(4, 4)].into_iter(), &mut scratch);
@@ -208,25 +222,27 @@ mod tests {
 
     #[test]
     fn overlapping_bypasses_exclude_each_other_and_spoil_fills_born_under_them() {
-        let stripes = Stripes::new();
+        let stripes = Stripes::new(u64::MAX);
         let mut scratch = Vec::new();
         let early = stripes.place(r(100, 8));
         let bypass = stripes.bypass(r(96, 16), &mut scratch).expect("nothing else is there");
         assert!(!stripes.is_whole(early, r(100, 8)));
         assert!(stripes.is_whole(bypass, r(96, 16)));
         assert!(stripes.bypass(r(111, 1), &mut scratch).is_none());
+        assert!(stripes.is_bypassed(r(111, 9)) && !stripes.is_bypassed(r(112, 9)));
         let late = stripes.place(r(104, 8));
         assert!(!stripes.is_whole(late, r(104, 8)));
         stripes.remove(bypass, r(96, 16));
+        assert!(!stripes.is_bypassed(r(100, 8)), "a placeholder is no bypass");
         assert!(stripes.bypass(r(111, 1), &mut scratch).is_some());
     }
 
     #[test]
     fn a_range_of_any_length_locks_each_stripe_once() {
-        let stripes = Stripes::new();
+        let stripes = Stripes::new(u64::MAX);
         let mut scratch = Vec::new();
         drop(stripes.hold([r(0, 1 << 40), r(5, 9)].into_iter(), &mut scratch));
         let again = stripes.hold([r(0, 1 << 40)].into_iter(), &mut scratch);
-        assert_eq!(again.held.len(), STRIPES);
+        assert_eq!(again.held.len() as u64, STRIPES_MAX);
     }
 }

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::stripes::lock;
+use crate::mutant::{Mutant, mutated};
 use crate::pmem::{MediaClass, Pmem};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Condvar, Mutex};
@@ -50,7 +51,7 @@ pub(crate) struct Syncer {
 }
 
 impl Syncer {
-    pub fn new(class: MediaClass, failed_before: bool) -> Self {
+    pub fn new(class: MediaClass) -> Self {
         Self {
             by_sync: class == MediaClass::PageCache,
             state: Mutex::default(),
@@ -60,7 +61,7 @@ impl Syncer {
             running: AtomicBool::new(false),
             started: AtomicU64::new(0),
             completed: AtomicU64::new(0),
-            failed: AtomicBool::new(failed_before),
+            failed: AtomicBool::new(false),
         }
     }
 
@@ -72,7 +73,7 @@ impl Syncer {
             return Durable(0);
         }
         let mut state = lock(&self.state);
-        let ticket = self.started.load(Ordering::SeqCst) + 1;
+        let ticket = self.started.load(Ordering::SeqCst) + u64::from(!mutated(Mutant::TicketOfRunningSync));
         state.requested = state.requested.max(ticket);
         if let Some(waker) = waker {
             state.waiters.push((ticket, waker.clone()));
@@ -92,7 +93,7 @@ impl Syncer {
         }
     }
 
-    /// Whether some `sync` has failed, now or in an earlier life of the media.
+    /// Whether some `sync` has failed in this run.
     pub fn has_failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)
     }
@@ -143,7 +144,7 @@ impl Syncer {
             Ok(()) => self.completed.store(this, Ordering::Release),
             Err(error) => {
                 tracing::error!(%error, "the cache can no longer be made durable: it stops accepting writes");
-                self.failed.store(true, Ordering::Release);
+                self.failed.store(!mutated(Mutant::SyncFailureForgotten), Ordering::Release);
             }
         }
         let failed = self.has_failed();
@@ -226,7 +227,7 @@ mod tests {
 
     #[test]
     fn who_asks_during_a_sync_waits_for_the_next_and_is_woken_by_it() {
-        let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+        let syncer = Arc::new(Syncer::new(MediaClass::PageCache));
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let waker = Waker::new(event.try_clone().unwrap());
         let late = Arc::new(Mutex::new(None));

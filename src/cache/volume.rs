@@ -9,18 +9,22 @@
 //! - Epoch e is closed when the counter is above it and no queue announces a number ≤ e.
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
-use super::index::{Extent, Index};
+use super::health::{Facts, Owed};
+use super::index::{Extent, Index, REGION_SECTORS};
+use super::pacing::{Pacer, Purse};
+use super::plan::Plan;
 use super::queue::Queue;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use crate::backing::Backing;
-use crate::onmedia::{Key, VolumeDescriptor};
+use crate::mutant::{Mutant, mutated};
+use crate::onmedia::{Key, LostRange, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::{Mutex, thread};
@@ -51,7 +55,10 @@ pub(crate) struct QueueShared {
     /// Whether a `Queue` for it exists.
     pub taken: AtomicBool,
     pub waker: Mutex<Waker>,
+    pub purse: Purse,
     pub tally: Tally,
+    /// What the disk owes it.
+    pub owed: Owed,
 }
 
 impl QueueShared {
@@ -62,7 +69,9 @@ impl QueueShared {
             waiting: AtomicBool::new(false),
             taken: AtomicBool::new(false),
             waker: Mutex::default(),
+            purse: Purse::default(),
             tally: Tally::default(),
+            owed: Owed::default(),
         }
     }
 
@@ -95,7 +104,13 @@ pub(crate) struct DirtySegments {
     /// `(epoch, segment)` of the next dirty record.
     pub known: BTreeMap<(u64, u32), Cursor>,
     /// Open segments whose records have all been seen.
-    pub drained: HashMap<u32, Cursor>,
+    pub drained: BTreeMap<u32, Cursor>,
+}
+
+/// Shards of the index of a volume of so many sectors: no more than it has regions, and at the least
+/// what a few queues need, should it grow while it is open.
+fn index_shards(sectors: u64) -> usize {
+    sectors.div_ceil(REGION_SECTORS).clamp(16, 1024) as usize
 }
 
 /// A volume without its disk.
@@ -117,14 +132,25 @@ pub(crate) struct VolumeCore {
     /// Highest epoch wholly on the disk, durably so.
     pub tail: AtomicU64,
     pub dirty: Mutex<DirtySegments>,
+    /// What of it is lost, as the tail page has it or is about to.
+    pub lost: Mutex<Vec<LostRange>>,
+    /// Whether what does not fit the list may be given up: the operator has accepted the loss.
+    pub accepts_loss: AtomicBool,
+    /// Whether a read has met damaged dirty data that may not be listed yet.
+    pub damage_seen: AtomicBool,
+    /// What write-back's present round holds.
+    pub plan: Mutex<Plan>,
     /// Whether keys of dirty records were lost: not to be opened for writing.
     pub damaged: AtomicBool,
     pub queues: OnceLock<Box<[QueueShared]>>,
     pub streams: OnceLock<Box<[Mutex<Stream>]>>,
     pub writeback: Signal,
+    pub pacer: Pacer,
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
+    /// What its state is judged by.
+    pub facts: Facts,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
 }
@@ -135,21 +161,27 @@ impl VolumeCore {
             incarnation: descriptor.incarnation,
             slot: descriptor.slot,
             damaged: AtomicBool::new(descriptor.damaged),
-            descriptor: Mutex::new((descriptor, next)),
             tail_page: Mutex::new((0, 0)),
-            index: Index::new(1024),
-            stripes: Stripes::new(),
+            index: Index::new(index_shards(descriptor.sectors)),
+            stripes: Stripes::new(descriptor.sectors),
             version: AtomicU64::new(1),
             epoch: AtomicU64::new(1),
             stamped: AtomicU64::new(0),
             tail: AtomicU64::new(0),
             dirty: Mutex::default(),
+            lost: Mutex::default(),
+            accepts_loss: AtomicBool::new(false),
+            damage_seen: AtomicBool::new(false),
+            plan: Mutex::default(),
             queues: OnceLock::new(),
             streams: OnceLock::new(),
             writeback: Signal::default(),
+            pacer: Pacer::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
+            facts: Facts::default(),
             dirty_since: AtomicU64::new(0),
+            descriptor: Mutex::new((descriptor, next)),
         }
     }
 
@@ -161,6 +193,9 @@ impl VolumeCore {
             shared.stamp.store(epoch, Ordering::SeqCst);
             let again = self.epoch.load(Ordering::SeqCst);
             if again == epoch {
+                if mutated(Mutant::FlushClosesOneQueue) && q > 0 {
+                    return (epoch - 1).max(1);
+                }
                 return epoch;
             }
             epoch = again;
@@ -185,12 +220,17 @@ impl VolumeCore {
 
     /// The highest epoch that no record can be added to any more.
     pub fn closed_epoch(&self) -> u64 {
-        let mut closed = self.epoch.load(Ordering::SeqCst) - 1;
+        let mut closed = self.epoch.load(Ordering::SeqCst) - u64::from(!mutated(Mutant::OpenEpochTaken));
         for shared in self.queues.get().into_iter().flatten() {
             let stamp = shared.stamp.load(Ordering::SeqCst);
             closed = closed.min(stamp.saturating_sub(1));
         }
         closed
+    }
+
+    /// The volume's name.
+    pub fn descriptor_name(&self) -> String {
+        lock(&self.descriptor).0.name_text().into_owned()
     }
 
     /// The volume's size.
@@ -247,6 +287,7 @@ impl VolumeCore {
             shared.tally.add_to(&mut sum);
         }
         sum.dirty_bytes = self.index.dirty_sectors() * 512;
+        sum.lost_sectors = super::lost::sectors(&lock(&self.lost));
         sum.cached_bytes = self.index.mapped_sectors() * 512;
         sum.epoch = self.epoch.load(Ordering::Relaxed);
         sum.tail_epoch = self.tail.load(Ordering::Relaxed);

@@ -8,6 +8,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use super::config::{Endpoint, VolumeConfig};
+use crate::cache::{Health, VolumeState};
 use crate::pmem::MediaClass;
 use crate::units::Bytes;
 
@@ -75,6 +76,18 @@ pub fn text(caches: &[CacheLine<'_>], volumes: &[VolumeLine<'_>]) -> String {
             line(&mut out, format_args!("\nattach {} with QEMU:\n{}", config.name, qemu(config, &path)));
             line(&mut out, format_args!("or with Cloud Hypervisor:\n{}", cloud_hypervisor(config, &path)));
         }
+    }
+    out
+}
+
+/// A volume's state on one line, for people and for programs that look for `state=`.
+pub fn status(name: &str, health: &Health) -> String {
+    let Health { state, for_ms, cause, advice, failures, retry_ms } = health;
+    let mut out = format!("status volume={name} state={state}");
+    if *state != VolumeState::Ok {
+        // Text last: it may hold anything.
+        let retry = retry_ms.map_or(String::new(), |ms| format!(" failures={failures} retry_ms={ms}"));
+        out.push_str(&format!(" for_s={}{retry} cause=\"{cause}\" do=\"{advice}\"", for_ms / 1000));
     }
     out
 }
@@ -169,6 +182,24 @@ or with Cloud Hypervisor:
   --memory size=4G,shared=on --disk vhost_user=true,socket=/run/pcache.sock,num_queues=1,queue_size=256,id=disk0
 ";
         assert_eq!(text(&[cache], &[volume]), expected);
+    }
+
+    #[test]
+    fn a_state_is_one_line_that_says_why_since_when_and_what_to_do() {
+        assert_eq!(status("a", &Health::default()), "status volume=a state=ok");
+        let bad = Health {
+            state: VolumeState::Degraded,
+            for_ms: 61_500,
+            cause: "the disk failed flushing: I/O error".into(),
+            advice: "mend the disk",
+            failures: 3,
+            retry_ms: Some(400),
+        };
+        assert_eq!(
+            status("a", &bad),
+            "status volume=a state=degraded for_s=61 failures=3 retry_ms=400 \
+             cause=\"the disk failed flushing: I/O error\" do=\"mend the disk\""
+        );
     }
 
     #[test]

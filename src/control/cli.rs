@@ -19,10 +19,12 @@ Exit status:
   2  the command line or the configuration file is wrong; nothing was touched
   3  `check` only: the cache is damaged
   4  `check` only: this is not a cache of ours
+  5  stopped without the answer of a disk that hangs; nothing is lost, and the next start waits
+     until what was under way has ended
 
 Signals:
   SIGTERM, SIGINT  stop cleanly; dirty data stays in the cache, a second one stops at once
-  SIGUSR1          log one line of counters per volume";
+  SIGUSR1          log a line with the state and one with the counters of each volume";
 
 /// A vhost-user-blk server whose disks live in a write-back and read cache in persistent memory.
 ///

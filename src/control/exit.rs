@@ -17,6 +17,9 @@ pub enum Exit {
     Damaged = 3,
     /// `check`: there is no cache of ours.
     NotOurs = 4,
+    /// It has stopped without the answer of a disk. Nothing acknowledged is lost; what that disk
+    /// had under way may still reach it, and the next start waits for that.
+    Unanswered = 5,
 }
 
 impl From<Exit> for ExitCode {
@@ -28,5 +31,27 @@ impl From<Exit> for ExitCode {
 /// Says on standard error why it was not done.
 pub fn complain(why: &dyn std::fmt::Display) {
     // A closed standard error has no reader; the exit status speaks.
-    drop(writeln!(std::io::stderr(), "pcache-vhost: {why}"));
+    drop(writeln!(std::io::stderr(), "pcache-vhost: {}", sentence(why)));
+}
+
+/// An error as it is shown: one line, whatever a path or a key of a file brought into it.
+pub fn sentence(why: &dyn std::fmt::Display) -> String {
+    let mut line = String::new();
+    for c in why.to_string().chars() {
+        match c.is_control() {
+            true => line.extend(c.escape_default()),
+            false => line.push(c),
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown_instead() {
+        assert_eq!(sentence(&"no `a\nb\x1b[2Jä`"), "no `a\\nb\\u{1b}[2Jä`");
+    }
 }

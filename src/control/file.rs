@@ -115,7 +115,11 @@ pub fn load(path: &Path, consents: &Consents) -> Result<Config, FileError> {
     parse(path, &text, consents)
 }
 
-fn parse(path: &Path, text: &str, consents: &Consents) -> Result<Config, FileError> {
+/// Checks the content of the file at `path`, which is only named.
+///
+/// # Errors
+/// The first thing wrong with it.
+pub fn parse(path: &Path, text: &str, consents: &Consents) -> Result<Config, FileError> {
     let at = |Fault(span, what): Fault| {
         let (line, column) = position(text, span.start);
         FileError::At { path: path.into(), line, column, what: Box::new(what) }

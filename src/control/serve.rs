@@ -11,9 +11,14 @@
 //!
 //! Dirty data stays in the cache over a stop: bringing it to the disk would take as long as the disk
 //! likes, and the next start finds it.
+//!
+//! A stop is bounded by [`STOP_MAX`], whatever a disk does. Queues and workers leave a disk that does
+//! not answer by themselves, well before that; what is stuck elsewhere ends with the process, which
+//! is what a kill is, and that is safe at any instruction. Either way the kernel keeps the disk's lock
+//! until what was under way has ended, so a successor never overtakes it.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -28,13 +33,17 @@ use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::volume::VolumeDisk;
 use crate::cache::worker::Workers;
-use crate::cache::{self, AttachOptions, Cache, RecoveryReport, SystemClock, Volume};
+use crate::cache::{self, AttachOptions, Cache, RecoveryReport, SystemClock, Volume, VolumeState};
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
 use crate::tools::created::Created;
 use crate::tools::disk::{self, DiskOptions};
 use crate::tools::image::{self, Image, ImageOptions};
 use crate::vhost::{self, Server, Stopper};
+
+/// Longest time from the request to stop to the end of the process. Less than the 90 s after which
+/// systemd kills.
+const STOP_MAX: Duration = Duration::from_secs(20);
 
 /// An opened cache.
 struct OpenCache<'a> {
@@ -84,11 +93,31 @@ pub fn serve(config: &Config) -> Result<Exit, RunError> {
 
     let ended = wait(&mut signals, &volumes);
     signals.unblock();
+    bound_the_stop(&volumes);
     let served = stop_front_ends(front_ends);
     show_counters(&volumes);
     drop(workers);
-    close_all(&volumes, &caches);
-    ended.and(served)
+    let closed = close_all(&volumes, &caches);
+    ended.and(served).map(|_| closed)
+}
+
+/// Ends the process when the stop takes too long. Where the kernel refuses the thread, a second
+/// signal does it.
+fn bound_the_stop(volumes: &[OpenVolume<'_>]) {
+    // Not its owner: what is closed in order gives up its lock before the process ends.
+    let volumes: Vec<_> = volumes.iter().map(|volume| Arc::downgrade(&volume.volume)).collect();
+    let bound = move || {
+        std::thread::sleep(STOP_MAX);
+        for volume in volumes.iter().filter_map(Weak::upgrade) {
+            let health = volume.health();
+            let (name, state, cause) = (volume.name(), health.state, health.cause);
+            tracing::error!("volume {name} could not be stopped within {STOP_MAX:?}: {state} {cause}");
+        }
+        std::process::exit(Exit::Unanswered as i32);
+    };
+    if let Err(error) = std::thread::Builder::new().name("pcache-stop".into()).spawn(bound) {
+        tracing::warn!(%error, "this stop takes as long as the disks like");
+    }
 }
 
 fn open_all<'a>(
@@ -307,6 +336,7 @@ fn wait(signals: &mut Signals, volumes: &[OpenVolume<'_>]) -> Result<Exit, RunEr
 
 fn show_counters(volumes: &[OpenVolume<'_>]) {
     for OpenVolume { config, volume, .. } in volumes {
+        log::asked_for(&announce::status(config.name.as_str(), &volume.health()));
         let mut line = format!("counters volume={}", config.name);
         for (name, value) in volume.counters().fields() {
             line.push_str(&format!(" {name}={value}"));
@@ -334,8 +364,15 @@ fn stop_front_ends(front_ends: Vec<FrontEnd>) -> Result<Exit, RunError> {
 
 /// Notes that this was no crash. Without that note the next start recovers as after one, which
 /// costs it nothing but the fingerprint's assurance: so failing here is worth a line, not a failure.
-fn close_all(volumes: &[OpenVolume<'_>], caches: &[OpenCache<'_>]) {
+fn close_all(volumes: &[OpenVolume<'_>], caches: &[OpenCache<'_>]) -> Exit {
+    let mut exit = Exit::Done;
     for OpenVolume { config, volume, .. } in volumes {
+        if volume.health().state == VolumeState::Stalled {
+            // Its content is not known while something may still reach it, and reading it would hang.
+            tracing::warn!("volume {} is left as after a kill: its disk does not answer", config.name);
+            exit = Exit::Unanswered;
+            continue;
+        }
         if let Err(error) = volume.cache().detach(volume) {
             tracing::warn!("volume {} could not be detached in order: {error}", config.name);
         }
@@ -348,6 +385,7 @@ fn close_all(volumes: &[OpenVolume<'_>], caches: &[OpenCache<'_>]) {
             }
         }
     }
+    exit
 }
 
 fn mode(mode: Mode) -> cache::Mode {

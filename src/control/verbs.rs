@@ -202,8 +202,16 @@ fn drain_one(
         drained.map_err(|source| RunError::Drain { cache: job.cache.into(), source: Box::new(source) })?;
     print(&match drained {
         Drained::WasClean => format!("volume  {name}: clean already\n"),
-        Drained::Done { backing, bytes } => {
-            format!("volume  {name}: {} written to {}, clean\n", Bytes(bytes), backing.display())
+        Drained::Done { backing, bytes, lost_sectors } => {
+            let backing = backing.display();
+            let mut text = format!("volume  {name}: {} written to {backing}, clean\n", Bytes(bytes));
+            if lost_sectors > 0 {
+                text += &format!(
+                    "        {lost_sectors} sectors are lost to damage of the cache (`check` lists them): the disk \
+                     has older bytes there\n"
+                );
+            }
+            text
         }
     });
     Ok(())

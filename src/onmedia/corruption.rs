@@ -74,6 +74,12 @@ impl Judge {
         self.that(found <= bound, field, Expected::AtMost(bound), found)
     }
 
+    /// Judges a number that is only ever raised: whoever raises a valid one need not fear its end.
+    #[inline]
+    pub fn counter(self, field: &'static str, found: u64) -> Result<(), Corruption> {
+        self.at_most(field, super::COUNTER_MAX, found)
+    }
+
     pub fn multiple_of(self, field: &'static str, unit: u64, found: u64) -> Result<(), Corruption> {
         self.that(found.is_multiple_of(unit), field, Expected::MultipleOf(unit), found)
     }

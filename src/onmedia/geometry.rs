@@ -210,6 +210,11 @@ impl Geometry {
         self.segment_page(copy, 1)
     }
 
+    /// Copy 0 or 1 of a segment's liveness floor, from the segment's first byte: behind a witness.
+    pub fn floor_offset(&self, copy: usize) -> u32 {
+        self.witness_offset(copy) + 64
+    }
+
     /// The first of a segment's liveness words, from the segment's first byte.
     pub fn liveness_offset(&self) -> u32 {
         2 * PAGE_U32

@@ -21,6 +21,7 @@ mod geometry;
 mod key;
 mod layout;
 mod liveness;
+mod lost;
 mod record;
 mod segment;
 mod start;
@@ -41,7 +42,8 @@ pub use geometry::{
 };
 pub use key::{KEY_SECTORS_MAX, Key, KeyKind, Piece, VOLUME_SECTORS_MAX};
 pub use layout::Field;
-pub use liveness::{LIVENESS_SECTORS, LIVENESS_WORD, liveness_bits, liveness_word};
+pub use liveness::{LIVENESS_SECTORS, LIVENESS_WORD, LivenessFloor, liveness_bits, liveness_word};
+pub use lost::{LOST_MAX, LostCause, LostRange};
 pub use record::{
     RECORD_LEN_MAX, RECORD_MAGIC, Record, RecordError, RecordExpect, RecordHeader, decode_record,
     decode_record_into, encode_record, record_len,
@@ -66,6 +68,10 @@ pub use witness::Witness;
 /// Bytes in a metadata page; the unit of payload checksums as well.
 pub const PAGE: usize = 4096;
 
+/// Largest value of a number that is only ever raised (sequence, version, epoch, generation and the
+/// like). No cache lives to see it; a higher one is damage, and raising it could wrap to zero.
+pub const COUNTER_MAX: u64 = 1 << 62;
+
 /// 16 bytes that name a cache or a volume for good.
 pub type Uuid = [u8; 16];
 
@@ -76,8 +82,10 @@ pub const STRUCTURES: &[(&str, usize, &[Field])] = &[
     ("StartPage", StartPage::SIZE, StartPage::FIELDS),
     ("VolumeDescriptor", VolumeDescriptor::SIZE, VolumeDescriptor::FIELDS),
     ("Tail", Tail::SIZE, Tail::FIELDS),
+    ("LostRange", LostRange::SIZE, LostRange::FIELDS),
     ("SegmentHeader", SegmentHeader::SIZE, SegmentHeader::FIELDS),
     ("Witness", Witness::SIZE, Witness::FIELDS),
+    ("LivenessFloor", LivenessFloor::SIZE, LivenessFloor::FIELDS),
     ("RecordHeader", RecordHeader::SIZE, RecordHeader::FIELDS),
     ("Key", Key::SIZE, Key::FIELDS),
     ("SummaryHeader", SummaryHeader::SIZE, SummaryHeader::FIELDS),
@@ -89,6 +97,7 @@ pub const CODES: &[(&str, &[(u8, &str)])] = &[
     ("Mode", Mode::CODES),
     ("Order", Order::CODES),
     ("DiscardPolicy", DiscardPolicy::CODES),
+    ("LostCause", LostCause::CODES),
     ("SegmentState", SegmentState::CODES),
     ("SegmentKind", SegmentKind::CODES),
     ("KeyKind", KeyKind::CODES),

@@ -108,6 +108,8 @@ impl SegmentHeader {
         let header = SegmentHeader::get(bytes)?;
         JUDGE.cache(cache_uuid, &header.cache_uuid)?;
         JUDGE.exactly("segment", segment.into(), header.segment.into())?;
+        JUDGE.counter("sequence", header.sequence)?;
+        JUDGE.counter("generation", header.generation)?;
         if header.state == SegmentState::Sealed {
             header.judge_sealed(geometry)?;
         }
@@ -116,6 +118,7 @@ impl SegmentHeader {
 
     /// Judges what only a sealed segment says: log, summary and payload follow each other.
     fn judge_sealed(&self, geometry: &Geometry) -> Result<(), Corruption> {
+        JUDGE.counter("last_sequence", self.last_sequence)?;
         let align = u64::from(LOG_ALIGN);
         let (log_low, payload_end) = (u64::from(self.log_low), u64::from(self.payload_end));
         JUDGE.at_least("payload_end", geometry.data_start().into(), payload_end)?;

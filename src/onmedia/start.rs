@@ -58,6 +58,10 @@ impl StartPage {
         judge_crc(JUDGE, page, CRC)?;
         let start = StartPage::get(page)?;
         JUDGE.cache(cache_uuid, &start.cache_uuid)?;
+        JUDGE.counter("sequence", start.sequence)?;
+        JUDGE.counter("start_counter", start.start_counter)?;
+        JUDGE.counter("next_incarnation", start.next_incarnation)?;
+        JUDGE.counter("owner_generation", start.owner_generation)?;
         Ok(start)
     }
 }

@@ -164,6 +164,7 @@ impl Superblock {
         if unknown != 0 {
             return Err(SuperblockError::UnknownFeatures { unknown });
         }
+        JUDGE.counter("sequence", superblock.sequence)?;
         superblock.geometry().validate().map_err(SuperblockError::Geometry)?;
         Ok(superblock)
     }

@@ -9,7 +9,7 @@ use super::check::{judge_crc, put_crc};
 use super::corruption::Judge;
 use super::dual::Sequenced;
 use super::layout::{codes, layout, offset_of};
-use super::{Corruption, Expected, PAGE, Uuid, VOLUME_SECTORS_MAX, text, unpad};
+use super::{Corruption, Expected, Field, LOST_MAX, LostRange, PAGE, Uuid, VOLUME_SECTORS_MAX, text, unpad};
 
 /// The first 8 bytes of a volume descriptor, as a little-endian number.
 pub const DESCRIPTOR_MAGIC: u64 = u64::from_le_bytes(*b"PCVVOLUM");
@@ -27,7 +27,7 @@ codes! {
         Empty = 0 "empty",
         /// A volume.
         InUse = 1 "in-use",
-        /// A volume whose segments are being freed; becomes empty when none is left.
+        /// A volume being deleted: it counts as none.
         Deleting = 2 "deleting",
     }
 }
@@ -168,6 +168,7 @@ impl VolumeDescriptor {
         let volume = VolumeDescriptor::get(page)?;
         DESCRIPTOR.cache(cache_uuid, &volume.cache_uuid)?;
         DESCRIPTOR.exactly("slot", slot.into(), volume.slot.into())?;
+        DESCRIPTOR.counter("sequence", volume.sequence)?;
         if volume.state != VolumeState::Empty {
             volume.judge_used()?;
         }
@@ -177,6 +178,7 @@ impl VolumeDescriptor {
     /// Judges the fields that mean something only in a used slot.
     fn judge_used(&self) -> Result<(), Corruption> {
         DESCRIPTOR.at_least("incarnation", 1, self.incarnation)?;
+        DESCRIPTOR.counter("incarnation", self.incarnation)?;
         DESCRIPTOR.at_least("sectors", 1, self.sectors)?;
         DESCRIPTOR.at_most("sectors", VOLUME_SECTORS_MAX, self.sectors)?;
         let block = self.block_size;
@@ -188,7 +190,8 @@ impl VolumeDescriptor {
         let gc_good = gc <= GC_PERCENT_MAX || gc == GC_PERCENT_UNSET;
         DESCRIPTOR.that(gc_good, "gc_percent", gc_rule, gc.into())?;
         let name = text("VolumeDescriptor", "name", &self.name)?;
-        DESCRIPTOR.that(!name.is_empty(), "name", Expected::Text("a name"), 0)
+        let is_name = !name.is_empty() && !name.contains(char::is_control);
+        DESCRIPTOR.that(is_name, "name", Expected::Text("a name"), 0)
     }
 }
 
@@ -232,34 +235,63 @@ impl Sequenced for VolumeDescriptor {
     }
 }
 
-const TAIL_CRC: usize = offset_of(Tail::FIELDS, "crc");
+const TAIL_CRC: usize = offset_of(RawTail::FIELDS, "crc");
 const TAIL: Judge = Judge("Tail");
+const LOST_BYTES: usize = LOST_MAX * LostRange::SIZE;
 
 layout! {
-    /// How much of a volume is wholly on its disk. See FORMAT.md.
-    #[derive(Clone, PartialEq, Eq, Debug, Default)]
-    pub struct Tail: 4096 {
+    /// A tail's page, with its lost ranges as bytes.
+    struct RawTail: 4096 {
         frame { 0 magic: u64, 8 crc: u32 }
-        /// Raised by each update.
         16 sequence: u64,
-        /// The cache it belongs to.
         24 cache_uuid: Uuid,
-        /// The volume it belongs to; another's is a left-over and counts as none.
         40 incarnation: u64,
-        /// Every key of this epoch or a lower one is clean.
         48 epoch: u64,
-        /// Versions drawn after a start are above this.
         56 version_floor: u64,
-        /// When it moved, milliseconds since 1970 UTC.
         64 time_ms: u64,
+        72 lost_count: u32,
+        80 lost: [u8; LOST_BYTES],
     }
 }
 
+/// How much of a volume is wholly on its disk, and what of it is lost. See FORMAT.md.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Tail {
+    /// Raised by each update.
+    pub sequence: u64,
+    /// The cache it belongs to.
+    pub cache_uuid: Uuid,
+    /// The volume it belongs to; another's is a left-over and counts as none.
+    pub incarnation: u64,
+    /// Every key of this epoch or a lower one is clean, or lost.
+    pub epoch: u64,
+    /// Versions drawn after a start are above this.
+    pub version_floor: u64,
+    /// When it moved, milliseconds since 1970 UTC.
+    pub time_ms: u64,
+    /// Sectors that are neither here nor on the disk, at most [`LOST_MAX`] ranges.
+    pub lost: Vec<LostRange>,
+}
+
 impl Tail {
-    /// Its page.
+    /// Bytes it takes on the media.
+    pub const SIZE: usize = RawTail::SIZE;
+    /// Where its fields lie.
+    pub const FIELDS: &'static [Field] = RawTail::FIELDS;
+
+    /// Its page. Panics when it has more lost ranges than a page holds.
     pub fn encode(&self) -> [u8; PAGE] {
+        assert!(self.lost.len() <= LOST_MAX, "{} lost ranges", self.lost.len());
+        let mut lost = [0; LOST_BYTES];
+        for (range, out) in self.lost.iter().zip(lost.as_chunks_mut::<{ LostRange::SIZE }>().0) {
+            range.encode(out);
+        }
+        let Tail { sequence, cache_uuid, incarnation, epoch, version_floor, time_ms, .. } = *self;
+        let lost_count = self.lost.len() as u32;
+        let raw =
+            RawTail { sequence, cache_uuid, incarnation, epoch, version_floor, time_ms, lost_count, lost };
         let mut page = [0; PAGE];
-        self.put(&mut page);
+        raw.put(&mut page);
         page[..8].copy_from_slice(&TAIL_MAGIC.to_le_bytes());
         put_crc(&mut page, TAIL_CRC);
         page
@@ -268,15 +300,22 @@ impl Tail {
     /// The tail of volume `incarnation` of the cache `cache_uuid` in a page.
     ///
     /// # Errors
-    /// [`Corruption`]: magic, CRC, cache or incarnation is wrong.
+    /// [`Corruption`]: magic, CRC, cache, incarnation or a lost range is wrong.
     pub fn decode(bytes: &[u8], cache_uuid: &Uuid, incarnation: u64) -> Result<Tail, Corruption> {
         let page: &[u8; PAGE] = TAIL.chunk(bytes)?;
         TAIL.exactly("magic", TAIL_MAGIC, u64::from_le_bytes(*TAIL.chunk(page)?))?;
         judge_crc(TAIL, page, TAIL_CRC)?;
-        let tail = Tail::get(page)?;
-        TAIL.cache(cache_uuid, &tail.cache_uuid)?;
-        TAIL.exactly("incarnation", incarnation, tail.incarnation)?;
-        Ok(tail)
+        let raw = RawTail::get(page)?;
+        TAIL.cache(cache_uuid, &raw.cache_uuid)?;
+        TAIL.exactly("incarnation", incarnation, raw.incarnation)?;
+        TAIL.counter("sequence", raw.sequence)?;
+        TAIL.counter("epoch", raw.epoch)?;
+        TAIL.counter("version_floor", raw.version_floor)?;
+        TAIL.at_most("lost_count", LOST_MAX as u64, raw.lost_count.into())?;
+        let lost = raw.lost.as_chunks::<{ LostRange::SIZE }>().0.iter().take(raw.lost_count as usize);
+        let lost = lost.map(LostRange::decode).collect::<Result<_, _>>()?;
+        let RawTail { sequence, cache_uuid, incarnation, epoch, version_floor, time_ms, .. } = raw;
+        Ok(Tail { sequence, cache_uuid, incarnation, epoch, version_floor, time_ms, lost })
     }
 }
 
@@ -288,11 +327,13 @@ impl Sequenced for Tail {
 
 #[cfg(test)]
 mod tests {
+    use super::super::COUNTER_MAX;
     use super::super::testing::{
         assert_every_flip_is_noticed, assert_golden, assert_total, assert_total_behind_check,
     };
-    use super::super::{pad, pad_cut};
+    use super::super::{LostCause, pad, pad_cut};
     use super::*;
+    use crate::units::SectorRange;
 
     const CACHE: Uuid = [0x11; 16];
 
@@ -335,6 +376,7 @@ mod tests {
             epoch: 77,
             version_floor: 1 << 40,
             time_ms: 1_700_000_000_123,
+            lost: Vec::new(),
         }
     }
 
@@ -345,6 +387,27 @@ mod tests {
         assert_eq!((volume().name_text(), volume().path_text()), ("vm-1".into(), "/srv/vm-1.raw".into()));
         let empty = VolumeDescriptor::empty(CACHE, 9);
         assert_eq!(VolumeDescriptor::decode(&empty.encode(), &CACHE, 9), Ok(empty));
+    }
+
+    #[test]
+    fn a_tail_names_as_many_lost_ranges_as_fit() {
+        let lost = |i| LostRange {
+            range: SectorRange::new(i * 8, 1 + i),
+            version: i,
+            time_s: i as u32,
+            cause: if i % 2 == 0 { LostCause::Checksum } else { LostCause::Unreadable },
+        };
+        for count in [1, 2, LOST_MAX as u64] {
+            let tail = Tail { lost: (0..count).map(lost).collect(), ..tail() };
+            assert_eq!(Tail::decode(&tail.encode(), &CACHE, 5), Ok(tail));
+        }
+        let mut page = tail().encode();
+        page[72..76].copy_from_slice(&(LOST_MAX as u32 + 1).to_le_bytes());
+        put_crc(&mut page, TAIL_CRC);
+        assert_eq!(Tail::decode(&page, &CACHE, 5).unwrap_err().field, "lost_count");
+        page[72..76].copy_from_slice(&1u32.to_le_bytes());
+        put_crc(&mut page, TAIL_CRC);
+        assert_eq!(Tail::decode(&page, &CACHE, 5).unwrap_err().structure, "LostRange");
     }
 
     #[test]
@@ -369,6 +432,22 @@ mod tests {
     }
 
     #[test]
+    fn a_counter_that_could_wrap_is_refused() {
+        let end = COUNTER_MAX + 1;
+        for bad in [
+            Tail { sequence: end, ..tail() },
+            Tail { epoch: end, ..tail() },
+            Tail { version_floor: u64::MAX, ..tail() },
+        ] {
+            assert!(Tail::decode(&bad.encode(), &CACHE, 5).is_err(), "{bad:?}");
+        }
+        let bad = VolumeDescriptor { sequence: end, ..volume() };
+        assert_eq!(VolumeDescriptor::decode(&bad.encode(), &CACHE, 3).unwrap_err().field, "sequence");
+        let last = Tail { epoch: COUNTER_MAX, ..tail() };
+        assert_eq!(Tail::decode(&last.encode(), &CACHE, 5), Ok(last));
+    }
+
+    #[test]
     fn fields_out_of_bounds_are_refused_though_the_crc_holds() {
         for (field, bad) in [
             ("incarnation", VolumeDescriptor { incarnation: 0, ..volume() }),
@@ -381,6 +460,7 @@ mod tests {
             ("gc_percent", VolumeDescriptor { gc_percent: 254, ..volume() }),
             ("name", VolumeDescriptor { name: [0; 64], ..volume() }),
             ("name", VolumeDescriptor { name: [0xff; 64], ..volume() }),
+            ("name", VolumeDescriptor { name: [b'\n'; 64], ..volume() }),
         ] {
             let error = VolumeDescriptor::decode(&bad.encode(), &CACHE, 3).unwrap_err();
             assert_eq!(error.field, field, "{error}");

@@ -7,6 +7,7 @@
 //! 2. The address range stays reserved from open to drop, whatever happens to the file.
 //! 3. After one failed `sync` every later one fails. The kernel has dropped the dirty marks of the
 //!    pages it could not write, and a second `fdatasync` would say that all is well.
+//!    Only a process that has dropped those pages ([`Pmem::reread`]) may believe its own again.
 //! 4. `sync`s take turns. The kernel reports a write error once per open file: of two that overlap
 //!    one would be told of the failure, and the other that its data is durable.
 //!
@@ -179,6 +180,29 @@ impl Pmem for MappedPmem {
         }
     }
 
+    #[expect(unsafe_code, reason = "writes lines back")]
+    fn settle(&self, at: u64, len: u64) -> Result<(), MediaError> {
+        if !self.class.fence_is_durable() || self.is_read_only() {
+            return Ok(());
+        }
+        let first = self.address(at, len as usize);
+        // SAFETY: the range lies in the mapping, which is reserved as long as `self` lives.
+        unsafe { self.store.write_back(first, len as usize) }
+            .map_err(|guard::Fault| MediaError { at, len: len as usize })?;
+        self.fence();
+        Ok(())
+    }
+
+    fn reread(&self) -> Result<(), SyncError> {
+        match self.class {
+            MediaClass::PageCache if self.mapping.writable => {
+                let _turn = self.durability.failed.lock().unwrap_or_else(PoisonError::into_inner);
+                drop_pages(&self.file, &self.mapping).map_err(SyncError)
+            }
+            _ => Ok(()),
+        }
+    }
+
     #[inline]
     fn prefetch(&self, at: u64) {
         // A record's header and keys, or the beginning of a block, whose rest the processor foresees.
@@ -200,6 +224,30 @@ fn prefetch_line(line: *const u8) {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch_line(_line: *const u8) {}
+
+/// Times the kernel is asked to drop pages: it skips those that somebody happens to look at.
+const DROP_TRIES: u32 = 50;
+
+/// Drops a file's pages from the page cache, and makes sure that none is left.
+#[expect(unsafe_code, reason = "calls madvise and posix_fadvise")]
+fn drop_pages(file: &File, mapping: &Mapping) -> io::Result<()> {
+    // Dirty pages are not dropped: each must be written, or given up by the kernel. What it says is
+    // news of the stores that are about to be forgotten, and by reporting it the kernel forgets it.
+    if let Err(error) = file.sync_data() {
+        tracing::warn!(%error, "stores that never reached the cache's device are forgotten");
+    }
+    for _ in 0..DROP_TRIES {
+        // SAFETY: our own mapping of a file: what is not mapped any more is read again when touched.
+        unsafe { libc::madvise(mapping.base.cast(), mapping.mapped_len, libc::MADV_DONTNEED) };
+        // SAFETY: the descriptor is open.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        if !mapping.is_resident()? {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    Err(io::Error::other("pages of the cache file stay in the page cache: somebody else uses it"))
+}
 
 /// Keeps invariants 3 and 4.
 #[derive(Default, Debug)]
@@ -321,6 +369,25 @@ impl Mapping {
             libc::madvise(base.cast(), mapped_len, libc::MADV_DONTDUMP);
         }
         Ok(Self { base, len, mapped_len, writable })
+    }
+
+    /// Whether any page of it is in the page cache.
+    #[expect(unsafe_code, reason = "calls mincore")]
+    fn is_resident(&self) -> io::Result<bool> {
+        const STEP: usize = 1 << 30;
+        let mut pages = vec![0u8; STEP / 4096];
+        for at in (0..self.mapped_len).step_by(STEP) {
+            let len = STEP.min(self.mapped_len - at);
+            let base = self.base.wrapping_add(at).cast();
+            // SAFETY: our own mapping, and the vector has a byte for each of its pages.
+            if unsafe { libc::mincore(base, len, pages.as_mut_ptr()) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            if pages[..len.div_ceil(4096)].iter().any(|page| page & 1 != 0) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Touches every page. For writing where that only allocates; behind the page cache it would

@@ -10,6 +10,10 @@
 //! | `dax` | durable: survives the host | the same as `fence` |
 //! | `page-cache` | stable: survives the daemon | durable, when it returns `Ok` |
 //! | `volatile` | stable | nothing more |
+//!
+//! A fence covers its own thread's stores only, so after the death of a daemon nobody's fence covers
+//! what that had stored last. `settle` does, for a range, and where `sync` is the kernel's business
+//! that does, for everything.
 
 mod classify;
 mod create;
@@ -119,6 +123,29 @@ pub trait Pmem: Send + Sync + 'static {
     /// # Errors
     /// [`SyncError`]: nothing written since the last good `sync` may be believed durable, ever.
     fn sync(&self) -> Result<(), SyncError>;
+
+    /// Makes durable what anybody has stored in a range, a daemon that died included. For recovery:
+    /// it believes what it reads, so that must not be taken back by a power cut.
+    ///
+    /// On DAX the range's lines are written back, whoever stored them; elsewhere there is nothing to
+    /// do, since [`Pmem::sync`] covers everybody's stores.
+    ///
+    /// # Errors
+    /// [`MediaError`] when any of the range cannot be reached.
+    fn settle(&self, at: u64, len: u64) -> Result<(), MediaError> {
+        let _ = (at, len);
+        Ok(())
+    }
+
+    /// Forgets what was stored and has not reached the device: reads show what a power cut would leave.
+    /// For after a failed `sync`, which may have left pages that read back and exist nowhere else.
+    /// Nothing to do but on page-cache media. Whoever else has the media mapped prevents it.
+    ///
+    /// # Errors
+    /// [`SyncError`]: some pages could not be dropped, and nothing read is to be believed.
+    fn reread(&self) -> Result<(), SyncError> {
+        Ok(())
+    }
 
     /// Hints that `at` will be read soon.
     fn prefetch(&self, at: u64) {

@@ -235,15 +235,46 @@ mod x86_64 {
             // line hold at least one byte of that, and a page holds whole lines.
             unsafe {
                 answer(routines::store(to, chunk.as_ptr(), chunk.len()))?;
-                answer(match flush {
-                    LineFlush::Clwb => routines::flush_clwb(first, end),
-                    LineFlush::Clflushopt => routines::flush_clflushopt(first, end),
-                    LineFlush::Clflush => routines::flush_clflush(first, end),
-                })?;
+                flush_lines(flush, first, end)?;
             }
             to = end;
         }
         Ok(())
+    }
+
+    impl StorePlan {
+        /// Writes the lines of a range back, whoever stored them; the next fence completes it.
+        ///
+        /// # Errors
+        /// [`Fault`]: some of the memory is not there.
+        ///
+        /// # Safety
+        /// As for [`copy_in`](super::super::guard::copy_in) of the range.
+        #[expect(unsafe_code, reason = "the contract on `first` cannot be checked")]
+        pub(in crate::pmem) unsafe fn write_back(&self, first: *mut u8, len: usize) -> Result<(), Fault> {
+            let flush = match self.small {
+                // Not on DAX, where alone lines need it.
+                StoreMethod::Cached => return Ok(()),
+                StoreMethod::CachedFlush(flush) | StoreMethod::NonTemporal(_, flush) => flush,
+            };
+            let line = first.wrapping_sub(first.addr() % LINE);
+            // SAFETY: the caller vouches for the range, a plan for the instruction, and a page holds
+            // whole lines.
+            unsafe { flush_lines(flush, line, first.wrapping_add(len)) }
+        }
+    }
+
+    /// Writes back the lines from `first`, which is aligned, to before `end`.
+    #[expect(unsafe_code, reason = "the contract on `first` cannot be checked")]
+    unsafe fn flush_lines(flush: LineFlush, first: *mut u8, end: *mut u8) -> Result<(), Fault> {
+        // SAFETY: the caller vouches for the lines and for the instruction.
+        unsafe {
+            answer(match flush {
+                LineFlush::Clwb => routines::flush_clwb(first, end),
+                LineFlush::Clflushopt => routines::flush_clflushopt(first, end),
+                LineFlush::Clflush => routines::flush_clflush(first, end),
+            })
+        }
     }
 
     #[expect(unsafe_code, reason = "the contract on `to` cannot be checked")]
@@ -404,6 +435,11 @@ mod other {
         /// The only one there is.
         pub fn plain() -> Self {
             Self::uniform(StoreMethod::Cached)
+        }
+
+        #[expect(unsafe_code, reason = "one signature on every processor")]
+        pub(in crate::pmem) unsafe fn write_back(&self, _first: *mut u8, _len: usize) -> Result<(), Fault> {
+            Ok(())
         }
     }
 

@@ -1,21 +1,44 @@
 //! The judgement of one crash image: recovered by the engine, read through it, compared.
 
+use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
 
+use super::books::{self, Dirty};
 use super::disk::DiskSurvival;
 use super::machine::{Machine, Style};
 use super::memory::Survival;
-use super::oracle::Oracle;
+use super::oracle::{Oracle, Recoverable};
 use super::rng::Rng;
 use super::stats::Stats;
 use super::world::{Snapshot, World};
 
-/// What an image is judged by.
-#[derive(Clone, Copy)]
-pub(super) struct Judge<'a> {
+/// What the images of one instant are judged by.
+pub(super) struct Instant<'a> {
     pub oracles: &'a [Oracle],
     pub styles: &'a [Style],
     pub queues: u16,
+    /// Of each volume: what it may show after a daemon's death, and after the host's.
+    recoverable: [OnceCell<Vec<Recoverable>>; 2],
+    /// Of each volume: what its disk alone held when it was last judged.
+    disks_alone: RefCell<Vec<Vec<u64>>>,
+}
+
+impl<'a> Instant<'a> {
+    pub fn new(oracles: &'a [Oracle], styles: &'a [Style], queues: u16) -> Instant<'a> {
+        let disks_alone = RefCell::new(vec![Vec::new(); oracles.len()]);
+        Instant { oracles, styles, queues, recoverable: Default::default(), disks_alone }
+    }
+
+    fn recoverable(&self, host: bool) -> &[Recoverable] {
+        let all = || self.oracles.iter().map(|o| o.recoverable(host)).collect();
+        self.recoverable[usize::from(host)].get_or_init(all)
+    }
+}
+
+/// How an image came about.
+#[derive(Clone, Copy)]
+pub(super) struct Judge<'a> {
+    pub at: &'a Instant<'a>,
     /// Whether the host died at some point, or only the daemon.
     pub host: bool,
     /// Crashes inside recovery that may still follow.
@@ -28,6 +51,8 @@ pub(super) struct Recovered {
     pub machine: Machine,
     /// What every sector of every volume reads as.
     pub values: Vec<Vec<u64>>,
+    /// What was dirty before anything was read.
+    pub dirty: Dirty,
 }
 
 impl Judge<'_> {
@@ -36,18 +61,25 @@ impl Judge<'_> {
         if self.host {
             self.disks_alone(&image, stats)?;
         }
+        let before = (self.depth > 0 && rng.chance(1, 8)).then(|| image.clone());
         let world = World::new(image, rng.next());
-        let inside = self.depth > 0 && rng.chance(1, 4);
-        if inside {
-            world.with(|w| w.rate = rng.between(1, 60));
+        if before.is_some() {
+            world.with(|w| {
+                w.cuts.rate = rng.between(1, 40);
+                w.cuts.every_edge = rng.chance(1, 8);
+                w.cuts.count_max = 4;
+            });
         }
-        let machine = Machine::open(&world, self.styles, self.queues)?;
-        world.with(|w| w.rate = 0);
+        let machine = Machine::open(&world, self.at.styles, self.at.queues)?;
+        let cuts = world.take_cuts();
         stats.images += 1;
         stats.host_images += u64::from(self.host);
+        books::audit(&machine, rng.chance(1, 4), stats)?;
         let recovered = self.compare(world, machine)?;
-        if let Some(snapshot) = recovered.world.take_snapshot() {
-            self.inside_recovery(&snapshot, rng, stats)?;
+        if let Some(before) = before {
+            for (_, snapshot) in cuts {
+                self.inside_recovery(&before, &snapshot, rng, stats)?;
+            }
         }
         if self.depth > 0 && rng.chance(1, 8) {
             self.after_recovery(&recovered, rng, stats)?;
@@ -56,38 +88,44 @@ impl Judge<'_> {
     }
 
     fn compare(&self, world: Arc<World>, mut machine: Machine) -> Result<Recovered, String> {
-        let space = machine.cache.space();
-        if space.free + space.used + space.bad != space.total || space.bad > 0 {
-            return Err(format!("space does not add up after recovery: {space:?}"));
-        }
+        let dirty = books::dirty(&machine);
         let mut values = Vec::new();
-        for (volume, oracle) in self.oracles.iter().enumerate() {
+        for (volume, recoverable) in self.at.recoverable(self.host).iter().enumerate() {
             let read = machine.read_all(volume)?;
-            for (sector, &value) in read.iter().enumerate() {
-                oracle
-                    .may_recover(sector as u64, value, self.host)
-                    .map_err(|e| format!("volume {volume}, after recovery: {e}"))?;
+            if let Some(sector) = recoverable.first_wrong(&read) {
+                let told = self.at.oracles[volume].may_recover(sector, read[sector as usize], self.host);
+                return Err(format!("volume {volume}, after recovery: {}", told.expect_err("it is wrong")));
             }
             values.push(read);
         }
-        Ok(Recovered { world, machine, values })
+        Ok(Recovered { world, machine, values, dirty })
     }
 
     /// With the cache lost, each ordered disk is a legal older state of its volume.
     fn disks_alone(&self, image: &Snapshot, stats: &mut Stats) -> Result<(), String> {
-        for (volume, (oracle, disk)) in self.oracles.iter().zip(&image.disks).enumerate() {
-            if oracle.is_ordered {
-                stats.disks_alone += 1;
-                oracle
-                    .judge_disk_alone(disk.durable_values())
-                    .map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
+        let mut judged = self.at.disks_alone.borrow_mut();
+        for (volume, (oracle, disk)) in self.at.oracles.iter().zip(&image.disks).enumerate() {
+            if !oracle.is_ordered {
+                continue;
+            }
+            stats.disks_alone += 1;
+            let values = disk.durable_values();
+            if judged[volume] != values {
+                oracle.judge_disk_alone(values).map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
+                values.clone_into(&mut judged[volume]);
             }
         }
         Ok(())
     }
 
-    /// A crash inside recovery: what it leaves is recovered like any other image.
-    fn inside_recovery(&self, snapshot: &Snapshot, rng: &mut Rng, stats: &mut Stats) -> Result<(), String> {
+    /// A crash inside the recovery of `before`: what it leaves is recovered like any other image.
+    fn inside_recovery(
+        &self,
+        before: &Snapshot,
+        snapshot: &Snapshot,
+        rng: &mut Rng,
+        stats: &mut Stats,
+    ) -> Result<(), String> {
         let host = self.host || rng.chance(1, 2);
         let image = if host {
             let survival = survival(snapshot.memory.pending_lines(), rng);
@@ -95,9 +133,14 @@ impl Judge<'_> {
         } else {
             snapshot.daemon_crash(rng)
         };
+        if image.is_same(before) {
+            stats.equal_images += 1;
+            return Ok(());
+        }
         let what = snapshot.what;
         let judge = Judge { host, depth: self.depth - 1, ..*self };
         stats.recovery_images += 1;
+        stats.host_in_recovery += u64::from(host && !self.host);
         judge.image(image, rng, stats).map_err(|e| format!("crash inside recovery before {what}: {e}"))?;
         Ok(())
     }
@@ -108,11 +151,18 @@ impl Judge<'_> {
         let survival = if rng.chance(1, 2) { Survival::Nothing } else { survival(40, rng) };
         let (image, _) = snapshot.host_crash(&survival, DiskSurvival::Nothing, rng);
         stats.second_images += 1;
+        stats.host_after_recovery += u64::from(!self.host);
         let judge = Judge { host: true, depth: 0, ..*self };
         let second = judge.image(image, rng, stats).map_err(|e| format!("host crash after recovery: {e}"))?;
+        if first.dirty != second.dirty {
+            return Err(format!(
+                "dirty after a recovery {:?}, after the next {:?}",
+                first.dirty, second.dirty
+            ));
+        }
         for (volume, (a, b)) in first.values.iter().zip(&second.values).enumerate() {
             // A disk's own write cache outlives a daemon, and its loss is no business of the cache.
-            let is_settled = self.host || !self.styles[volume].mode.bypasses();
+            let is_settled = self.host || !self.at.styles[volume].mode.bypasses();
             if let Some(sector) = (0..a.len()).find(|&s| is_settled && a[s] != b[s]) {
                 return Err(format!(
                     "volume {volume}: sector {sector} read {:#x} after a recovery and {:#x} after the next",
@@ -124,6 +174,32 @@ impl Judge<'_> {
     }
 }
 
+/// Pending lines up to which every subset of them is an image.
+pub(super) const EXHAUSTED_LINES: usize = 6;
+
+/// The ways to lose things that are tried at one instant, where `lines` may be lost.
+pub(super) fn survivals(lines: usize, rng: &mut Rng) -> Vec<Survival> {
+    if lines == 0 {
+        // Only the disks have a choice.
+        return vec![Survival::Everything; 4];
+    }
+    let mut all: Vec<Survival> = if lines <= EXHAUSTED_LINES {
+        (0..1 << lines).map(Survival::Lines).collect()
+    } else {
+        let mut line = || rng.index(lines);
+        vec![
+            Survival::Nothing,
+            Survival::Everything,
+            Survival::AllBut(line()),
+            Survival::Only(line()),
+            Survival::AllBut(line()),
+            Survival::Random,
+        ]
+    };
+    all.extend([Survival::TornLine(rng.index(lines)), Survival::Torn]);
+    all
+}
+
 /// A way to lose things, where `lines` may be lost.
 pub(super) fn survival(lines: usize, rng: &mut Rng) -> Survival {
     let line = rng.index(lines.max(1));
@@ -132,7 +208,8 @@ pub(super) fn survival(lines: usize, rng: &mut Rng) -> Survival {
         1 => Survival::Everything,
         2 => Survival::AllBut(line),
         3 => Survival::Only(line),
-        4 | 5 => Survival::Random,
+        4 => Survival::TornLine(line),
+        5 => Survival::Random,
         _ => Survival::Torn,
     }
 }

@@ -23,7 +23,7 @@ pub enum DiskSurvival {
 }
 
 /// A state of a sector that is not durable.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Version {
     value: u64,
     /// The write it comes from.
@@ -33,16 +33,21 @@ struct Version {
 }
 
 /// A write in flight.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 struct Flying {
     first: u64,
     values: Vec<u64>,
-    landed: bool,
+    /// Sectors of it, from its first on, that have reached the write cache.
+    landed: usize,
 }
 
 /// One disk: what each sector holds is the number of a write (see `content`).
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiskState {
+    /// What tells it from other disks.
+    pub identity: u64,
+    /// Whether its write cache was lost and nobody has been told: the next flush fails.
+    pub owes_error: bool,
     durable: Vec<u64>,
     volatile: BTreeMap<u64, Vec<Version>>,
     flying: BTreeMap<u64, Flying>,
@@ -55,12 +60,19 @@ impl DiskState {
     /// A disk with this content, all of it durable.
     pub fn new(content: Vec<u64>) -> DiskState {
         DiskState {
+            identity: 1,
+            owes_error: false,
             durable: content,
             volatile: BTreeMap::new(),
             flying: BTreeMap::new(),
             next_write: 1,
             now: 1,
         }
+    }
+
+    /// The same under another name.
+    pub fn named(self, identity: u64) -> DiskState {
+        DiskState { identity, ..self }
     }
 
     /// Number of sectors.
@@ -110,20 +122,24 @@ impl DiskState {
         let write = self.next_write;
         self.next_write += 1;
         tracing::debug!(write, first, ?values, "disk write");
-        self.flying.insert(write, Flying { first, values, landed: false });
+        self.flying.insert(write, Flying { first, values, landed: 0 });
         write
     }
 
     /// The write reaches the write cache, before its completion is seen.
     pub(super) fn land(&mut self, write: u64) {
+        self.land_prefix(write, usize::MAX);
+    }
+
+    /// A short transfer: the first `sectors` of the write reach the write cache.
+    pub(super) fn land_prefix(&mut self, write: u64, sectors: usize) {
         let flying = self.flying.get_mut(&write).expect("a write in flight");
-        if std::mem::replace(&mut flying.landed, true) {
-            return;
-        }
-        for (i, &value) in flying.values.iter().enumerate() {
+        let upto = sectors.min(flying.values.len());
+        for (i, &value) in flying.values.iter().enumerate().take(upto).skip(flying.landed) {
             let version = Version { value, write, completed: u64::MAX };
             self.volatile.entry(flying.first + i as u64).or_default().push(version);
         }
+        flying.landed = flying.landed.max(upto);
     }
 
     /// The write completes; a failed one may have stored some of its sectors.
@@ -132,6 +148,11 @@ impl DiskState {
             None => self.land(write),
             Some(rng) => self.land_partly(write, rng),
         }
+        self.end_write(write);
+    }
+
+    /// The write ends and stores nothing more.
+    pub(super) fn end_write(&mut self, write: u64) {
         self.now += 1;
         let now = self.now;
         let flying = self.flying.remove(&write).expect("a write in flight");
@@ -146,15 +167,24 @@ impl DiskState {
 
     fn land_partly(&mut self, write: u64, rng: &mut Rng) {
         let flying = self.flying.get_mut(&write).expect("a write in flight");
-        if std::mem::replace(&mut flying.landed, true) {
-            return;
-        }
-        for (i, &value) in flying.values.iter().enumerate() {
+        for (i, &value) in flying.values.iter().enumerate().skip(flying.landed) {
             if rng.chance(1, 2) {
                 let version = Version { value, write, completed: u64::MAX };
                 self.volatile.entry(flying.first + i as u64).or_default().push(version);
             }
         }
+        flying.landed = flying.values.len();
+    }
+
+    /// The write cache loses what it held, sector by sector by chance. Returns how many sectors.
+    pub(super) fn lose_write_cache(&mut self, rng: &mut Rng) -> u64 {
+        let before = self.volatile.len();
+        let flying: Vec<_> = self.flying.keys().copied().collect();
+        self.volatile.retain(|_, versions| {
+            // What is in flight is its submitter's to repeat: it has not ended yet.
+            versions.iter().any(|v| flying.contains(&v.write)) || rng.chance(1, 2)
+        });
+        (before - self.volatile.len()) as u64
     }
 
     /// The moment a flush is submitted: what it covers.
@@ -175,14 +205,23 @@ impl DiskState {
         });
     }
 
+    /// A disk of another size with the same content where both have sectors, zeros elsewhere.
+    pub fn resized(&self, sectors: u64) -> DiskState {
+        let mut content = self.values();
+        content.resize(sectors as usize, 0);
+        DiskState { identity: self.identity, ..DiskState::new(content) }
+    }
+
     /// The daemon dies with writes in flight; they end before anybody else may open the disk.
     pub fn daemon_crash(&mut self, rng: &mut Rng) {
+        // The kernel owes it to a file that is closed now.
+        self.owes_error = false;
         let flying: Vec<u64> = self.flying.keys().copied().collect();
         for write in flying {
             match rng.below(3) {
                 0 => self.complete_write(write, None),
                 1 => self.complete_write(write, Some(rng)),
-                _ if self.flying[&write].landed => self.complete_write(write, None),
+                _ if self.flying[&write].landed > 0 => self.end_write(write),
                 _ => _ = self.flying.remove(&write),
             }
         }
@@ -198,6 +237,7 @@ impl DiskState {
                 DiskSurvival::Nothing | DiskSurvival::Completed => _ = self.flying.remove(&write),
             }
         }
+        self.owes_error = false;
         let mut hash = 1u64;
         for (sector, versions) in std::mem::take(&mut self.volatile) {
             let kept = match survival {
@@ -209,7 +249,9 @@ impl DiskState {
             if let Some(version) = kept {
                 self.durable[sector as usize] = version.value;
             }
-            hash = (hash ^ self.durable[sector as usize]).wrapping_mul(0x100_0000_01b3).rotate_left(7);
+            hash = (hash ^ self.durable[sector as usize] ^ sector << 40)
+                .wrapping_mul(0x100_0000_01b3)
+                .rotate_left(7);
         }
         hash
     }

@@ -113,6 +113,8 @@ const WRITEBACK: u32 = 10;
 const QUEUE: u32 = 100;
 /// Times a queue is asked before its request counts as lost.
 const POLLS_MAX: u32 = 10_000;
+/// How [`Machine::open`] says that the engine refuses to serve what it found.
+const REFUSALS: [&str; 2] = ["the cache does not open", "is not attached"];
 /// Longest read of [`Machine::read_all`] in sectors.
 const READ_SECTORS: u64 = 128;
 
@@ -213,6 +215,11 @@ impl Machine {
         self.stepper.housekeeper()
     }
 
+    /// Whether reclaim relocates or drops, from now on.
+    pub fn relocate(&mut self, on: bool) {
+        self.stepper.relocate(on);
+    }
+
     /// One step of everything but the guest.
     pub fn step_all(&mut self) {
         self.sync();
@@ -257,6 +264,11 @@ impl Machine {
     fn act_as_queue(&self, volume: usize, queue: usize) {
         self.world.act_as(QUEUE + volume as u32 * 16 + queue as u32);
     }
+}
+
+/// Whether the engine refused to serve, rather than serve something wrong.
+pub(super) fn is_refusal(error: &str) -> bool {
+    REFUSALS.iter().any(|refusal| error.contains(refusal))
 }
 
 fn attach_options(world: &Arc<World>, number: usize, style: &Style, queues: u16) -> AttachOptions<SimEnv> {

@@ -7,7 +7,8 @@
 //! - after a crash a sector may show a write unless one that it precedes was acknowledged (daemon)
 //!   or durable (host);
 //! - the disk alone, in strict order: if it shows anything that began after a FLUSH had ended, then
-//!   it shows nothing that precedes a write which had ended when that FLUSH began.
+//!   it shows nothing that precedes a write which had ended when that FLUSH began. A write submitted
+//!   without a write cache is its own FLUSH, of itself alone.
 //!
 //! A write that failed, or was under way in a crash, may have happened, until something that it
 //! precedes covers it. After a crash the run reads everything and tells ([`Oracle::narrow`]): what
@@ -26,6 +27,9 @@ struct Write {
     /// Whether it was acknowledged, so that it must be there.
     is_acked: bool,
     is_durable: bool,
+    /// Whether its completion orders as a FLUSH does, for itself alone: written without a write
+    /// cache.
+    is_through: bool,
 }
 
 impl Write {
@@ -39,6 +43,29 @@ impl Write {
 struct Flush {
     began: u64,
     ended: u64,
+}
+
+/// What every sector of a volume may show after a crash at one instant.
+#[derive(Clone, Debug)]
+pub struct Recoverable {
+    /// Where in `values` each sector's end.
+    ends: Vec<u32>,
+    values: Vec<u64>,
+}
+
+impl Recoverable {
+    /// The first sector that shows what it may not.
+    pub fn first_wrong(&self, values: &[u64]) -> Option<u64> {
+        assert_eq!(values.len(), self.ends.len(), "every sector is compared");
+        let mut start = 0;
+        for (sector, (&value, &end)) in values.iter().zip(&self.ends).enumerate() {
+            if !self.values[start..end as usize].contains(&value) {
+                return Some(sector as u64);
+            }
+            start = end as usize;
+        }
+        None
+    }
 }
 
 /// The model of one volume.
@@ -55,8 +82,17 @@ pub struct Oracle {
 impl Oracle {
     /// A volume whose disk holds `content`, durably.
     pub fn new(content: &[u64]) -> Oracle {
-        let first =
-            |&value| vec![Write { id: 0, value, began: 0, ended: 0, is_acked: true, is_durable: true }];
+        let first = |&value| {
+            vec![Write {
+                id: 0,
+                value,
+                began: 0,
+                ended: 0,
+                is_acked: true,
+                is_durable: true,
+                is_through: false,
+            }]
+        };
         Oracle {
             sectors: content.iter().map(first).collect(),
             flushes: Vec::new(),
@@ -76,7 +112,8 @@ impl Oracle {
     pub fn begin_write(&mut self, first: u64, count: u64, value: u64) -> u64 {
         let (id, began) = (self.next_id, self.tick());
         self.next_id += 1;
-        let write = Write { id, value, began, ended: NEVER, is_acked: false, is_durable: false };
+        let write =
+            Write { id, value, began, ended: NEVER, is_acked: false, is_durable: false, is_through: false };
         for sector in &mut self.sectors[first as usize..(first + count) as usize] {
             sector.push(write);
         }
@@ -102,8 +139,17 @@ impl Oracle {
         }
     }
 
+    /// A write that was acknowledged had been submitted without a write cache: it is durable, and
+    /// orders itself before what begins from here on.
+    pub fn end_through(&mut self, id: u64, first: u64, count: u64) {
+        self.end_write(id, first, count, true, true);
+        for sector in &mut self.sectors[first as usize..(first + count) as usize] {
+            sector.iter_mut().find(|w| w.id == id).expect("it began").is_through = true;
+        }
+    }
+
     /// Marks a moment that orders as a FLUSH does.
-    pub fn barrier(&mut self) {
+    fn barrier(&mut self) {
         let (began, ended) = (self.tick(), self.tick());
         self.flushes.push(Flush { began, ended });
     }
@@ -116,6 +162,19 @@ impl Oracle {
     /// Whether `sector` may show `value` after a crash now.
     pub fn may_recover(&self, sector: u64, value: u64, host: bool) -> Result<(), String> {
         self.judge(sector, value, |w| w.is_acked && (!host || w.is_durable))
+    }
+
+    /// The values that each sector may show after a crash now: what [`Oracle::may_recover`] allows.
+    pub fn recoverable(&self, host: bool) -> Recoverable {
+        let mut all = Recoverable { ends: Vec::with_capacity(self.sectors.len()), values: Vec::new() };
+        for writes in &self.sectors {
+            // What precedes any write that must be there precedes the one that began last.
+            let must = writes.iter().filter(|w| w.is_acked && (!host || w.is_durable));
+            let begun = must.map(|w| w.began).max().unwrap_or(0);
+            all.values.extend(writes.iter().filter(|w| w.ended >= begun).map(|w| w.value));
+            all.ends.push(all.values.len() as u32);
+        }
+        all
     }
 
     fn judge(&self, sector: u64, value: u64, must: impl Fn(&Write) -> bool) -> Result<(), String> {
@@ -144,7 +203,8 @@ impl Oracle {
             for write in sector.iter_mut() {
                 write.ended = write.ended.min(now - 1);
             }
-            let truth = Write { id, value, began: now, ended: now, is_acked: true, is_durable };
+            let truth =
+                Write { id, value, began: now, ended: now, is_acked: true, is_durable, is_through: false };
             sector.push(truth);
         }
         if is_durable {
@@ -167,17 +227,19 @@ impl Oracle {
             newest_began = newest_began.max(oldest.began);
         }
         let flush = self.flushes.iter().filter(|f| f.ended < newest_began).max_by_key(|f| f.began);
-        let Some(flush) = flush else { return Ok(()) };
+        let flushed = flush.map_or(0, |f| f.began);
         for (sector, &value) in values.iter().enumerate() {
             let writes = &self.sectors[sector];
             let lost = |shown: &Write| {
-                writes.iter().find(|w| w.is_acked && w.ended < flush.began && shown.precedes(w))
+                let must =
+                    |w: &&Write| w.is_acked && w.ended < if w.is_through { newest_began } else { flushed };
+                writes.iter().filter(must).find(|w| shown.precedes(w))
             };
             let mut named = writes.iter().filter(|w| w.value == value);
             if named.clone().all(|shown| lost(shown).is_some()) {
                 let shown = named.next_back();
                 return Err(format!(
-                    "the disk alone shows a write begun at {newest_began}, after the flush {flush:?}, but at \
+                    "the disk alone shows a write begun at {newest_began}, after {flush:?}, but at \
                      sector {sector} {shown:?} and not {:?}",
                     shown.and_then(lost)
                 ));
@@ -245,6 +307,10 @@ mod tests {
         assert!(oracle.may_recover(0, 1, true).is_ok());
         assert!(oracle.may_recover(0, 2, true).is_ok());
         assert!(oracle.may_recover(0, 9, true).is_err(), "nobody's");
+        for (value, host) in [(1, false), (1, true), (2, false), (2, true), (9, true)] {
+            let wrong = oracle.recoverable(host).first_wrong(&[value]).is_some();
+            assert_eq!(wrong, oracle.may_recover(0, value, host).is_err(), "{value}, host {host}");
+        }
         let began = oracle.tick();
         written(&mut oracle, 0, 3, false);
         oracle.end_flush(began);

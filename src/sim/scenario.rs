@@ -31,17 +31,37 @@ pub struct Scenario {
     pub ends_unsynced: bool,
     /// Longest request in sectors.
     pub request_max: u64,
+    /// Whether it is one of the few with room.
+    pub is_large: bool,
+    /// Steps of the housekeeper after most batches: with some, segments are free more often than
+    /// not, and reclaim relocates instead of dropping in haste.
+    pub housekeeping: u64,
+    /// Writes among 100 requests, of the 80 that are writes or reads.
+    pub write_percent: u64,
+    /// Whether write-back gets few steps: dirty data then pins segments for long.
+    pub is_disk_slow: bool,
 }
 
 impl Scenario {
+    /// Sizes of volumes in sectors.
+    pub(super) fn sizes(is_large: bool) -> &'static [u64] {
+        if is_large { &[512, 900, 2304] } else { &[40, 64, 96, 136, 200] }
+    }
+
     /// The scenario of a seed.
     pub fn from_seed(seed: u64) -> Scenario {
         let mut rng = Rng::new(seed);
         let class = if rng.chance(3, 5) { MediaClass::AssumeDax } else { MediaClass::PageCache };
         let volumes = if rng.chance(1, 5) { 2 } else { 1 };
-        let small = class.fence_is_durable() && rng.chance(1, 3);
+        // Most are as small as can be: an image costs what it holds, and everything wraps soon.
+        let is_large = rng.chance(1, 10);
+        // Page-cache media take none of 32 KiB.
+        let small = class.fence_is_durable() && rng.chance(if is_large { 1 } else { 3 }, 4);
         let segment_size = if small { 32 << 10 } else { 64 << 10 };
-        let segments = rng.between(10, if small { 28 } else { 18 }) as u32;
+        let segments = match is_large {
+            true => rng.between(12, 28),
+            false => rng.between(6, 12) + 3 * (volumes as u64 - 1),
+        } as u32;
         let meta = (2 + 2 * volumes as u64) * 4096;
         let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
         let simple = rng.chance(1, 2);
@@ -53,12 +73,16 @@ impl Scenario {
             geometry: geometry.expect("within the bounds of a geometry"),
             volumes,
             queues: rng.between(1, 3) as u16,
-            sectors: rng.pick(&[64, 200, 512, 900, 2304]),
+            sectors: rng.pick(Self::sizes(is_large)),
             styles,
             changes_style: !simple && rng.chance(2, 3),
             has_faults: rng.chance(1, 4),
             ends_unsynced: class == MediaClass::PageCache && rng.chance(1, 4),
-            request_max: rng.pick(&[4, 16, 40, 100]),
+            request_max: if is_large { rng.pick(&[16, 40, 100]) } else { rng.pick(&[4, 8, 16, 40]) },
+            is_large,
+            housekeeping: rng.pick(&[0, 0, 4, 10]),
+            write_percent: rng.pick(&[50, 50, 20]),
+            is_disk_slow: rng.chance(1, 4),
         }
     }
 }

@@ -30,14 +30,40 @@ pub struct Scene {
 impl Scene {
     /// A fresh cache of 12 segments of 64 KiB before a disk of 512 sectors.
     pub fn new(class: MediaClass, style: Style) -> Scene {
-        let disks = vec![DiskState::new((1..=512).collect())];
-        let geometry = Geometry::custom(16 << 10, 64 << 10, 12, 1).expect("a geometry");
+        Scene::sized(class, style, 12, 512)
+    }
+
+    /// A fresh cache of so many segments of 64 KiB before a disk of so many sectors.
+    pub fn sized(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Scene {
+        let world = Scene::world(class, segments, sectors);
+        let machine = Machine::open(&world, &[style], 1).expect("a fresh cache");
+        Scene { world, machine, style, next_tag: 1, rng: Rng::new(2) }
+    }
+
+    /// Such a cache, formatted and never opened.
+    fn world(class: MediaClass, segments: u32, sectors: u64) -> Arc<World> {
+        let disks = vec![DiskState::new((1..=sectors).collect())];
+        let geometry = Geometry::custom(16 << 10, 64 << 10, segments, 1).expect("a geometry");
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
         format(&SimPmem::new(&world), &SimClock::default(), &options).expect("fresh memory");
-        let machine = Machine::open(&world, &[style], 1).expect("a fresh cache");
-        Scene { world, machine, style, next_tag: 1, rng: Rng::new(2) }
+        world
+    }
+
+    /// A snapshot from before the `n`-th store, fence, `sync` or disk operation of the first start,
+    /// which makes the volume; `None` if there were not so many.
+    pub fn cut_beginning(class: MediaClass, style: Style, n: u64) -> Option<Snapshot> {
+        let world = Scene::world(class, 12, 512);
+        world.with(|w| w.cuts.at = w.events + n + 1);
+        Machine::open(&world, &[style], 1).expect("a fresh cache");
+        world.take_cuts().pop().map(|(_, snapshot)| snapshot)
+    }
+
+    /// Ends in order and returns what is left.
+    pub fn end(self) -> Snapshot {
+        self.machine.close().expect("nothing fails here");
+        self.world.photograph("the end").daemon_crash(&mut Rng::new(3))
     }
 
     /// Submits a request, ends the batch and returns its tag.
@@ -131,9 +157,8 @@ impl Scene {
     /// Runs `act` and returns a snapshot from before its `n`-th store, fence, `sync` or disk
     /// operation, counted from 0; `None` if there were not so many.
     pub fn cut(&mut self, n: u64, act: impl FnOnce(&mut Scene)) -> Option<Snapshot> {
-        self.world.with(|w| w.snapshot_at = w.events + n + 1);
+        self.world.with(|w| w.cuts.at = w.events + n + 1);
         act(self);
-        self.world.with(|w| w.snapshot_at = 0);
-        self.world.take_snapshot()
+        self.world.take_cuts().pop().map(|(_, snapshot)| snapshot)
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::world::Event;
+
 macro_rules! stats {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Counts of one run, or of many.
@@ -31,8 +33,32 @@ stats! {
     recovery_images,
     /// Of these, images of a crash after a recovery.
     second_images,
+    /// Images that were not judged because they were equal to another of the same instant.
+    equal_images,
     /// Instants at which images were made.
     points,
+    /// Of these, with so few pending lines that every subset of them was an image.
+    exhausted_points,
+    /// Instants before a store.
+    cuts_store,
+    /// Instants before a fence.
+    cuts_fence,
+    /// Instants before a `sync`.
+    cuts_sync,
+    /// Instants before a disk read.
+    cuts_disk_read,
+    /// Instants before a disk write.
+    cuts_disk_write,
+    /// Instants before a disk flush.
+    cuts_disk_flush,
+    /// Instants in the middle of a short transfer.
+    cuts_disk_part,
+    /// Instants before a disk's completion.
+    cuts_disk_completion,
+    /// Instants after an acknowledgement.
+    cuts_acknowledgement,
+    /// Instants between two calls.
+    cuts_quiet,
     /// States of a disk alone that were judged.
     disks_alone,
     /// Lives that ended in a crash.
@@ -57,8 +83,14 @@ stats! {
     records,
     /// Segments reclaimed.
     reclaimed,
+    /// Times as many segments were reclaimed as a cache has: its log has gone once around.
+    wraps,
     /// Sectors evicted.
     evicted,
+    /// Sectors relocated.
+    relocated,
+    /// Of these, dirty ones.
+    relocated_dirty,
     /// Sectors written back.
     written_back,
     /// Epochs that reached the disk.
@@ -75,12 +107,72 @@ stats! {
     writeback_errors,
     /// Times a write waited for space.
     space_waits,
+    /// Audits of what the cache counts against what there is.
+    audits,
+    /// Requests submitted again to the next daemon.
+    resubmitted,
+    /// Images of a daemon's death and the host's before anything recovered.
+    host_before_recovery,
+    /// Images of a daemon's death and the host's inside the recovery.
+    host_in_recovery,
+    /// Images of a daemon's death and the host's right after the recovery.
+    host_after_recovery,
+    /// Times a guest turned its write cache on or off with requests under way.
+    cache_toggles,
+    /// Transfers of a disk that were short.
+    short_transfers,
+    /// Operations of a disk that took far longer than others.
+    slow_ops,
+    /// Times a disk did not answer for a while.
+    stalls,
+    /// Times a disk went away and came back.
+    outages,
+    /// Operations that failed on a disk that was away.
+    failed_away,
+    /// Reads that the cache had to answer while the disk was away.
+    outage_hits,
+    /// Sectors that failed flushes and returning disks have lost.
+    lost_by_flush,
+    /// Other disks refused in a disk's place.
+    other_disks,
+    /// Disks refused that had grown or shrunk.
+    other_sizes,
+    /// Disks refused that somebody else had written to.
+    changed_disks,
+    /// Copies of a disk taken for it.
+    copied_disks,
+    /// Starts without a disk refused.
+    absent_disks,
+    /// Host crashes after an orderly end.
+    late_crashes,
+    /// Volumes deleted, and made anew in their slot before another disk.
+    deletes,
+    /// Of these, with dirty data that was given up.
+    deletes_of_dirty,
+    /// Images of a crash inside a delete.
+    delete_images,
+}
+
+impl Stats {
+    /// Counts an instant of a run by what was about to happen.
+    pub(super) fn count_cut(&mut self, event: Event) {
+        *match event {
+            Event::Store => &mut self.cuts_store,
+            Event::Fence => &mut self.cuts_fence,
+            Event::Sync => &mut self.cuts_sync,
+            Event::DiskRead => &mut self.cuts_disk_read,
+            Event::DiskWrite => &mut self.cuts_disk_write,
+            Event::DiskFlush => &mut self.cuts_disk_flush,
+            Event::DiskPart => &mut self.cuts_disk_part,
+            Event::DiskCompletion => &mut self.cuts_disk_completion,
+        } += 1;
+    }
 }
 
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, value) in self.fields() {
-            writeln!(f, "{name:>18} {value}")?;
+            writeln!(f, "{name:>20} {value}")?;
         }
         Ok(())
     }

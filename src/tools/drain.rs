@@ -34,12 +34,14 @@ pub struct DrainOptions<'a> {
 pub enum Drained {
     /// There was nothing to do; the disk was not touched.
     WasClean,
-    /// Everything is on the disk.
+    /// Everything is on the disk, but for what is lost.
     Done {
         /// The disk.
         backing: PathBuf,
         /// Bytes that were dirty.
         bytes: u64,
+        /// Sectors of it that are lost: the disk has older bytes there.
+        lost_sectors: u64,
     },
 }
 
@@ -85,6 +87,7 @@ pub fn drain(
     };
     let is_dirty = cache.volumes().iter().any(|(volume, _, dirty)| volume == name && *dirty);
     if !is_dirty && !descriptor.damaged {
+        cache.forgive().map_err(AttachError::from)?;
         return Ok(Drained::WasClean);
     }
     let recorded = PathBuf::from(String::from_utf8_lossy(unpad(&descriptor.path)).into_owned());
@@ -96,7 +99,7 @@ pub fn drain(
     let disk = disk::open_or_create(&wanted, &mut Created::default())
         .map_err(|source| DrainFailure::Disk { name: name.into(), source })?
         .disk;
-    let volume = cache.attach(AttachOptions {
+    let volume = cache.attach_to_drain(AttachOptions {
         name: name.into(),
         backing: disk,
         mode: descriptor.mode,
@@ -120,5 +123,6 @@ pub fn drain(
         })
         .map_err(|source| DrainFailure::Drain { name: name.into(), source })?;
     cache.detach(&volume)?;
-    Ok(Drained::Done { backing: path.into(), bytes })
+    cache.forgive().map_err(AttachError::from)?;
+    Ok(Drained::Done { backing: path.into(), bytes, lost_sectors: volume.counters().lost_sectors })
 }

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
@@ -16,7 +16,9 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 ///
 /// # Errors
 /// `WouldBlock` and `Interrupted` as usual; `ENOBUFS` when more descriptors came than any message
-/// may carry, all of which are closed.
+/// may carry, all of which are closed; `InvalidInput` when one is a socket. No message carries a
+/// socket, and the peer's own end of this connection, held by us, would keep it open after the peer
+/// has gone, so that nobody else would ever be served.
 #[expect(unsafe_code, reason = "descriptors arrive as bare numbers")]
 pub(super) fn receive(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
     let mut numbers: [RawFd; MAX_ATTACHED_FD_ENTRIES] = [-1; MAX_ATTACHED_FD_ENTRIES];
@@ -28,6 +30,10 @@ pub(super) fn receive(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd
         // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
         fds.push(unsafe { OwnedFd::from_raw_fd(number) });
     }
+    if fds.iter().any(|fd| is_socket(fd.as_fd())) {
+        fds.clear();
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket came as a descriptor"));
+    }
     Ok(bytes)
 }
 
@@ -37,6 +43,16 @@ pub(super) fn may_block(fd: BorrowedFd<'_>) -> bool {
     // SAFETY: F_GETFL takes no argument and changes nothing; the descriptor is open.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
     flags < 0 || flags & libc::O_NONBLOCK == 0
+}
+
+/// Whether `fd` is a socket.
+#[expect(unsafe_code, reason = "no safe wrapper of fstat for a descriptor of any kind")]
+fn is_socket(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: all zeros is a valid stat; fstat fills it or fails, and the descriptor is open.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: as above.
+    let known = unsafe { libc::fstat(fd.as_raw_fd(), &mut stat) } == 0;
+    known && stat.st_mode & libc::S_IFMT == libc::S_IFSOCK
 }
 
 /// Sees to it that `file` cannot be made shorter, if its kind allows: whether that holds now.

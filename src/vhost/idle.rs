@@ -101,14 +101,15 @@ impl Sleeper {
         self.nap = NAP_MIN;
     }
 
-    /// Sleeps until an event, or for a nap when nobody will kick; `woken_only` says that the ring is
-    /// not looked at any more. Returns the time it took.
-    pub fn sleep(&mut self, woken_only: bool) -> Duration {
+    /// Sleeps until an event, for `limit` at most, or for a nap when nobody will kick; `woken_only`
+    /// says that the ring is not looked at any more. Returns the time it took.
+    pub fn sleep(&mut self, woken_only: bool, limit: Option<Duration>) -> Duration {
         let start = Instant::now();
         let mut events = [EpollEvent::default(); 2];
         if self.has_kick || woken_only {
             // Errors are EINTR; the loop looks again anyway.
-            sync::block(-1, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
+            let limit_ms = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
+            sync::block(limit_ms, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
         } else if self.nap < NAP_MAX {
             sync::thread::sleep(self.nap);
             self.nap *= 2;
@@ -161,9 +162,9 @@ mod tests {
         for _ in 0..3 {
             // Never read, and yet every write counts.
             event.write(1).unwrap();
-            sleeper.sleep(false);
+            sleeper.sleep(false, None);
             std::io::Write::write_all(&mut &kick.1, &[1]).unwrap();
-            sleeper.sleep(false);
+            sleeper.sleep(false, None);
         }
     }
 
@@ -172,12 +173,12 @@ mod tests {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let mut sleeper = Sleeper::new(&event, None).unwrap();
         for _ in 0..20 {
-            sleeper.sleep(false);
+            sleeper.sleep(false, None);
         }
         assert!(sleeper.nap >= NAP_MAX);
         sleeper.worked();
         assert_eq!(sleeper.nap, NAP_MIN);
         event.write(1).unwrap();
-        sleeper.sleep(true);
+        sleeper.sleep(true, None);
     }
 }

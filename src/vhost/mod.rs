@@ -35,6 +35,8 @@ mod server;
 mod session;
 mod vring;
 
+#[cfg(feature = "sim")]
+pub use queue::stepper::{QueueStepper, RingSetup};
 pub use server::{Endpoint, Options, Server, Stopper};
 
 #[cfg(test)]

@@ -10,13 +10,15 @@
 //!   again meanwhile breaks the ring;
 //! - the thread ends only when told to, with nothing in flight; a broken ring takes no more heads but
 //!   returns those it has;
+//! - but a disk that returns nothing for as long as the stop allows keeps what it has: those heads
+//!   stay marked in the in-flight area, where whoever runs the ring next finds and submits them again;
 //! - in the steady state nothing is allocated: slots, vectors and buffers are used again;
 //! - memory is refreshed after heads were seen and before they are translated (see `memory`).
 
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -27,7 +29,7 @@ use super::memory::{GuestBuffer, HostRange, MemoryMap, SharedMemory};
 use super::notify::Notifier;
 use super::request::{Action, Parser};
 use super::ring::{Ring, RingError};
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::hint;
 use crate::sync::thread::{self, JoinHandle};
 use crate::volume::{Buffer, Disk, DiskQueue, Done, Request, RequestKind, Status};
@@ -66,22 +68,49 @@ pub(super) struct Stopped {
     pub used: u16,
     /// Whether the ring could not be believed, or the disk not be opened.
     pub broken: bool,
+    /// Heads taken and not returned, because the disk did not answer.
+    pub left: u16,
+}
+
+/// Whether a queue is to stop, and how long it waits for a disk that returns nothing.
+#[derive(Debug)]
+struct StopRequest(AtomicU64);
+
+impl StopRequest {
+    const RUN: u64 = u64::MAX;
+    const FOR_EVER: u64 = u64::MAX - 1;
+
+    fn set(&self, patience: Option<Duration>) {
+        let ms = patience.map_or(Self::FOR_EVER, |patience| patience.as_millis() as u64);
+        self.0.store(ms, Ordering::Release);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire) != Self::RUN
+    }
+
+    /// `None` while nobody has asked, and where no wait is too long.
+    fn patience(&self) -> Option<Duration> {
+        let ms = self.0.load(Ordering::Acquire);
+        (ms < Self::FOR_EVER).then(|| Duration::from_millis(ms))
+    }
 }
 
 /// A running queue. Dropping it leaves the thread alone: stop and join it.
 #[derive(Debug)]
 pub(super) struct QueueHandle {
     thread: JoinHandle<Stopped>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<StopRequest>,
     waker: Waker,
     /// What to answer if the thread panicked.
     started_at: Stopped,
 }
 
 impl QueueHandle {
-    /// Asks the thread to finish what is in flight and end.
-    pub fn request_stop(&self) {
-        self.stop.store(true, Ordering::Release);
+    /// Asks the thread to finish what is in flight and end; with a patience, to leave what is in
+    /// flight once nothing of it has come back for that long.
+    pub fn request_stop(&self, patience: Option<Duration>) {
+        self.stop.set(patience);
         self.waker.wake();
     }
 
@@ -101,9 +130,9 @@ impl QueueHandle {
 pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>) -> io::Result<QueueHandle> {
     let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let sleeper = Sleeper::new(&event, kick)?;
-    let stop = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(StopRequest(AtomicU64::new(StopRequest::RUN)));
     let waker = Waker::new(event);
-    let started_at = Stopped { base: start.ring.next_avail(), used: start.ring.next_used(), broken: true };
+    let started_at = not_run(&start.ring);
     let name = format!("{}/q{}", start.name, start.index);
     let thread = thread::Builder::new().name(name).spawn({
         let (stop, waker) = (Arc::clone(&stop), waker.clone());
@@ -112,8 +141,13 @@ pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>)
     Ok(QueueHandle { thread, stop, waker, started_at })
 }
 
-fn run<D: Disk>(start: QueueStart<D>, sleeper: Sleeper, stop: &AtomicBool, waker: Waker) -> Stopped {
-    let at = Stopped { base: start.ring.next_avail(), used: start.ring.next_used(), broken: true };
+/// What is said of a queue that never ran, or of which nothing is known.
+fn not_run(ring: &Ring) -> Stopped {
+    Stopped { base: ring.next_avail(), used: ring.next_used(), broken: true, left: 0 }
+}
+
+fn run<D: Disk>(start: QueueStart<D>, sleeper: Sleeper, stop: &StopRequest, waker: Waker) -> Stopped {
+    let at = not_run(&start.ring);
     match start.disk.open_queue::<GuestBuffer>(start.index, waker) {
         Ok(queue) => Worker::new(start, queue).run(sleeper, stop),
         Err(error) => {
@@ -220,7 +254,9 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         }
     }
 
-    fn run(mut self, mut sleeper: Sleeper, stop: &AtomicBool) -> Stopped {
+    fn run(mut self, mut sleeper: Sleeper, stop: &StopRequest) -> Stopped {
+        // Since when a stop has waited for the disk and nothing has come back.
+        let mut waited: Option<Instant> = None;
         // An earlier life may have published without having notified; the driver does not mind one
         // notification too many.
         if self.ring.next_used() != 0 {
@@ -229,17 +265,20 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         self.quiet();
         self.resume();
         loop {
-            let stopping = stop.load(Ordering::Acquire);
+            let stopping = stop.is_set();
             if self.turn(stopping) {
+                waited = None;
                 self.idle.worked();
                 sleeper.worked();
                 continue;
             }
             if stopping {
-                if self.queue.pending() == 0 {
+                let waited = *waited.get_or_insert_with(Instant::now);
+                let left = stop.patience().map(|patience| patience.saturating_sub(waited.elapsed()));
+                if self.queue.pending() == 0 || left.is_some_and(|left| left.is_zero()) {
                     break;
                 }
-                self.sleep(&mut sleeper, stop);
+                self.sleep(&mut sleeper, true, left);
                 continue;
             }
             if self.idle.keep_polling() {
@@ -247,16 +286,28 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
                 continue;
             }
             if self.asked_for_notifications(sleeper.is_kicked()) {
-                self.sleep(&mut sleeper, stop);
+                self.sleep(&mut sleeper, stop.is_set(), None);
                 self.quiet();
             }
         }
         self.queue.park();
-        Stopped {
+        let left = if self.queue.pending() > 0 { self.busy } else { 0 };
+        let stopped = Stopped {
             base: self.ring.next_avail().wrapping_sub(self.busy),
             used: self.ring.next_used(),
             broken: self.broken.is_some(),
+            left,
+        };
+        if self.queue.pending() > 0 {
+            tracing::warn!(
+                disk = &*self.name,
+                queue = self.index,
+                requests = left,
+                "stopped without an answer"
+            );
+            self.queue.leave_behind();
         }
+        stopped
     }
 
     /// Takes, submits, commits, polls, returns. Whether there was anything to do.
@@ -473,9 +524,9 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
     }
 
     /// Parks and sleeps until kicked, woken or told to stop.
-    fn sleep(&mut self, sleeper: &mut Sleeper, stop: &AtomicBool) {
+    fn sleep(&mut self, sleeper: &mut Sleeper, stopping: bool, limit: Option<Duration>) {
         self.queue.park();
-        let slept = sleeper.sleep(self.broken.is_some() || stop.load(Ordering::Acquire));
+        let slept = sleeper.sleep(self.broken.is_some() || stopping, limit);
         self.idle.slept(slept);
     }
 
@@ -491,6 +542,10 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         }
     }
 }
+
+#[cfg(feature = "sim")]
+#[path = "stepper.rs"]
+pub(super) mod stepper;
 
 #[cfg(test)]
 mod tests {

@@ -30,11 +30,22 @@ pub struct Options {
     pub poll_max: Duration,
     /// Guest memory a front end may share, in bytes, over all regions.
     pub guest_memory_max: u64,
+    /// How long a ring that is to stop waits for a disk that returns nothing, where what it has can
+    /// be submitted again (in-flight tracking) or nobody waits for it any more.
+    pub stop_patience: Duration,
 }
+
+/// [`Options::stop_patience`] by default: longer than a disk retries, shorter than a VMM waits.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Default for Options {
     fn default() -> Self {
-        Self { name: String::from("disk"), poll_max: Duration::from_micros(32), guest_memory_max: 16 << 40 }
+        Self {
+            name: String::from("disk"),
+            poll_max: Duration::from_micros(32),
+            guest_memory_max: 16 << 40,
+            stop_patience: STOP_PATIENCE,
+        }
     }
 }
 
@@ -101,7 +112,8 @@ impl<D: Disk> Server<D> {
     }
 
     /// Serves until stopped, or until the one connection it was given ends. When it returns, no
-    /// queue runs and every request taken was answered.
+    /// queue runs and every request taken was answered, but for those a disk did not answer within
+    /// [`Options::stop_patience`].
     ///
     /// # Errors
     /// The listening socket failed. Nothing a front end does is an error here.

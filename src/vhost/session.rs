@@ -6,11 +6,14 @@
 //!   an acknowledgement; otherwise it would go on in a false belief, so the connection ends;
 //! - memory is taken away, and rings are changed, only while the queues concerned are stopped and
 //!   everything they had in flight is returned; memory is added while they run;
+//! - a disk that does not answer holds nobody up for ever who can submit a request again: with
+//!   in-flight tracking, and when the connection ends, queues stop without it after a while;
 //! - a session that ends has stopped its queues and unmapped its memory.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vhost::vhost_user::message::{
     FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
@@ -112,7 +115,8 @@ impl<D: Disk> Session<D> {
                 break end;
             }
         };
-        self.stop_all();
+        // Nobody is left to wait for an answer.
+        self.stop_all(Some(self.patience_left()));
         end
     }
 
@@ -228,7 +232,8 @@ impl<D: Disk> Session<D> {
     /// the driver last chose for the write-back byte stay, for the VMM does not repeat them.
     fn reset_device(&mut self) -> Result<Reply, Refusal> {
         self.require(Protocol::RESET_DEVICE)?;
-        self.stop_all();
+        // The driver has given its requests up.
+        self.stop_all(Some(self.patience_left()));
         for ring in &mut self.rings {
             *ring = Vring::default();
         }
@@ -238,7 +243,7 @@ impl<D: Disk> Session<D> {
     }
 
     fn disable_rings(&mut self) -> Result<Reply, Refusal> {
-        self.stop_all();
+        self.stop_all(self.patience());
         for ring in &mut self.rings {
             ring.enabled = false;
         }
@@ -370,21 +375,23 @@ impl<D: Disk> Session<D> {
         if !addresses.are_aligned() {
             return Err(Refusal::Unaligned);
         }
+        let patience = self.patience();
         let (index, ring) = self.ring(u64::from(message.index))?;
         // The same addresses come again when a VMM changes the flags of a running ring.
         if ring.addresses != Some(addresses) {
-            ring.stop();
+            ring.stop(patience);
             ring.addresses = Some(addresses);
         }
         self.start(index)
     }
 
     fn set_vring_enable(&mut self, state: VhostUserVringState) -> Result<Reply, Refusal> {
+        let patience = self.patience();
         let (index, ring) = self.ring(u64::from(state.index))?;
         match state.num {
             0 => {
                 ring.enabled = false;
-                ring.stop();
+                ring.stop(patience);
                 Ok(Reply::Done)
             }
             1 => {
@@ -396,17 +403,20 @@ impl<D: Disk> Session<D> {
     }
 
     fn get_vring_base(&mut self, state: VhostUserVringState) -> Result<Reply, Refusal> {
+        let patience = self.patience();
         let inflight = self.inflight.take();
-        let base =
-            self.ring(u64::from(state.index)).map(|(index, ring)| ring.take_base(index, inflight.as_ref()));
+        let base = self
+            .ring(u64::from(state.index))
+            .map(|(index, ring)| ring.take_base(index, inflight.as_ref(), patience));
         self.inflight = inflight;
         Reply::value(&VhostUserVringState::new(state.index, u32::from(base?)))
     }
 
     fn set_vring_kick(&mut self, value: u64, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
         let fd = only_fd(value, &mut fds)?;
+        let patience = self.patience();
         let (index, ring) = self.ring(value & QUEUE_MASK)?;
-        ring.stop();
+        ring.stop(patience);
         ring.kick = fd.map_or(Kick::Polled, Kick::Fd);
         self.start(index)
     }
@@ -487,14 +497,27 @@ impl<D: Disk> Session<D> {
         }
     }
 
-    fn stop_all(&mut self) {
-        self.rings.iter().for_each(Vring::request_stop);
-        self.rings.iter_mut().for_each(Vring::stop);
+    fn stop_all(&mut self, patience: Option<Duration>) {
+        self.rings.iter().for_each(|ring| ring.request_stop(patience));
+        self.rings.iter_mut().for_each(|ring| ring.stop(patience));
+    }
+
+    /// How long to wait for a disk when its requests can be submitted again, and how long otherwise:
+    /// without tracking only an answer says which have taken effect.
+    fn patience(&self) -> Option<Duration> {
+        self.inflight.as_ref().map(|_| self.patience_left())
+    }
+
+    /// Rings stop one after another; the disk that had no answer for one has none for the next.
+    fn patience_left(&self) -> Duration {
+        const ONCE_WAITED: Duration = Duration::from_millis(50);
+        let waited = self.rings.iter().any(Vring::has_left_requests);
+        if waited { self.options.stop_patience.min(ONCE_WAITED) } else { self.options.stop_patience }
     }
 
     /// Makes a change that no queue may see happen.
     fn while_stopped(&mut self, change: impl FnOnce(&mut Self)) {
-        self.stop_all();
+        self.stop_all(self.patience());
         change(self);
         self.start_all();
     }

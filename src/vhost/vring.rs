@@ -4,7 +4,7 @@
 //! - a ring runs if and only if it has a size, addresses inside the guest's memory, a kick (a
 //!   descriptor, or the word that there is none), is enabled, and is not broken;
 //! - what a running ring was started with does not change under it: it is stopped first, which
-//!   returns everything in flight;
+//!   returns everything in flight, or leaves its marks in the in-flight area for the next start;
 //! - a broken ring stays stopped until the VMM takes its base or resets the device.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -72,6 +72,8 @@ pub(super) struct Vring {
     /// The used index it last stopped at, until the base is taken.
     stopped_at: Option<u16>,
     broken: bool,
+    /// Heads that the last run left with a disk that did not answer.
+    left: u16,
     running: Option<QueueHandle>,
 }
 
@@ -92,6 +94,26 @@ impl Vring {
         if self.broken || self.is_running() {
             return Ok(());
         }
+        let start = self.prepare(index, addresses, context)?;
+        let kick = match &self.kick {
+            Kick::Fd(fd) => Some(fd.as_fd()),
+            Kick::Unset | Kick::Polled => None,
+        };
+        self.running = Some(queue::spawn(start, kick)?);
+        self.left = 0;
+        Ok(())
+    }
+
+    /// What the queue's thread is made of: the ring, and what an earlier life has left in flight.
+    ///
+    /// # Errors
+    /// The ring, or the in-flight area's part for it, is not there.
+    pub(super) fn prepare<D: Disk>(
+        &self,
+        index: u16,
+        addresses: RingAddresses,
+        context: &RingContext<'_, D>,
+    ) -> Result<QueueStart<D>, StartError> {
         let memory = Arc::new(MemoryMap::clone(&context.memory.current()));
         let mut ring = Ring::new(memory, addresses, self.size, context.features.event_idx(), self.base)
             .ok_or(StartError::Outside)?;
@@ -126,7 +148,7 @@ impl Vring {
         if !resubmit.is_empty() {
             tracing::info!(disk = &**context.name, queue = index, requests = resubmit.len(), "resuming");
         }
-        let start = QueueStart {
+        Ok(QueueStart {
             index,
             name: Arc::clone(context.name),
             disk: Arc::clone(context.disk),
@@ -138,43 +160,51 @@ impl Vring {
             inflight,
             resubmit,
             poll_max: context.poll_max,
-        };
-        let kick = match &self.kick {
-            Kick::Fd(fd) => Some(fd.as_fd()),
-            Kick::Unset | Kick::Polled => None,
-        };
-        self.running = Some(queue::spawn(start, kick)?);
-        Ok(())
+        })
     }
 
     /// Asks the thread to end; [`Vring::stop`] waits for it. Asking all rings before waiting for
     /// one lets them drain at the same time.
-    pub fn request_stop(&self) {
+    pub fn request_stop(&self, patience: Option<Duration>) {
         if let Some(running) = &self.running {
-            running.request_stop();
+            running.request_stop(patience);
         }
     }
 
-    /// Stops the thread, when everything in flight is returned.
-    pub fn stop(&mut self) {
-        self.request_stop();
+    /// Whether its last run left requests with a disk that did not answer.
+    pub fn has_left_requests(&self) -> bool {
+        self.left > 0
+    }
+
+    /// Stops the thread, when everything in flight is returned, or when nothing has been for
+    /// `patience`.
+    pub fn stop(&mut self, patience: Option<Duration>) {
+        self.request_stop(patience);
         if let Some(running) = self.running.take() {
             let stopped = running.join();
             self.base = stopped.base;
             self.stopped_at = Some(stopped.used);
+            self.left = stopped.left;
             self.broken |= stopped.broken;
         }
     }
 
     /// Stops the ring for good, as GET_VRING_BASE asks: its position. It needs a new kick to start.
-    pub fn take_base(&mut self, index: u16, inflight: Option<&InflightArea>) -> u16 {
-        self.stop();
+    pub fn take_base(
+        &mut self,
+        index: u16,
+        inflight: Option<&InflightArea>,
+        patience: Option<Duration>,
+    ) -> u16 {
+        self.stop(patience);
         self.kick = Kick::Unset;
         self.call.set(None);
         self.broken = false;
         // What a broken ring has left is counted by the base, so it will be taken again; marks that
-        // stayed would be taken for chains of whatever ring comes next.
+        // stayed would be taken for chains of whatever ring comes next. But what a disk has not
+        // answered is known by its marks alone: heads return in any order.
         if let Some(used) = self.stopped_at.take()
+            && self.left == 0
             && let Some(mut inflight) = inflight.and_then(|area| area.queue(index, self.size))
         {
             inflight.clear(used);
@@ -186,6 +216,6 @@ impl Vring {
 impl Drop for Vring {
     /// A thread must not outlive the session whose memory it was given.
     fn drop(&mut self) {
-        self.stop();
+        self.stop(None);
     }
 }

@@ -102,6 +102,8 @@ impl<B: Buffer> DiskQueue<B> for LateQueue<B> {
     }
 
     fn park(&mut self) {}
+
+    fn leave_behind(self) {}
 }
 
 impl LateDisk {
@@ -263,7 +265,7 @@ fn run(event_idx: bool, stops: u32) {
         for _ in 0..20 {
             pause();
         }
-        running.request_stop();
+        running.request_stop(None);
         let stopped = running.join();
         assert!(!stopped.broken);
         assert_eq!(stopped.base, stopped.used, "stopped with something in flight");
@@ -271,7 +273,7 @@ fn run(event_idx: bool, stops: u32) {
         running = bench.start(stopped.base);
     }
     driver.join().unwrap();
-    running.request_stop();
+    running.request_stop(None);
     let stopped = running.join();
     assert_eq!((stopped.base, stopped.used, stopped.broken), (REQUESTS, REQUESTS, false));
     disk.is_over.store(true, Ordering::SeqCst);

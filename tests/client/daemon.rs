@@ -92,6 +92,15 @@ impl Daemon {
         Self::pcache(workspace, &args)
     }
 
+    /// Our own binary with a configuration file; `socket` is that of the volume to talk to first.
+    pub fn configured(workspace: &Workspace, toml: &str, socket: &Path) -> Self {
+        let config = workspace.path("pcache.toml");
+        fs::write(&config, toml).expect("the configuration can be written");
+        let args = vec!["--config".to_owned(), text(&config)];
+        let program = env!("CARGO_BIN_EXE_pcache-vhost").into();
+        Self::start(program, args, socket.to_path_buf(), workspace.path("daemon.log"))
+    }
+
     /// `qemu-storage-daemon` exporting a raw file, or `None` where it is not installed.
     pub fn qemu(workspace: &Workspace, disk: u64, queues: u16) -> Option<Self> {
         let program = Path::new("/usr/bin/qemu-storage-daemon");
@@ -198,6 +207,42 @@ impl Daemon {
         }
     }
 
+    /// Whether it ends within `limit`: how, and after how long.
+    pub fn ends_within(&mut self, limit: Duration) -> Option<(ExitStatus, Duration)> {
+        let begun = Instant::now();
+        while begun.elapsed() < limit {
+            let child = self.child.as_mut().expect("the server is running");
+            if let Some(status) = child.try_wait().expect("a child can be waited for") {
+                self.child = None;
+                return Some((status, begun.elapsed()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
+    }
+
+    /// Gives up one that cannot end because the kernel holds it; it goes when its disk does.
+    pub fn forget(&mut self) {
+        self.child = None;
+    }
+
+    /// Asks for its status and counters, and returns all it has said in this life once a line with
+    /// `needle` has come after the question; panics when none comes within `limit` of asking again
+    /// and again.
+    pub fn wait_status(&self, needle: &str, limit: Duration) -> String {
+        let begun = Instant::now();
+        loop {
+            let before = self.read_log().len();
+            self.signal(libc::SIGUSR1);
+            std::thread::sleep(Duration::from_millis(50));
+            let log = self.read_log();
+            if let Some(line) = log[before..].lines().find(|line| line.contains(needle)) {
+                return line.to_owned();
+            }
+            assert!(begun.elapsed() < limit, "no `{needle}` within {limit:?}: {}", &log[before..]);
+        }
+    }
+
     /// Asserts that it has not ended by itself.
     pub fn assert_alive(&mut self) {
         let child = self.child.as_mut().expect("the server was started");
@@ -240,7 +285,13 @@ impl Drop for Daemon {
         if let Some(mut child) = self.child.take() {
             // It may have ended already; either way there is nothing left to do about it.
             drop(child.kill());
-            drop(child.wait());
+            // One that hangs on a disk of the test's goes when that does.
+            for _ in 0..1000 {
+                if !matches!(child.try_wait(), Ok(None)) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
         if std::thread::panicking() {
             let log = self.read_log();

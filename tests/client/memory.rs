@@ -53,12 +53,26 @@ unsafe impl Sync for Memory {}
 impl Memory {
     /// `len` bytes in `count` regions of the same size, with holes between them.
     pub fn new(len: u64, count: u16) -> Self {
+        Self::cut(len, count, HOLE, libc::MFD_ALLOW_SEALING)
+    }
+
+    /// The same without holes: what runs out of one region runs into the next.
+    pub fn touching(len: u64, count: u16) -> Self {
+        Self::cut(len, count, 0, libc::MFD_ALLOW_SEALING)
+    }
+
+    /// One region that nobody can seal: it can always be made shorter.
+    pub fn unsealable(len: u64) -> Self {
+        Self::cut(len, 1, 0, 0)
+    }
+
+    fn cut(len: u64, count: u16, hole: u64, sealing: libc::c_uint) -> Self {
         let each = len / u64::from(count);
         assert!(each.is_multiple_of(4096) && each * u64::from(count) == len, "regions are whole pages");
-        let mut memory = Self::flat(len);
+        let mut memory = Self::flat(len, sealing);
         memory.regions = (0..u64::from(count))
             .map(|i| Region {
-                guest: i * (each + HOLE),
+                guest: i * (each + hole),
                 len: each,
                 user: memory.base as u64 + i * each,
                 offset: i * each,
@@ -70,16 +84,15 @@ impl Memory {
     /// `len` bytes, any length, as one region that begins at `skip` in the file and at the same guest
     /// address as in our own space, the way libblkio does it.
     pub fn identity(len: u64, skip: u64) -> Self {
-        let mut memory = Self::flat(skip + len);
+        let mut memory = Self::flat(skip + len, libc::MFD_ALLOW_SEALING);
         let user = memory.base as u64 + skip;
         memory.regions = vec![Region { guest: user, len, user, offset: skip }];
         memory
     }
 
-    fn flat(len: u64) -> Self {
+    fn flat(len: u64, sealing: libc::c_uint) -> Self {
         // SAFETY: a literal name and valid flags.
-        let fd =
-            unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+        let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | sealing) };
         assert!(fd >= 0, "memfd_create: {}", io::Error::last_os_error());
         // SAFETY: the descriptor is new and ours.
         let file = unsafe { File::from_raw_fd(fd) };

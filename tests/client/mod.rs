@@ -18,6 +18,7 @@
 pub mod arena;
 pub mod daemon;
 pub mod front;
+pub mod fuse;
 pub mod memory;
 pub mod model;
 pub mod request;
@@ -28,6 +29,7 @@ pub mod wire;
 
 pub use daemon::{Daemon, Workspace};
 pub use front::{Client, ClientOptions, Notify, RestartBase};
+pub use fuse::{Faults, FuseDisk};
 pub use memory::{Memory, Region};
 pub use model::Model;
 pub use request::{Completion, Kind, Layout, Range, Request};

@@ -1,7 +1,8 @@
 //! Random traffic that is checked against the model as it runs.
 //!
-//! Half of the operations fall into a small window that wanders over the disk, so that they overlap,
-//! hit and supersede each other; the rest fall anywhere, so that everything is evicted in its turn.
+//! Some operations, half by default, fall into a small window that wanders over the disk, so that
+//! they overlap, hit and supersede each other; the rest fall anywhere, so that everything is evicted
+//! in its turn.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,13 +12,11 @@ use std::path::PathBuf;
 
 use super::front::Client;
 use super::model::{Model, Reading, Writing};
-use super::request::{Kind, Layout, OK, Range, Request, UNMAP};
+use super::request::{Completion, Kind, Layout, OK, Range, Request, UNMAP};
 use super::rng::Rng;
 
 /// Largest request in sectors: 256 KiB.
 const SECTORS_MAX: u64 = 512;
-/// Sectors of the window in which operations overlap: 2 MiB.
-const WINDOW: u64 = 4096;
 /// Operations after which the window moves.
 const WINDOW_LIFE: u64 = 500;
 
@@ -35,6 +34,22 @@ pub struct Mix {
     pub depth_max: u64,
     /// Most data descriptors per request.
     pub segments_max: u64,
+    /// Percent of operations that fall into the window.
+    pub near: u64,
+    /// Sectors of the window in which operations overlap.
+    pub window: u64,
+}
+
+impl Mix {
+    /// A guest that flushes after every few writes, as databases and journals do.
+    pub fn flushing() -> Self {
+        Self { flushes: 25, writes: 50, ..Self::default() }
+    }
+
+    /// Nearly everything on top of each other: many writes in flight to one sector.
+    pub fn overlapping() -> Self {
+        Self { near: 95, window: 1024, writes: 60, ..Self::default() }
+    }
 }
 
 impl Default for Mix {
@@ -47,6 +62,8 @@ impl Default for Mix {
             ranges_max: 4,
             depth_max: 32,
             segments_max: 10,
+            near: 50,
+            window: 4096,
         }
     }
 }
@@ -108,7 +125,7 @@ impl Traffic {
     pub fn run(&mut self, operations: u64) {
         for _ in 0..operations {
             if self.next_tag.is_multiple_of(WINDOW_LIFE) {
-                self.window = self.rng.below(self.model.sectors() - WINDOW);
+                self.window = self.rng.below(self.model.sectors() - self.mix.window);
                 self.depth = self.rng.between(1, self.mix.depth_max);
             }
             let queue = self.rng.below(self.client.queues.len() as u64) as usize;
@@ -200,7 +217,8 @@ impl Traffic {
         if aligned && sectors >= 8 {
             sectors &= !7;
         }
-        let (from, len) = if self.rng.chance(50) { (self.window, WINDOW) } else { (0, self.model.sectors()) };
+        let near = self.rng.chance(self.mix.near);
+        let (from, len) = if near { (self.window, self.mix.window) } else { (0, self.model.sectors()) };
         let mut sector = from + self.rng.below(len - sectors + 1);
         if aligned {
             sector &= !7;
@@ -208,9 +226,46 @@ impl Traffic {
         (sector, sectors)
     }
 
+    /// Submits one write without waiting for anything.
+    pub fn write_at(&mut self, queue: usize, sector: u64, sectors: u64) {
+        let (writing, bytes) = self.model.begin_write(sector, sectors);
+        self.submit_now(queue, &Request::write(sector, bytes), Pending::Write(vec![writing]));
+    }
+
+    /// Submits one read without waiting for anything.
+    pub fn read_at(&mut self, queue: usize, sector: u64, sectors: u64) {
+        let reading = self.model.begin_read(sector, sectors);
+        self.submit_now(queue, &Request::read(sector, sectors as usize * 512), Pending::Read(reading));
+    }
+
+    /// Submits one FLUSH without waiting for anything.
+    pub fn flush_now(&mut self, queue: usize) {
+        self.submit_now(queue, &Request::flush(), Pending::Flush);
+    }
+
+    fn submit_now(&mut self, queue: usize, request: &Request, pending: Pending) {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        assert!(self.client.submit(queue, tag, request, &Layout::plain(request)), "the ring has room");
+        self.pending.insert(tag, pending);
+        self.publish();
+    }
+
+    /// Judges what has completed, without waiting; returns how many requests are still out.
+    pub fn poll(&mut self) -> usize {
+        let mut done = Vec::new();
+        self.client.collect(&mut done);
+        self.judge(done);
+        self.client.outstanding()
+    }
+
     fn complete_some(&mut self) {
         let mut done = Vec::new();
         self.client.wait(&mut done);
+        self.judge(done);
+    }
+
+    fn judge(&mut self, done: Vec<(usize, Completion)>) {
         for (queue, completion) in done {
             let pending = self.pending.remove(&completion.tag).expect("a completed request was pending");
             let (status, tag) = (completion.status, completion.tag);

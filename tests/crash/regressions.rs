@@ -1,12 +1,21 @@
 //! What the simulation found once, each as the shortest story that shows it.
 //!
-//! The seeds at the end are those that found what is not told here by hand. A change of the
-//! simulation's own dice makes them ordinary seeds; the stories stay.
+//! The seeds at the end are those that find again what is not told here by hand, once its fix is
+//! undone. A change of the simulation's own dice makes them ordinary seeds; the stories stay.
 
-use pcache_vhost::cache::{Mode, Order};
+use std::sync::Arc;
+
+use pcache_vhost::cache::{
+    Cache, DeleteError, FormatError, FormatOptions, Mode, OpenError, Order, VolumeDisk, format,
+};
+use pcache_vhost::onmedia::Geometry;
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Scene, SimBuffer, Style, Survival, run_seed};
-use pcache_vhost::volume::RequestKind;
+use pcache_vhost::pmem::Pmem;
+use pcache_vhost::sim::{
+    DiskState, DiskSurvival, Machine, Memory, Rng, Scene, SimBuffer, SimClock, SimEnv, SimPmem, Snapshot,
+    Style, Survival, World, run_seed,
+};
+use pcache_vhost::volume::{Disk, RequestKind};
 
 fn served(mode: Mode) -> Style {
     Style { mode, order: Order::Strict, write_cache: true, pass_discard: false }
@@ -69,7 +78,7 @@ fn a_segment_is_not_sealed_over_records_that_may_be_lost() {
     for line in 0..lines {
         for survival in [Survival::Only(line), Survival::AllBut(line)] {
             let mut image = photo.clone();
-            image.memory.host_crash(&survival, &mut pcache_vhost::sim::Rng::new(1));
+            image.memory.host_crash(&survival, &mut Rng::new(1));
             scene.start(image);
             scene.machine.read_all(0).unwrap_or_else(|e| panic!("{survival:?}: {e}"));
         }
@@ -112,11 +121,7 @@ fn records_of_a_segment_whose_header_was_lost_never_count_again() {
     let lines = photo.memory.pending_lines();
     let mut lost = 0;
     for mask in 0..1u64 << lines {
-        let (image, _) = photo.host_crash(
-            &Survival::Lines(mask),
-            DiskSurvival::Nothing,
-            &mut pcache_vhost::sim::Rng::new(1),
-        );
+        let (image, _) = photo.host_crash(&Survival::Lines(mask), DiskSurvival::Nothing, &mut Rng::new(1));
         scene.start(image);
         let first = scene.read(8);
         lost += u64::from(first == 9);
@@ -145,9 +150,117 @@ fn a_fill_does_not_outlive_the_bytes_it_was_filled_from() {
 }
 
 #[test]
+fn a_write_submitted_without_a_write_cache_is_durable_whatever_the_guest_switches_on_meanwhile() {
+    for mode in [Mode::Writeback, Mode::Writearound] {
+        let mut scene = Scene::new(PageCache, Style { write_cache: false, ..served(mode) });
+        let tag = scene.submit(RequestKind::Write, 8, SimBuffer::of_write(0, 8, 8, 900));
+        VolumeDisk(scene.machine.served[0].volume.clone()).set_write_cache(true);
+        while !scene.machine.poll(0, 0).iter().any(|d| d.tag == tag) {
+            scene.machine.sync();
+        }
+        scene.host_crash(Survival::Nothing, DiskSurvival::Nothing);
+        assert_eq!(scene.read(8), 900, "{mode}");
+    }
+}
+
+#[test]
+fn a_power_cut_after_an_orderly_end_does_not_make_another_disk_of_it() {
+    for mode in [Mode::Writeback, Mode::Passthrough] {
+        let mut scene = Scene::new(AssumeDax, served(mode));
+        scene.write(8, 8, 900);
+        let style = scene.style;
+        let image = scene.end().host_crash(&Survival::Nothing, DiskSurvival::Nothing, &mut Rng::new(1)).0;
+        let machine = Machine::open(&World::new(image, 1), &[style], 1);
+        machine.unwrap_or_else(|e| panic!("{mode}: {e}"));
+    }
+}
+
+#[test]
+fn a_volume_is_made_whole_or_not_at_all() {
+    for class in [AssumeDax, PageCache] {
+        let mut cuts = 0;
+        while let Some(photo) = Scene::cut_beginning(class, served(Mode::Writeback), cuts) {
+            let lines = photo.memory.pending_lines();
+            let survivals = (0..lines).flat_map(|n| [Survival::Only(n), Survival::AllBut(n)]);
+            let torn = (0..20).map(|_| Survival::Torn);
+            for (seed, survival) in survivals.chain(torn).chain([Survival::Nothing]).enumerate() {
+                let rng = &mut Rng::new(seed as u64);
+                let (image, _) = photo.host_crash(&survival, DiskSurvival::Nothing, rng);
+                let machine = Machine::open(&World::new(image, 1), &[served(Mode::Writeback)], 1);
+                machine.unwrap_or_else(|e| panic!("{class}, cut {cuts}, {survival:?} of {lines}: {e}"));
+            }
+            cuts += 1;
+        }
+        assert!(cuts > 10, "only {cuts} cuts");
+    }
+}
+
+#[test]
+fn a_volume_in_the_slot_of_a_deleted_one_shows_its_own_disk_alone() {
+    for class in [AssumeDax, PageCache] {
+        let mut scene = Scene::new(class, served(Mode::Writeback));
+        scene.write(8, 8, 900);
+        scene.write(64, 8, 901);
+        scene.drain();
+        scene.write(8, 8, 902);
+        let style = scene.style;
+        let mut image = scene.end();
+        let cache = open_cache(&World::new(image.clone(), 1));
+        assert!(matches!(cache.delete_volume("volume0", false), Err(DeleteError::Dirty(_))));
+        let mut cuts = 0;
+        loop {
+            let world = World::new(image.clone(), 1);
+            let cache = open_cache(&world);
+            world.with(|w| w.cuts.at = w.events + cuts + 1);
+            cache.delete_volume("volume0", true).expect("told to lose it");
+            let Some((_, photo)) = world.take_cuts().pop() else {
+                image = world.photograph("deleted").daemon_crash(&mut Rng::new(1));
+                break;
+            };
+            let (left, _) = photo.host_crash(&Survival::Torn, DiskSurvival::Nothing, &mut Rng::new(cuts));
+            let mut machine = Machine::open(&World::new(left, 1), &[style], 1).expect("a legal image");
+            let values = machine.read_all(0).expect("a legal image");
+            // The old one whole, or the disk as it is.
+            assert!([(902, 901), (900, 901)].contains(&(values[8], values[64])), "cut {cuts}: {values:?}");
+            cuts += 1;
+        }
+        assert!(cuts > 2, "only {cuts} cuts");
+        image.disks[0] = DiskState::new((5001..=5700).collect());
+        let mut machine = Machine::open(&World::new(image, 1), &[style], 1).expect("a fresh volume");
+        let values = machine.read_all(0).expect("a fresh volume");
+        assert!(values.into_iter().eq(5001..=5700), "{class}");
+    }
+}
+
+fn open_cache(world: &Arc<World>) -> Arc<Cache<SimEnv>> {
+    Cache::<SimEnv>::open(Arc::new(SimPmem::new(world)), SimClock::default()).expect("a cache").0
+}
+
+#[test]
+fn page_cache_media_take_no_segments_that_no_record_fits() {
+    let geometry = Geometry::custom(16 << 10, 32 << 10, 12, 1).expect("a geometry");
+    let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
+    let world = |class| {
+        let memory = Memory::new(class, geometry.device_size);
+        World::new(Snapshot { what: "nothing", memory, disks: Vec::new() }, 1)
+    };
+    let paged = format(&SimPmem::new(&world(PageCache)), &SimClock::default(), &options);
+    assert!(matches!(paged, Err(FormatError::SmallSegments { segment_size: 32_768 })), "{paged:?}");
+    let dax = world(AssumeDax);
+    format(&SimPmem::new(&dax), &SimClock::default(), &options).expect("they do on DAX");
+    // Copied to media that are not.
+    let copy = world(PageCache);
+    let bytes = dax.with(|w| w.memory.bytes());
+    SimPmem::new(&copy).write(0, &bytes).expect("sound memory");
+    let opened = Cache::<SimEnv>::open(Arc::new(SimPmem::new(&copy)), SimClock::default());
+    assert!(matches!(opened, Err(OpenError::SmallSegments { .. })));
+}
+
+#[test]
 fn seeds_that_failed_once_pass() {
-    for seed in [1, 2, 4, 5, 11, 18, 20, 31, 33, 34, 50, 63, 128, 142, 149, 161, 232, 259] {
-        if let Err(violation) = run_seed(seed, 300, 80) {
+    // A segment's next life was given the cursor of its last, and write-back passed over records.
+    for seed in [172] {
+        if let Err(violation) = run_seed(seed, 1200, 80) {
             panic!("{violation}");
         }
     }

@@ -31,6 +31,8 @@ pub struct RamDisk {
     wakers: Mutex<Vec<Waker>>,
     pub commits: AtomicU64,
     pub pending: AtomicU64,
+    /// Requests that queues have left behind.
+    pub left: AtomicU64,
 }
 
 impl RamDisk {
@@ -61,6 +63,7 @@ impl RamDisk {
             wakers: Mutex::default(),
             commits: AtomicU64::new(0),
             pending: AtomicU64::new(0),
+            left: AtomicU64::new(0),
         })
     }
 
@@ -171,6 +174,11 @@ impl<B: Buffer> DiskQueue<B> for RamQueue<B> {
 
     fn park(&mut self) {
         assert!(self.gathered.is_empty(), "parked with an uncommitted batch");
+    }
+
+    fn leave_behind(self) {
+        self.disk.pending.fetch_sub(self.pending() as u64, Ordering::SeqCst);
+        self.disk.left.fetch_add(self.waiting.len() as u64, Ordering::SeqCst);
     }
 }
 

@@ -39,10 +39,14 @@ struct Running {
 
 impl Running {
     fn new(disk: Arc<RamDisk>) -> Self {
+        Self::with(disk, Options::default())
+    }
+
+    fn with(disk: Arc<RamDisk>, options: Options) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.sock");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let server = Server::new(listener, Arc::new(Handle(Arc::clone(&disk))), Options::default()).unwrap();
+        let server = Server::new(listener, Arc::new(Handle(Arc::clone(&disk))), options).unwrap();
         let stopper = server.stopper();
         let thread = Some(std::thread::spawn(move || server.run()));
         Self { path, stopper, thread, disk, _dir: dir }

@@ -64,7 +64,7 @@ fn a_stop_finishes_what_is_in_flight() {
     let mut ring = frontend.start_ring(0, 128);
     server.disk.hold();
     for slot in 0..10 {
-        let head = ring.build(slot, OUT, u64::from(slot), &[slot as u8; 512], 0);
+        let head = ring.build(slot, OUT, u64::from(slot), &[7; 512], 0);
         ring.offer(head);
     }
     ring.kick();
@@ -590,4 +590,69 @@ fn a_stopped_ring_leaves_no_marks_even_if_it_was_broken() {
     assert_eq!(frontend.vring_base(0), 0, "it was not returned");
     file.read_exact_at(&mut mark, 16 + 5 * 16).unwrap();
     assert_eq!(mark, [0], "and is no chain of the next ring");
+}
+
+/// Rings that are to stop wait this long for a disk that returns nothing.
+fn impatient() -> Options {
+    Options { stop_patience: Duration::from_millis(200), ..Options::default() }
+}
+
+#[test]
+fn a_ring_stops_without_a_hung_disk_and_submits_again_what_it_left() {
+    let server = Running::with(RamDisk::new(), impatient());
+    let frontend = server.ready();
+    let (area, file) = frontend.get_inflight(4, 64);
+    frontend.must(SET_INFLIGHT_FD, &area, &[file.as_raw_fd()]);
+    let mut ring = frontend.start_ring(0, 64);
+    assert_eq!(ring.run(FLUSH, 0, &[], 0).status, 0);
+    server.disk.hold();
+    for (slot, sector) in [(3, 30), (1, 10), (2, 20)] {
+        let head = ring.build(slot, OUT, sector, &[7; 512], 0);
+        ring.offer(head);
+    }
+    ring.kick();
+    server.disk.wait_pending(3);
+    assert_eq!(frontend.vring_base(0), 1, "what was returned, and no more");
+    assert_eq!(server.disk.left.load(Ordering::SeqCst), 3);
+    server.disk.release();
+    assert_eq!(server.disk.executed().len(), 1, "what was left is not executed behind the ring's back");
+    ring.set_up(&frontend, 1);
+    for slot in [3, 1, 2] {
+        assert_eq!(ring.wait().0, slot * 3, "in the order in which they were taken");
+    }
+    let sectors: Vec<u64> = server.disk.executed()[1..].iter().map(|e| e.sector).collect();
+    assert_eq!(sectors, [30, 10, 20], "each once");
+    assert_eq!(ring.run(FLUSH, 0, &[], 0).status, 0, "and the ring goes on");
+}
+
+#[test]
+fn without_in_flight_tracking_a_ring_waits_for_the_disk_and_a_lost_connection_does_not() {
+    let server = Running::with(RamDisk::new(), impatient());
+    let frontend = server.ready();
+    let mut ring = frontend.start_ring(0, 64);
+    server.disk.hold();
+    let head = ring.build(0, OUT, 5, &[5; 512], 0);
+    ring.offer(head);
+    ring.kick();
+    server.disk.wait_pending(1);
+    std::thread::scope(|scope| {
+        let base = scope.spawn(|| frontend.vring_base(0));
+        std::thread::sleep(Duration::from_millis(600));
+        assert!(!base.is_finished(), "only the answer says whether it has taken effect");
+        server.disk.release();
+        assert_eq!(base.join().unwrap(), 1);
+    });
+    ring.set_up(&frontend, 1);
+    server.disk.hold();
+    let head = ring.build(1, OUT, 6, &[6; 512], 0);
+    ring.offer(head);
+    ring.kick();
+    server.disk.wait_pending(1);
+    drop(frontend);
+    // The next front end is served although the disk still owes an answer to the last.
+    let next = server.ready();
+    assert_eq!(server.disk.left.load(Ordering::SeqCst), 1);
+    server.disk.release();
+    let mut ring = next.start_ring(0, 64);
+    assert_eq!(ring.run(FLUSH, 0, &[], 0).status, 0);
 }

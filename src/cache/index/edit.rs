@@ -6,6 +6,7 @@
 //! all.
 
 use super::entry::{Extent, Place, push_joined};
+use crate::mutant::{Mutant, mutated};
 use crate::units::SectorRange;
 
 /// What is to become of a mapped piece.
@@ -130,6 +131,24 @@ impl Edit for MoveIf<'_> {
     }
 }
 
+/// What still maps to `extent` maps to `to`, which is nowhere in particular, from now on.
+pub(super) struct ReplaceIf<'a> {
+    pub extent: Extent,
+    pub to: Place,
+    pub floor: usize,
+    pub removed: &'a mut Vec<Extent>,
+}
+
+impl Edit for ReplaceIf<'_> {
+    fn piece(&mut self, old: Extent) -> Verdict {
+        if !self.extent.place_at(old.range.start).is_same_payload(&old.place) {
+            return Verdict::Keep;
+        }
+        push_joined(self.removed, self.floor, old);
+        Verdict::Map(self.to)
+    }
+}
+
 /// What still maps to `extent` is clean from now on, or, if zeros and so wished, goes.
 pub(super) struct MarkCleanIf {
     pub extent: Extent,
@@ -139,7 +158,8 @@ pub(super) struct MarkCleanIf {
 
 impl Edit for MarkCleanIf {
     fn piece(&mut self, old: Extent) -> Verdict {
-        if !self.extent.place_at(old.range.start).is_same_payload(&old.place) {
+        let is_same = self.extent.place_at(old.range.start).is_same_payload(&old.place);
+        if !is_same && !mutated(Mutant::NewerMarkedClean) {
             return Verdict::Keep;
         }
         let verdict = if self.drop_zero && old.place.zero {

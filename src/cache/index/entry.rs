@@ -19,8 +19,10 @@
 //! - `start` is on top, so entries of a region sort as plain integers.
 //! - A data entry maps its i-th sector to `position + i`; a zero entry has no payload, its position
 //!   names the record that made the zeros and stays the same under splitting.
+//! - Zeros that are clean need no entry: what would be one says that the sectors are lost.
 
 use super::REGION_SECTORS;
+use crate::mutant::{Mutant, mutated};
 use crate::units::SectorRange;
 
 const START_SHIFT: u32 = 53;
@@ -46,7 +48,19 @@ pub struct Place {
     pub dirty: bool,
 }
 
+/// One past the highest name of zeros: the last two positions are kept for [`Place::LOST`], two so
+/// that taking a name modulo this keeps its lowest bit.
+pub const ZERO_NAME_END: u64 = POSITION_END - 2;
+
 impl Place {
+    /// Nowhere: the sectors are lost, and reading them is an error.
+    pub const LOST: Place = Place { position: POSITION_END - 1, zero: true, dirty: false };
+
+    /// Whether the sectors are lost.
+    pub fn is_lost(&self) -> bool {
+        *self == Place::LOST
+    }
+
     /// The place of what lies `sectors` further on in the same extent.
     pub fn advanced(self, sectors: u64) -> Place {
         Place { position: if self.zero { self.position } else { self.position + sectors }, ..self }
@@ -165,7 +179,8 @@ impl Entry {
         if start == self.start() && end == self.end() {
             return self;
         }
-        Entry::new(start, end - start, self.place().advanced(u64::from(start - self.start())))
+        let skipped = if mutated(Mutant::PositionNotAdvanced) { 0 } else { start - self.start() };
+        Entry::new(start, end - start, self.place().advanced(u64::from(skipped)))
     }
 
     /// The two as one entry, if `next` goes on exactly where this ends.

@@ -38,11 +38,11 @@ mod tests;
 
 use std::ops::Range;
 
-pub use entry::{Extent, POSITION_END, Place};
+pub use entry::{Extent, POSITION_END, Place, ZERO_NAME_END};
 pub use map::ExtentMap;
 
 use self::directory::{Directory, Next, State};
-use self::edit::{Edit, Insert, InsertGaps, MarkCleanIf, MoveIf, Remove, RemoveIf, Verdict};
+use self::edit::{Edit, Insert, InsertGaps, MarkCleanIf, MoveIf, Remove, RemoveIf, ReplaceIf, Verdict};
 use self::entry::push_joined;
 use self::region::{Change, Region, Window};
 use self::runs::extent_of;
@@ -130,6 +130,21 @@ impl Index {
         to.check();
         let floor = moved.len();
         self.edit(from.range, &mut MoveIf { from, to, floor, moved });
+    }
+
+    /// Maps those parts of `extent.range` that still map where `extent` says, dirty or not, to
+    /// `place`, which has no payload; appends what they were.
+    pub fn replace_if(&self, extent: Extent, place: Place, removed: &mut Vec<Extent>) {
+        assert!(place.zero, "payload does not lie in one place");
+        let floor = removed.len();
+        self.edit(extent.range, &mut ReplaceIf { extent, to: place, floor, removed });
+    }
+
+    /// Whether any sector of `extent.range` still maps where `extent` says.
+    pub fn shows(&self, extent: &Extent) -> bool {
+        let mut found = Vec::new();
+        self.lookup(extent.range, &mut found);
+        found.iter().any(|e| extent.place_at(e.range.start).is_same_payload(&e.place))
     }
 
     /// Marks clean those parts that still map where `extent` says; with `drop_zero`, unmaps them if

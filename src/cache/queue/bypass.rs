@@ -18,6 +18,7 @@ use super::super::volume::Mode;
 use super::io::Purpose;
 use super::{Fill, Gathered, Queue, Then};
 use crate::backing::{AlignedBuf, Op};
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::KeyKind;
 use crate::units::SectorRange;
 use crate::volume::Buffer;
@@ -32,6 +33,8 @@ struct Bypass {
     ticket: Ticket,
     /// Drawn before the disk write was issued.
     version: u64,
+    /// Whether the disk is flushed before it completes.
+    is_through: bool,
     /// Disk operations under way.
     left: u32,
     failed: bool,
@@ -49,6 +52,12 @@ pub(crate) struct Bypasses {
 impl Bypasses {
     pub fn is_blocked(&self) -> bool {
         !self.blocked.is_empty()
+    }
+
+    /// Takes the registrations of those that have operations with the disk.
+    pub fn take_under_way(&mut self) -> Vec<(Ticket, SectorRange)> {
+        let under_way = self.under_way.extract_if(|_, bypass| bypass.left > 0);
+        under_way.map(|(_, bypass)| (bypass.ticket, bypass.range)).collect()
     }
 }
 
@@ -72,13 +81,19 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let version = core.version.fetch_add(1, Ordering::SeqCst);
         let mut removed = std::mem::take(&mut self.scratch.replaced);
         removed.clear();
-        core.index.remove(range, &mut removed);
+        if !mutated(Mutant::BypassLeavesCopies) {
+            core.index.remove(range, &mut removed);
+        }
         self.volume.cache.mark_dead(&removed);
         self.scratch.replaced = removed;
-        let kind = gathered.kind;
-        let bypass = Bypass { range, kind, ticket, version, left: 0, failed: false, written: Vec::new() };
+        let Gathered { kind, is_through, .. } = gathered;
+        let (left, failed, written) = (0, false, Vec::new());
+        let bypass = Bypass { range, kind, ticket, version, is_through, left, failed, written };
         self.bypass.under_way.insert(slot, bypass);
         add(&self.shared().tally.bypass_sectors, range.len);
+        if mutated(Mutant::BypassNotDurablyDead) {
+            return self.bypass_killed(slot, true);
+        }
         match self.volume.cache.write_liveness(Some(&self.waker)) {
             Ok(durable) => self.when_durable(durable, Then::Bypass(slot)),
             Err(error) => {
@@ -115,7 +130,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
 
     fn bypass_submit(&mut self, slot: u32, op: Op) {
         self.bypass.under_way.get_mut(&slot).expect("under way").left += 1;
-        if self.io.submit(&self.volume.backing, &self.waker, Purpose::Bypass { slot }, op).is_err() {
+        if self.submit_io(Purpose::Bypass { slot }, op).is_err() {
             self.bypass_part(slot, false);
         }
     }
@@ -140,12 +155,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         if bypass.left > 0 {
             return;
         }
-        if bypass.failed || self.volume.has_write_cache() {
+        if bypass.failed || !bypass.is_through || mutated(Mutant::BypassUnflushed) {
             let ok = !bypass.failed;
             return self.end_bypass(slot, ok);
         }
         let purpose = Purpose::BypassFlush { slot };
-        if self.io.submit(&self.volume.backing, &self.waker, purpose, Op::Flush).is_err() {
+        if self.submit_io(purpose, Op::Flush).is_err() {
             self.end_bypass(slot, false);
         }
     }

@@ -19,6 +19,7 @@ use super::super::stripes::{Ticket, lock};
 use super::Queue;
 use super::write::ensure_open;
 use crate::backing::AlignedBuf;
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::KeyKind;
 use crate::units::SectorRange;
 use crate::volume::Buffer;
@@ -106,7 +107,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let count = parts.len();
         let held = core.stripes.hold(fills.iter().take(count).map(|f| f.range), &mut scratch.stripes);
         for (fill, part) in fills.iter().zip(&parts).rev() {
-            if !core.stripes.is_whole(fill.ticket, fill.range) {
+            if !core.stripes.is_whole(fill.ticket, fill.range) && !mutated(Mutant::FillOverNewer) {
                 draft.keys.drain(part.keys.clone());
                 draft.checksums.drain(part.checksums.clone());
                 add(&core.queue(q).tally.fills_dropped, 1);
@@ -116,7 +117,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             return Some(count);
         }
         let epoch = core.epoch.load(Ordering::SeqCst);
-        let is_flushed = !volume.mode().bypasses();
+        let is_flushed = !volume.mode().bypasses() || mutated(Mutant::FillOutlivesDiskCache);
         if !is_flushed {
             core.stamped.fetch_max(epoch, Ordering::SeqCst);
             volume.note_dirty();
@@ -133,23 +134,16 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             cache.close_segment(&mut stream);
             return Some(count);
         }
+        core.charge(q, open.charge());
         open.appended(cache.syncer.started());
         let mut inserted = std::mem::take(&mut scratch.replaced);
         for key in &draft.keys {
             inserted.clear();
             segment.add_live(key.sectors);
             let place = cache.media.place(open.id, key, false);
+            if_mutated(Mutant::FillOverNewer, || core.index.remove(key.range(), &mut Vec::new()));
             core.index.insert_gaps(Extent { range: key.range(), place }, &mut inserted);
-            let mut at = key.range().start;
-            let end = SectorRange::new(key.range().end(), 1);
-            for part in inserted.iter().map(|e| e.range).chain([end]) {
-                if part.start > at {
-                    let dead = (part.start - at) as u32;
-                    segment.live.fetch_sub(dead, Ordering::Relaxed);
-                    cache.mark_sectors_dead(open.id, key.payload + (at - key.range().start) as u32, dead);
-                }
-                at = part.end();
-            }
+            cache.mark_unmapped_dead(open.id, key, &inserted);
             add(&core.queue(q).tally.fill_sectors, u64::from(key.sectors));
         }
         segment.log_low.store(open.log_low, Ordering::Release);

@@ -3,7 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::super::env::Env;
+use super::super::counters::add;
+use super::super::env::{Clock, Env};
+use super::super::ghost;
+use super::super::health::{Failure, Submitted};
 use super::super::stripes::Ticket;
 use super::Queue;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
@@ -37,6 +40,7 @@ pub(crate) struct Io<E: Env> {
     backlog: VecDeque<(u64, Op)>,
     completions: Vec<Completion>,
     spare: Vec<AlignedBuf>,
+    submitted: Submitted,
 }
 
 impl<E: Env> Default for Io<E> {
@@ -48,6 +52,7 @@ impl<E: Env> Default for Io<E> {
             backlog: VecDeque::new(),
             completions: Vec::new(),
             spare: Vec::new(),
+            submitted: Submitted::default(),
         }
     }
 }
@@ -57,8 +62,9 @@ impl<E: Env> Io<E> {
     ///
     /// # Errors
     /// The channel could not be opened; the purpose comes back.
-    pub fn submit(
+    fn submit(
         &mut self,
+        now_ms: u64,
         backing: &Arc<E::Backing>,
         waker: &Waker,
         purpose: Purpose,
@@ -81,6 +87,7 @@ impl<E: Env> Io<E> {
             }
         };
         self.purposes[token as usize] = Some(purpose);
+        self.submitted.begin(token, now_ms);
         self.backlog.push_back((u64::from(token), op));
         self.push_backlog();
         Ok(())
@@ -125,6 +132,7 @@ impl<E: Env> Io<E> {
 
     pub fn purpose(&mut self, token: u64) -> Purpose {
         self.free.push(token as u32);
+        self.submitted.end(token as u32);
         self.purposes[token as usize].take().expect("an operation completes once")
     }
 
@@ -155,15 +163,55 @@ impl<E: Env> Io<E> {
 }
 
 impl<E: Env, B: Buffer> Queue<E, B> {
+    /// Starts an operation on the disk.
+    ///
+    /// # Errors
+    /// No way to the disk could be opened; the purpose comes back.
+    pub(super) fn submit_io(&mut self, purpose: Purpose, op: Op) -> Result<(), Purpose> {
+        let now_ms = self.volume.cache.clock.now_ms();
+        self.io.submit(now_ms, &self.volume.backing, &self.waker, purpose, op)?;
+        self.note_owed();
+        Ok(())
+    }
+
+    /// Shows how long the disk has owed its oldest answer.
+    fn note_owed(&mut self) {
+        let since = self.io.submitted.oldest_ms();
+        self.shared().owed.set(since);
+    }
+
+    /// Leaves what the disk has not answered to a thread of its own. What may still change the disk
+    /// keeps its registration until it has ended.
+    pub(super) fn leave_io(&mut self) {
+        self.io.backlog.clear();
+        let registered = self.bypass.take_under_way();
+        let since_ms = self.io.submitted.oldest_ms();
+        match self.io.channel.take() {
+            Some(channel) if channel.in_flight() > 0 => {
+                ghost::leave(&self.volume.core, &self.volume.name, channel, since_ms, registered);
+            }
+            _ => registered.into_iter().for_each(|(ticket, range)| {
+                self.volume.core.stripes.remove(ticket, range);
+            }),
+        }
+        self.shared().owed.set(None);
+    }
+
     /// Takes completed operations and goes on with what waited for them.
     pub(super) fn reap(&mut self) {
         let mut completions = self.io.reap();
+        let any = !completions.is_empty();
         for completion in completions.drain(..) {
             let purpose = self.io.purpose(completion.token);
             let ok = match &completion.result {
                 Ok(()) => true,
                 Err(error) => {
-                    tracing::warn!(volume = self.volume.name, %error, ?purpose, "the backing disk failed");
+                    // A guest must not be able to fill the log: the volume's state says it once.
+                    tracing::debug!(volume = self.volume.name, %error, ?purpose, "the backing disk failed");
+                    add(&self.shared().tally.disk_errors, 1);
+                    let now_ms = self.volume.cache.clock.now_ms();
+                    let failure = Failure::disk(&completion.op, error);
+                    self.volume.core.facts.guest_failed(failure, now_ms);
                     false
                 }
             };
@@ -175,13 +223,16 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             }
         }
         self.io.recycle_list(completions);
+        if any {
+            self.note_owed();
+        }
     }
 
     /// A guest's FLUSH goes to the disk.
     pub(super) fn start_disk_flush(&mut self, slot: u32) {
         self.slots.get(slot).left = 1;
         let purpose = Purpose::Flush { slot };
-        if self.io.submit(&self.volume.backing, &self.waker, purpose, Op::Flush).is_err() {
+        if self.submit_io(purpose, Op::Flush).is_err() {
             self.part_done(slot, false);
         }
     }

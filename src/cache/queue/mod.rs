@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use self::fill::Fill;
 use self::io::Io;
+pub(crate) use self::read::{HitError, Reader};
 use self::write::{Gathered, Scratch};
 use super::counters::add;
 use super::env::Env;
@@ -28,6 +29,7 @@ use super::index::Extent;
 use super::stripes::lock;
 use super::syncer::{Durable, Outcome};
 use super::volume::{QueueShared, Volume};
+use crate::mutant::{Mutant, mutated};
 use crate::sync::atomic::Ordering;
 use crate::units::SectorRange;
 use crate::volume::{Buffer, DiskQueue, Done, Request, RequestKind, Status};
@@ -162,7 +164,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let active = self.slots.get(slot);
         active.failed |= !ok;
         active.left -= 1;
-        if active.left == 0 {
+        if active.left == 0 || mutated(Mutant::CompletedWithFirstPart) {
             let status = if active.failed { Status::IoError } else { Status::Ok };
             self.complete(slot, status);
         }
@@ -220,7 +222,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         match then {
             Then::Complete(slot) => self.complete(slot, status),
             Then::Flushed(slot) => {
-                self.volume.core.raise_epoch();
+                if !mutated(Mutant::EpochNotRaisedAtFlush) {
+                    self.volume.core.raise_epoch();
+                }
                 self.complete(slot, status);
             }
             Then::Bypass(slot) => self.bypass_killed(slot, durable),
@@ -233,6 +237,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 Outcome::Waiting => return,
                 decided => {
                     self.waiting_sync.pop_front();
+                    if mutated(Mutant::FlushNeverCompletes) {
+                        continue;
+                    }
                     self.go_on(then, decided == Outcome::Reached);
                 }
             }
@@ -295,6 +302,10 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         // A flush of this core's stores is ordered by nobody else's fence.
         crate::pmem::Pmem::fence(&*self.volume.cache.media.pmem);
     }
+
+    fn leave_behind(mut self) {
+        self.leave_io();
+    }
 }
 
 impl<E: Env, B: Buffer> Drop for Queue<E, B> {
@@ -302,6 +313,7 @@ impl<E: Env, B: Buffer> Drop for Queue<E, B> {
         self.abandon();
         self.leave();
         let shared = self.shared();
+        shared.owed.set(None);
         *lock(&shared.waker) = Waker::default();
         shared.waiting.store(false, Ordering::SeqCst);
         shared.taken.store(false, Ordering::SeqCst);

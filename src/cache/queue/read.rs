@@ -5,6 +5,8 @@
 //! clean block is dropped and read from the disk instead; a damaged dirty one fails the request
 //! and is never answered with the disk's older bytes.
 
+use std::sync::atomic::Ordering;
+
 use super::super::core::Cache;
 use super::super::counters::add;
 use super::super::env::Env;
@@ -14,6 +16,7 @@ use super::super::stripes::Ticket;
 use super::io::Purpose;
 use super::{Fill, Queue};
 use crate::backing::Op;
+use crate::mutant::{Mutant, mutated};
 use crate::pmem::{MediaError, Pmem};
 use crate::units::SectorRange;
 use crate::volume::{Buffer, GuestFault};
@@ -27,9 +30,21 @@ pub(crate) enum HitError {
     /// The media is unreadable.
     #[error(transparent)]
     Media(MediaError),
+    /// The sectors are lost, as is known already.
+    #[error("the sectors are lost")]
+    Lost,
     /// The media reads back something else than was stored.
     #[error("the cached bytes do not match their checksum")]
     Checksum,
+}
+
+/// For whom bytes are copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Reader {
+    /// A guest: reclaim takes that for evidence that the data is worth keeping.
+    Guest,
+    /// Write-back or reclaim.
+    Worker,
 }
 
 impl<E: Env> Cache<E> {
@@ -38,11 +53,15 @@ impl<E: Env> Cache<E> {
     pub(crate) fn copy_extent(
         &self,
         extent: &Extent,
+        reader: Reader,
         verify: bool,
         mut sink: impl FnMut(usize, &[u8]) -> Result<(), GuestFault>,
     ) -> Result<(), HitError> {
         let mut block = [0u8; 4096];
         let len = extent.range.len as usize * 512;
+        if extent.place.is_lost() {
+            return Err(HitError::Lost);
+        }
         if extent.place.zero {
             for at in (0..len).step_by(4096) {
                 sink(at, &block[..(len - at).min(4096)]).map_err(HitError::Guest)?;
@@ -51,6 +70,9 @@ impl<E: Env> Cache<E> {
         }
         let (id, start) = self.media.locate(extent.place.position);
         let segment = &self.segments[id as usize];
+        if reader == Reader::Guest {
+            segment.note_read(start / 512, extent.range.len as u32);
+        }
         let mut at = 0;
         while at < len {
             let offset = start as usize + at;
@@ -131,17 +153,19 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     fn answer_hit(&mut self, slot: u32, range: SectorRange, extent: &Extent) -> Hit {
         let base = (extent.range.start - range.start) as usize * 512;
         let data = &mut self.slots.get(slot).request.data;
-        let verify = self.volume.data_crc;
-        let result =
-            self.volume.cache.copy_extent(extent, verify, |at, bytes| data.copy_in(base + at, bytes));
+        let verify = self.volume.data_crc && !mutated(Mutant::HitNotVerified);
+        let result = self
+            .volume
+            .cache
+            .copy_extent(extent, Reader::Guest, verify, |at, bytes| data.copy_in(base + at, bytes));
         let error = match result {
             Ok(()) => return Hit::Answered,
-            Err(HitError::Guest(_)) => return Hit::Failed,
+            Err(HitError::Guest(_) | HitError::Lost) => return Hit::Failed,
             Err(error) => error,
         };
         add(&self.shared().tally.checksum_errors, 1);
         let (volume, range) = (&self.volume.name, extent.range);
-        if !extent.place.dirty {
+        if !extent.place.dirty || mutated(Mutant::DamagedDirtyReadFromDisk) {
             tracing::warn!(volume, %range, %error, "a clean cached copy is damaged: reading the disk instead");
             let mut removed = Vec::new();
             self.volume.core.index.remove_if(*extent, &mut removed);
@@ -149,6 +173,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             return Hit::ReadAgain;
         }
         tracing::error!(volume, %range, %error, "dirty data is damaged: these sectors answer with an error");
+        // Write-back lists what is lost; it is not to wait for age.
+        self.volume.core.damage_seen.store(true, Ordering::Relaxed);
+        self.volume.core.writeback.raise();
         Hit::Failed
     }
 
@@ -167,7 +194,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             let op = Op::Read { offset: range.start * 512, buf };
             self.slots.get(slot).left += 1;
             let purpose = Purpose::Miss { slot, range, fill };
-            if let Err(purpose) = self.io.submit(&self.volume.backing, &self.waker, purpose, op) {
+            if let Err(purpose) = self.submit_io(purpose, op) {
                 let Purpose::Miss { slot, range, fill } = purpose else { unreachable!("it is a miss") };
                 self.drop_placeholder(fill.map(|f| f.0), range);
                 self.part_done(slot, false);
@@ -184,7 +211,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let mut since = Vec::new();
         core.index.lookup(range, &mut since);
         if since.is_empty() {
-            return Some((ticket, core.version.fetch_add(1, std::sync::atomic::Ordering::SeqCst)));
+            return Some((ticket, core.version.fetch_add(1, Ordering::SeqCst)));
         }
         core.stripes.remove(ticket, range);
         None

@@ -16,6 +16,7 @@ use super::super::stream::{Open, Stamp, Stream};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, Volume};
 use super::{Queue, Slots, Then};
+use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
 use crate::pmem::Pmem;
 use crate::units::SectorRange;
@@ -27,6 +28,8 @@ pub(crate) struct Gathered {
     pub slot: u32,
     pub range: SectorRange,
     pub kind: KeyKind,
+    /// Whether it completes durably: the guest had no write cache when it was submitted.
+    pub is_through: bool,
     /// Sectors committed by earlier records.
     pub done: u64,
     /// Sectors that will be committed when the draft is.
@@ -35,8 +38,8 @@ pub(crate) struct Gathered {
 }
 
 impl Gathered {
-    pub fn new(slot: u32, range: SectorRange, kind: KeyKind) -> Self {
-        Self { slot, range, kind, done: 0, staged: 0, failed: false }
+    pub fn new(slot: u32, range: SectorRange, kind: KeyKind, is_through: bool) -> Self {
+        Self { slot, range, kind, is_through, done: 0, staged: 0, failed: false }
     }
 }
 
@@ -58,6 +61,8 @@ enum Attempt {
     /// Something was committed or given up: go on.
     Progress,
     NoSpace,
+    /// The volume's writes wait for its disk.
+    Paced,
 }
 
 /// The next piece of a write: within one region, at most one extent.
@@ -91,7 +96,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             // only look it up twice.
             self.volume.core.index.prefetch(range.start);
         }
-        self.gather.push_back(Gathered::new(slot, range, kind));
+        self.gather.push_back(Gathered::new(slot, range, kind, !self.volume.has_write_cache()));
     }
 
     pub(super) fn commit_writes(&mut self) {
@@ -101,13 +106,18 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 self.fail_gathered();
                 break;
             }
-            let attempt = {
+            let allowance = self.volume.core.allowance(self.index);
+            let attempt = if allowance == 0 {
+                Attempt::Paced
+            } else {
                 let Self { volume, index, slots, gather, scratch, .. } = &mut *self;
                 let mut stream = lock(volume.core.stream(*index));
-                commit_record(volume, *index, &mut stream, gather, slots, scratch)
+                commit_record(volume, *index, &mut stream, gather, slots, scratch, allowance)
             };
             match attempt {
                 Attempt::Progress => committed = true,
+                Attempt::Paced if self.wait_for_allowance() => {}
+                Attempt::Paced => break,
                 Attempt::NoSpace if self.wait_for_space() => {}
                 Attempt::NoSpace => break,
             }
@@ -120,20 +130,21 @@ impl<E: Env, B: Buffer> Queue<E, B> {
 
     /// Completes the requests whose last part is committed.
     fn complete_committed(&mut self) {
-        let write_cache = self.volume.has_write_cache();
         let mut ticket = None;
         while let Some(front) = self.gather.front() {
             if front.done < front.range.len && !front.failed {
                 return;
             }
             let front = self.gather.pop_front().expect("it was there");
-            if front.failed {
+            if front.failed && !mutated(Mutant::FaultedWriteAcknowledged) {
                 self.complete(front.slot, Status::IoError);
-            } else if write_cache {
+            } else if !front.is_through || mutated(Mutant::CompletedUnsynced) {
                 self.complete(front.slot, Status::Ok);
             } else {
                 // Without a write cache completion is the only order there is: it ends an epoch.
-                self.volume.core.raise_epoch();
+                if !mutated(Mutant::EpochNotRaisedAtWrite) {
+                    self.volume.core.raise_epoch();
+                }
                 let cache = &self.volume.cache;
                 let ticket = *ticket
                     .get_or_insert_with(|| cache.syncer.request(&*cache.media.pmem, Some(&self.waker)));
@@ -146,6 +157,16 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         while let Some(gathered) = self.gather.pop_front() {
             self.complete(gathered.slot, Status::IoError);
         }
+    }
+
+    /// Asks for an allowance and parks. True when one came meanwhile.
+    fn wait_for_allowance(&mut self) -> bool {
+        let shared = self.shared();
+        if !shared.waiting.swap(true, Ordering::SeqCst) {
+            add(&shared.tally.pace_waits, 1);
+            self.volume.core.writeback.raise();
+        }
+        self.volume.core.allowance(self.index) > 0
     }
 
     /// Asks for space and parks. True when some came meanwhile.
@@ -179,6 +200,7 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
         let cursor = Cursor::Log(open.log_low);
         lock(&volume.core.dirty).drained.insert(open.id, cursor);
         stream.open = Some(open);
+        volume.pace(false);
     }
     if let Some(open) = &mut stream.open {
         if !cache.media.pmem.class().fence_is_durable() {
@@ -196,12 +218,13 @@ fn commit_record<E: Env, B: Buffer>(
     gather: &mut VecDeque<Gathered>,
     slots: &mut Slots<B>,
     scratch: &mut Scratch,
+    allowance: u32,
 ) -> Attempt {
     if !ensure_open(volume, q, stream, false) {
         return Attempt::NoSpace;
     }
     let open = stream.open.as_mut().expect("ensured above");
-    let staged = match stage(&volume.cache, open, gather, slots, &mut scratch.draft) {
+    let staged = match stage(&volume.cache, open, gather, slots, &mut scratch.draft, allowance) {
         Ok(staged) => staged,
         Err(()) => {
             volume.cache.close_segment(stream);
@@ -214,7 +237,9 @@ fn commit_record<E: Env, B: Buffer>(
         }
         return Attempt::Progress;
     }
-    if publish(volume, q, open, scratch) {
+    let is_published = publish(volume, q, open, scratch);
+    volume.core.charge(q, open.charge());
+    if is_published {
         for gathered in gather.iter_mut().take_while(|g| g.staged > 0) {
             gathered.done = std::mem::take(&mut gathered.staged);
         }
@@ -239,11 +264,13 @@ fn stage<E: Env, B: Buffer>(
     gather: &mut VecDeque<Gathered>,
     slots: &mut Slots<B>,
     draft: &mut Draft,
+    allowance: u32,
 ) -> Result<Staged, ()> {
     let segment = &cache.segments[open.id as usize];
     draft.begin(open);
     let longest = cache.piece_sectors_max();
-    let limit = open.payload_end + cache.record_payload_max();
+    // The least is one piece: a debt is paid before the next.
+    let limit = open.payload_end + cache.record_payload_max().min(allowance.max(longest as u32 * 512));
     for i in 0..gather.len() {
         let gathered = &mut gather[i];
         let mark = (draft.keys.len(), draft.checksums.len());
@@ -320,7 +347,12 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     if segment.max_epoch.load(Ordering::SeqCst) < epoch {
         segment.max_epoch.fetch_max(epoch, Ordering::SeqCst);
     }
-    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {
+    if segment.min_epoch.load(Ordering::Relaxed) > epoch {
+        segment.min_epoch.fetch_min(epoch, Ordering::SeqCst);
+    }
+    if let Err(error) = open.persist(&cache.media, segment, draft, &stamp)
+        && !mutated(Mutant::RefusedRecordPublished)
+    {
         tracing::error!(%error, segment = open.id, "the cache media refused a record");
         core.retract(q);
         return false;
@@ -333,8 +365,12 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
             segment.add_live(key.sectors);
         }
         let place = cache.media.place(open.id, key, true);
-        core.index.insert(Extent { range: key.range(), place }, replaced);
-        cache.mark_dead(replaced);
+        let mut range = key.range();
+        if_mutated(Mutant::NewestOnlyHalfIndexed, || range.len = (range.len - 1).max(1));
+        core.index.insert(Extent { range, place }, replaced);
+        if !mutated(Mutant::ReplacedNotMarkedDead) {
+            cache.mark_dead(replaced);
+        }
         core.stripes.break_placeholders(key.range());
     }
     segment.log_low.store(open.log_low, Ordering::Release);

@@ -153,7 +153,7 @@ fn the_words_last_taken_say_everything_that_was_marked() {
 fn overlapping_batches_are_published_one_after_the_other_whatever_order_they_name_ranges_in() {
     const REGION: u64 = 2048;
     weave(40, || {
-        let stripes = Arc::new(Stripes::new());
+        let stripes = Arc::new(Stripes::new(1 << 24));
         let holders: Arc<Vec<Mutex<Option<u64>>>> = Arc::new((0..3).map(|_| Mutex::new(None)).collect());
         let batches = [[0u64, 1], [1, 0], [2, 1]];
         let threads: Vec<_> = (0u64..)
@@ -190,7 +190,7 @@ fn a_fill_that_is_whole_shows_what_the_disk_shows() {
     /// A disk write is under way.
     const TORN: u64 = u64::MAX;
     weave(60, || {
-        let stripes = Arc::new(Stripes::new());
+        let stripes = Arc::new(Stripes::new(1 << 24));
         let disk = Arc::new(AtomicU64::new(0));
         let fills = (0..2).map(|_| {
             let (stripes, disk) = (stripes.clone(), disk.clone());
@@ -239,7 +239,7 @@ fn a_fill_that_is_whole_shows_what_the_disk_shows() {
 fn a_commit_and_a_miss_of_the_same_range_notice_each_other() {
     const RANGE: SectorRange = SectorRange { start: 16, len: 8 };
     weave(60, || {
-        let stripes = Arc::new(Stripes::new());
+        let stripes = Arc::new(Stripes::new(1 << 24));
         let committed = Arc::new(AtomicU64::new(0));
         let miss = {
             let (stripes, committed) = (stripes.clone(), committed.clone());
@@ -349,7 +349,7 @@ fn a_ticket_that_is_reached_covers_all_that_was_stored_before_it_and_wakes_its_o
     for fails in [0, 1, 2] {
         weave(30, move || {
             let pmem = Arc::new(Ledger { fails, ..Ledger::default() });
-            let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+            let syncer = Arc::new(Syncer::new(MediaClass::PageCache));
             let (s, p) = (syncer.clone(), pmem.clone());
             let runner = thread::spawn(move || s.run(&*p));
             let waiters = (0..2).map(|_| {
@@ -399,7 +399,7 @@ fn a_ticket_that_is_reached_covers_all_that_was_stored_before_it_and_wakes_its_o
 fn who_waits_for_a_sync_outlives_the_syncing_thread() {
     weave(40, || {
         let pmem = Arc::new(Ledger::default());
-        let syncer = Arc::new(Syncer::new(MediaClass::PageCache, false));
+        let syncer = Arc::new(Syncer::new(MediaClass::PageCache));
         let (s, p) = (syncer.clone(), pmem.clone());
         let runner = thread::spawn(move || s.run(&*p));
         let waiters: Vec<_> = (0..2)

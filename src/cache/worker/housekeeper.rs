@@ -1,7 +1,8 @@
 //! The housekeeper of a cache: seals full segments, and reclaims clean ones when free ones run low.
 //!
 //! Reclaim, in this order, and what breaks if two steps are swapped:
-//! 1. evict: the index no longer shows the segment (else a reader could start on it later);
+//! 1. relocate what guests have read (`relocate.rs`), then evict the rest: the index no longer shows
+//!    the segment (else a reader could start on it later);
 //! 2. grace: every queue leaves the section it is in (else a reader may still be copying, or a
 //!    publisher may not yet have marked what it superseded);
 //! 3. liveness words of all that has died are made durable (else an older copy could come back
@@ -11,7 +12,11 @@
 //!
 //! Eviction holds the liveness writer's mutex from the index to the marks, so that a bypassing
 //! write that finds nothing in the index waits until the marks are there to be written.
+//!
+//! Which segments, is in `victims.rs`. A step relocates and evicts one of them at most; while no
+//! segment is free, only one of a batch is relocated: those who wait for space come first.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -24,17 +29,19 @@ use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
 use super::super::volume::VolumeCore;
 use super::Progress;
+use super::relocate::Relocator;
+use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{SegmentHeader, SegmentState};
 use crate::pmem::Pmem;
 
 /// Segments taken at a time: on page-cache media each batch costs two `sync`s.
 const BATCH: usize = 8;
-/// How many of the oldest clean segments are looked at for the emptiest.
-const LOOK_AHEAD: usize = 32;
 
 /// Where a batch of victims stands.
 enum Stage {
     Idle,
+    /// To be emptied, one at a time; and those that are empty.
+    Emptying(VecDeque<u32>, Vec<u32>),
     /// Liveness words written; headers next.
     Buried(Durable, Vec<u32>),
     /// Headers written; free next.
@@ -42,7 +49,12 @@ enum Stage {
 }
 
 pub(crate) struct Housekeeper<E: Env> {
-    cache: Arc<Cache<E>>,
+    pub(super) cache: Arc<Cache<E>>,
+    pub(super) relocator: Relocator<E>,
+    /// Whether anything is relocated; otherwise clean data is dropped, first in first out.
+    pub(super) relocates: bool,
+    /// Victims looked for so far.
+    pub(super) turn: usize,
     stage: Stage,
     /// Full segments, to be sealed once their records are durable.
     sealing: Option<(Durable, Vec<u32>)>,
@@ -53,7 +65,16 @@ pub(crate) struct Housekeeper<E: Env> {
 
 impl<E: Env> Housekeeper<E> {
     pub fn new(cache: Arc<Cache<E>>) -> Self {
-        Self { cache, stage: Stage::Idle, sealing: None, noted_failure: false, witnessed: 0 }
+        Self {
+            relocator: Relocator::new(cache.clone()),
+            relocates: true,
+            turn: 0,
+            cache,
+            stage: Stage::Idle,
+            sealing: None,
+            noted_failure: false,
+            witnessed: 0,
+        }
     }
 
     /// Does a bounded piece of work.
@@ -71,11 +92,14 @@ impl<E: Env> Housekeeper<E> {
                 Progress::Idle if self.sealing.is_some() => Progress::Waiting,
                 progress => progress,
             },
+            Stage::Emptying(full, empty) => self.empty_one(full, empty),
             Stage::Buried(ticket, victims) => match self.cache.syncer.outcome(ticket) {
+                Outcome::Waiting if mutated(Mutant::SourceFreedBeforeCopy) => self.free_headers(victims),
                 Outcome::Reached => self.free_headers(victims),
                 _ => self.stay(Stage::Buried(ticket, victims)),
             },
             Stage::Freed(ticket, victims) => match self.cache.syncer.outcome(ticket) {
+                Outcome::Waiting if mutated(Mutant::ReusedBeforeGenerationDurable) => self.hand_out(victims),
                 Outcome::Reached => self.hand_out(victims),
                 _ => self.stay(Stage::Freed(ticket, victims)),
             },
@@ -99,6 +123,8 @@ impl<E: Env> Housekeeper<E> {
                 }
             }
         }
+        self.cache.settle_floors();
+        self.relocator.witness(completed);
         self.cache.media.pmem.fence();
     }
 
@@ -132,7 +158,7 @@ impl<E: Env> Housekeeper<E> {
                 (self.cache.syncer.request(&*self.cache.media.pmem, None), full)
             }
         };
-        if self.cache.syncer.outcome(ticket) != Outcome::Reached {
+        if self.cache.syncer.outcome(ticket) != Outcome::Reached && !mutated(Mutant::SealedBeforeDurable) {
             self.sealing = Some((ticket, ids));
             return false;
         }
@@ -144,7 +170,7 @@ impl<E: Env> Housekeeper<E> {
     fn seal(&self, id: u32) {
         let cache = &self.cache;
         let segment = &cache.segments[id as usize];
-        let header = self.life(id);
+        let header = life(&self.cache, id);
         let (mut keys, mut checksums) = (Vec::new(), Vec::new());
         let log_low = segment.log_low.load(Ordering::Acquire);
         let top = cache.media.geometry.data_end();
@@ -166,33 +192,50 @@ impl<E: Env> Housekeeper<E> {
         lock(&cache.sealed).push_back(id);
     }
 
-    fn life(&self, id: u32) -> SegmentHeader {
-        let segment = &self.cache.segments[id as usize];
-        SegmentHeader {
-            segment: id,
-            incarnation: segment.owner.load(Ordering::Relaxed),
-            generation: segment.generation.load(Ordering::Relaxed),
-            start_counter: segment.start_counter.load(Ordering::Relaxed),
-            ..SegmentHeader::default()
-        }
-    }
-
     /// Takes victims if free segments run low.
     fn choose(&mut self) -> Progress {
         let (free, target) = (self.cache.free_segments(), self.cache.free_target());
         if free >= target {
             return Progress::Idle;
         }
+        if self.relocates {
+            self.relocator.fill_reserve();
+        }
         let victims = self.pick((target - free).min(BATCH));
-        if victims.is_empty() {
-            for volume in self.cache.all_volumes() {
-                volume.writeback.raise();
+        if !victims.is_empty() {
+            self.stage = Stage::Emptying(victims.into(), Vec::new());
+            return Progress::Did;
+        }
+        for volume in self.cache.all_volumes() {
+            volume.writeback.raise();
+        }
+        let has_moved = self.relocates && self.move_pinned();
+        if has_moved || free == 0 && self.close_idle_streams() {
+            return Progress::Did;
+        }
+        Progress::Idle
+    }
+
+    /// Takes out of one victim what is worth keeping, and the rest out of the index.
+    fn empty_one(&mut self, mut full: VecDeque<u32>, mut empty: Vec<u32>) -> Progress {
+        if let Some(id) = full.pop_front() {
+            if self.relocates && (empty.is_empty() || self.cache.free_segments() > 0) {
+                self.relocator.save_hot(id);
             }
-            return if free == 0 && self.close_idle_streams() { Progress::Did } else { Progress::Idle };
+            if !mutated(Mutant::EvictionLeavesIndex) {
+                self.evict(id);
+            }
+            empty.push(id);
         }
-        for &id in &victims {
-            self.evict(id);
+        if full.is_empty() {
+            return self.bury(empty);
         }
+        self.stage = Stage::Emptying(full, empty);
+        Progress::Did
+    }
+
+    /// Makes everything that has died durably dead, and all copies durable.
+    fn bury(&mut self, victims: Vec<u32>) -> Progress {
         for volume in self.cache.all_volumes() {
             volume.wait_for_readers();
         }
@@ -207,49 +250,6 @@ impl<E: Env> Housekeeper<E> {
                 self.put_back(victims);
                 Progress::Idle
             }
-        }
-    }
-
-    /// Victims that are wholly clean: the emptiest among the oldest.
-    fn pick(&self, count: usize) -> Vec<u32> {
-        let cache = &self.cache;
-        let mut sealed = lock(&cache.sealed);
-        let mut clean: Vec<(u32, usize, u32)> = Vec::new();
-        for (age, &id) in sealed.iter().enumerate() {
-            let segment = &cache.segments[id as usize];
-            let live = segment.live.load(Ordering::Relaxed);
-            if self.is_clean(id) {
-                // Beyond the oldest only the empty ones are better than those.
-                let rank = if live > 0 && clean.len() >= LOOK_AHEAD { u32::MAX } else { live };
-                clean.push((rank, age, id));
-            }
-        }
-        cache.clean_count.store(clean.len().saturating_sub(count), Ordering::Relaxed);
-        clean.sort_unstable();
-        let victims: Vec<u32> = clean.into_iter().take(count).map(|(_, _, id)| id).collect();
-        sealed.retain(|id| !victims.contains(id));
-        for &id in &victims {
-            let segment = &cache.segments[id as usize];
-            segment.set_state(State::Reclaiming);
-            if let Some(volume) = cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
-                // Nothing dirty is left in it, so write-back has no business there any more.
-                let mut dirty = lock(&volume.dirty);
-                dirty.drained.remove(&id);
-                dirty.known.retain(|&(_, other), _| other != id);
-            }
-        }
-        victims
-    }
-
-    fn is_clean(&self, id: u32) -> bool {
-        let segment = &self.cache.segments[id as usize];
-        let max_epoch = segment.max_epoch.load(Ordering::SeqCst);
-        match self.cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
-            // A damaged volume's clean and dirty cannot be told apart with certainty.
-            Some(volume) => {
-                max_epoch <= volume.tail.load(Ordering::SeqCst) && !volume.damaged.load(Ordering::Relaxed)
-            }
-            None => true,
         }
     }
 
@@ -269,7 +269,7 @@ impl<E: Env> Housekeeper<E> {
         if segment.live.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let header = self.life(id);
+        let header = life(&self.cache, id);
         let top = cache.media.geometry.data_end();
         let log_low = segment.log_low.load(Ordering::Acquire);
         let mut extents = Vec::new();
@@ -309,7 +309,8 @@ impl<E: Env> Housekeeper<E> {
         let mut freed = Vec::new();
         for id in victims {
             let segment = &cache.segments[id as usize];
-            let generation = segment.generation.load(Ordering::Relaxed) + 1;
+            let risen = u64::from(!mutated(Mutant::GenerationNotRaised));
+            let generation = segment.generation.load(Ordering::Relaxed) + risen;
             let written = cache.write_header(id, |h| {
                 h.state = SegmentState::Free;
                 h.generation = generation;
@@ -336,7 +337,9 @@ impl<E: Env> Housekeeper<E> {
             if let Some(volume) = self.cache.volume_of(owner) {
                 add(&volume.tally.reclaimed, 1);
             }
-            self.cache.add_free(id);
+            if !self.relocates || !self.relocator.take_reserve(id) {
+                self.cache.add_free(id);
+            }
         }
         for volume in self.cache.all_volumes() {
             volume.wake_waiting();
@@ -359,6 +362,18 @@ impl<E: Env> Housekeeper<E> {
             }
         }
         closed
+    }
+}
+
+/// What the records of the present life of a segment say of it.
+pub(super) fn life<E: Env>(cache: &Cache<E>, id: u32) -> SegmentHeader {
+    let segment = &cache.segments[id as usize];
+    SegmentHeader {
+        segment: id,
+        incarnation: segment.owner.load(Ordering::Relaxed),
+        generation: segment.generation.load(Ordering::Relaxed),
+        start_counter: segment.start_counter.load(Ordering::Relaxed),
+        ..SegmentHeader::default()
     }
 }
 

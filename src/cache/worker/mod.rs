@@ -3,18 +3,24 @@
 //! Each worker is a `step()` that does a bounded amount of work, never sleeps and says what it did;
 //! only [`Workers`] sleeps. So a simulation drives the same workers without threads or time.
 
+mod dirty;
 mod housekeeper;
+mod pieces;
+mod pinned;
+mod relocate;
+mod retry;
+mod victims;
 mod writeback;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) use housekeeper::Housekeeper;
 pub(crate) use writeback::Writeback;
 
 use super::core::Cache;
-use super::env::Env;
+use super::env::{Clock, Env};
 use super::volume::Volume;
 use crate::sync::thread::{self, JoinHandle};
 
@@ -44,6 +50,12 @@ impl<E: Env> Stepper<E> {
             housekeeper: Housekeeper::new(cache.clone()),
             writebacks: volumes.iter().cloned().map(Writeback::new).collect(),
         }
+    }
+
+    /// Whether reclaim relocates, as it does, or drops clean data first in, first out: a baseline to
+    /// compare with.
+    pub fn relocate(&mut self, on: bool) {
+        self.housekeeper.relocates = on;
     }
 
     /// One `sync` if any is asked for; says whether it ran.
@@ -79,6 +91,9 @@ pub enum DrainError {
     Failed(String),
 }
 
+/// How long a worker that is to end waits for what the disk has under way.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Rounds that may fail one after the other before a drain gives up.
 const DRAIN_FAILURES_MAX: u32 = 5;
 
@@ -99,7 +114,12 @@ impl<E: Env> Volume<E> {
             if self.core.is_clean() {
                 break Ok(());
             }
-            if worker.failures() >= DRAIN_FAILURES_MAX {
+            // A volume that has lost dirty records is not written back any further.
+            let is_damaged = self.core.damaged.load(Ordering::SeqCst);
+            if is_damaged && worker.failures() == 0 {
+                break Err(DrainError::Failed(String::from("the volume has lost dirty data")));
+            }
+            if is_damaged || worker.failures() >= DRAIN_FAILURES_MAX {
                 break Err(DrainError::Failed(worker.last_error().to_owned()));
             }
             progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
@@ -140,6 +160,7 @@ impl<E: Env> Workers<E> {
         workers.add("pcache-house", move || {
             let mut housekeeper = Housekeeper::new(c.clone());
             while !c.stopping.load(Ordering::SeqCst) {
+                c.watch_volumes();
                 match housekeeper.step() {
                     Progress::Did => {}
                     Progress::Waiting => c.housekeeper.wait(Duration::from_millis(1)),
@@ -169,6 +190,25 @@ fn run_writeback<E: Env>(volume: Arc<Volume<E>>) {
             Progress::Did => {}
             Progress::Waiting => worker.wait(Duration::from_millis(50)),
             Progress::Idle => volume.core.writeback.wait(Duration::from_millis(100)),
+        }
+    }
+    // What the disk has under way may end in good time; then nothing need be left to it.
+    let patience = Instant::now() + STOP_PATIENCE;
+    while worker.is_owed() && Instant::now() < patience {
+        worker.wait(Duration::from_millis(50));
+        worker.end_operations();
+    }
+    worker.leave();
+}
+
+impl<E: Env> Cache<E> {
+    /// Logs what has changed in the states of its volumes.
+    fn watch_volumes(&self) {
+        let (failed, now_ms) = (self.has_failed(), self.clock.now_ms());
+        for volume in self.all_volumes() {
+            if volume.attached.load(Ordering::SeqCst) {
+                volume.watch(failed, now_ms);
+            }
         }
     }
 }

@@ -449,3 +449,37 @@ fn a_plan_names_its_methods() {
     assert_eq!(StorePlan::uniform(clflush).to_string(), "cached+clflush");
     assert_eq!(StorePlan::uniform(StoreMethod::Cached).to_string(), "cached");
 }
+
+#[test]
+fn rereading_shows_the_device_and_not_what_the_page_cache_has_of_it() {
+    let (file, _) = memfd(4 * MIB, 0).unwrap();
+    let device = match Loop::over(&file) {
+        Ok(device) => device,
+        Err(error) => return eprintln!("SKIPPED: no loop device: {error}"),
+    };
+    let pmem = MappedPmem::open(&OpenOptions::new(&device.path)).unwrap();
+    pmem.write(8192, &[5; 100]).unwrap();
+    pmem.sync().unwrap();
+    // Behind the page cache's back: what it shows is not what the device holds.
+    std::os::unix::fs::FileExt::write_all_at(&file, &[6; 100], 8192).unwrap();
+    let mut copy = [0; 100];
+    pmem.read(8192, &mut copy).unwrap();
+    assert_eq!(copy, [5; 100]);
+    pmem.reread().unwrap();
+    pmem.read(8192, &mut copy).unwrap();
+    assert_eq!(copy, [6; 100]);
+}
+
+#[test]
+fn settling_changes_nothing_that_is_read() {
+    for assume_dax in [false, true] {
+        let (_file, pmem) = volatile(2 * MIB, |options| options.assume_dax = assume_dax);
+        pmem.write(4090, &[9; 5000]).unwrap();
+        for (at, len) in [(4090, 5000), (0, 1), (2 * MIB - 1, 1), (0, 2 * MIB)] {
+            pmem.settle(at, len).unwrap();
+        }
+        let mut copy = [0; 5000];
+        pmem.read(4090, &mut copy).unwrap();
+        assert_eq!(copy, [9; 5000]);
+    }
+}

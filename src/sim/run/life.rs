@@ -1,13 +1,15 @@
 //! Lives: how one begins, how it ends by a crash or in order, and what is compared then.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::check::{Judge, Recovered, disk_survival, survival};
-use super::super::machine::{Machine, Style};
-use super::super::memory::Survival;
+use super::super::books;
+use super::super::check::{EXHAUSTED_LINES, Instant, Judge, Recovered, disk_survival, survival, survivals};
+use super::super::loss::Loss;
+use super::super::machine::{Served, Style, is_refusal};
 use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
-use super::Run;
+use super::between::Left;
+use super::{Run, UnderWay};
 use crate::cache::{Mode, Order};
 
 /// Rounds of everything after which a request counts as hung.
@@ -16,15 +18,18 @@ const ROUNDS_MAX: u32 = 20_000;
 impl Run {
     fn faults(&mut self) -> Faults {
         match self.scenario.has_faults && self.rng.chance(1, 2) {
-            true => Faults { read: 150, write: 150, flush: 400, ..Faults::default() },
+            true => Faults { read: 300, write: 800, flush: 2000, ..Faults::default() },
             false => Faults::default(),
         }
     }
 
     pub(super) fn begin_life(&mut self) {
-        let faults = self.faults();
+        let faults = Faults { lossy: self.lossy_disks(), is_uneven: true, ..self.faults() };
         self.world.with(|w| w.faults = faults);
+        self.trouble_ends = None;
         self.forgives = faults.may_fail_requests();
+        let tail = |served: &Served| served.volume.counters().tail_epoch;
+        self.tails = self.machine().served.iter().map(tail).collect();
         for volume in 0..self.scenario.volumes {
             let style = self.styles[volume];
             let is_clean = self.machine().served[volume].volume.is_clean();
@@ -38,49 +43,78 @@ impl Run {
         self.note(|| text);
     }
 
-    /// Judges images of a crash at `snapshot`; says whether one of them became the next life.
-    pub(super) fn crash_at(&mut self, snapshot: &Snapshot) -> Result<bool, String> {
+    /// Judges images of a crash at `snapshot`.
+    pub(super) fn crash_at(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+        // Dice of its own: whether this is judged must not matter to the run.
+        let mut rng = self.rng.fork();
+        if !self.plan.judges(self.step) {
+            return Ok(());
+        }
         self.stats.points += 1;
-        let lines = snapshot.memory.pending_lines();
-        let survivals: Vec<Survival> = match lines {
-            0..=2 => (0..1 << lines).map(Survival::Lines).collect(),
-            _ => (0..5).map(|_| survival(lines, &mut self.rng)).collect(),
-        };
+        let loss = Loss::new(&snapshot.memory);
+        self.stats.exhausted_points += u64::from(loss.lines() <= EXHAUSTED_LINES);
         let mut seen = BTreeSet::new();
-        for survival in survivals {
-            let disk = disk_survival(&mut self.rng);
-            let mut rng = self.rng.fork();
-            let (image, hash) = snapshot.host_crash(&survival, disk, &mut rng);
+        let Self { oracles, styles, stats, scenario, .. } = self;
+        let at = Instant::new(oracles, styles, scenario.queues);
+        // A cache that could once not be made durable may refuse to serve.
+        let forgives = self.world.with(|w| w.faults.sync_failed);
+        let mut judge =
+            |image, host, rng: &mut Rng| match (Judge { at: &at, host, depth: 2 }).image(image, rng, stats) {
+                Err(error) if !(forgives && is_refusal(&error)) => Err(error),
+                _ => Ok(()),
+            };
+        let (mut equal, mut both) = (0, 0);
+        for survival in survivals(loss.lines(), &mut rng) {
+            let disk = disk_survival(&mut rng);
+            let (image, hash) = snapshot.losing(&loss, &survival, disk, &mut rng);
             if seen.insert(hash) {
-                self.judge(image, true, &mut rng).map_err(|e| {
+                judge(image, true, &mut rng).map_err(|e| {
                     format!("host crash before {} ({survival:?}, {disk:?}): {e}", snapshot.what)
                 })?;
+            } else {
+                equal += 1;
             }
         }
-        let mut rng = self.rng.fork();
         let image = snapshot.daemon_crash(&mut rng);
-        self.judge(image, false, &mut rng)
-            .map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
-        if !self.rng.chance(1, 25) {
-            return Ok(false);
+        judge(image, false, &mut rng).map_err(|e| format!("daemon crash before {}: {e}", snapshot.what))?;
+        if rng.chance(1, 3) {
+            // The daemon dies, and the host before anything has recovered.
+            let dead = snapshot.daemon_crash(&mut rng);
+            let how = survival(dead.memory.pending_lines(), &mut rng);
+            let (image, hash) = dead.host_crash(&how, disk_survival(&mut rng), &mut rng);
+            if seen.insert(hash) {
+                both += 1;
+                judge(image, true, &mut rng)
+                    .map_err(|e| format!("daemon, then host crash before {}: {e}", snapshot.what))?;
+            } else {
+                equal += 1;
+            }
         }
-        self.die(snapshot)?;
-        Ok(true)
+        self.stats.equal_images += equal;
+        self.stats.host_before_recovery += both;
+        Ok(())
     }
 
-    fn judge(&mut self, image: Snapshot, host: bool, rng: &mut Rng) -> Result<Option<Recovered>, String> {
+    /// Judges an image and, up to `depth` deep, what crashes inside and after its recovery leave.
+    pub(super) fn judge(
+        &mut self,
+        image: Snapshot,
+        host: bool,
+        depth: u32,
+        rng: &mut Rng,
+    ) -> Result<Option<Recovered>, String> {
         let Self { oracles, styles, stats, scenario, world, .. } = self;
-        let judge = Judge { oracles, styles, queues: scenario.queues, host, depth: 2 };
-        match judge.image(image, rng, stats) {
+        let at = Instant::new(oracles, styles, scenario.queues);
+        match (Judge { at: &at, host, depth }).image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
-            Err(_) if world.with(|w| w.faults.sync_failed) => Ok(None),
+            Err(error) if world.with(|w| w.faults.sync_failed) && is_refusal(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// The crash is real: goes on with one of the images.
-    fn die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
+    /// The crash is real: goes on with an image.
+    pub(super) fn die(&mut self, snapshot: &Snapshot) -> Result<(), String> {
         let mut rng = self.rng.fork();
         let host = rng.chance(2, 3);
         let image = if host {
@@ -89,22 +123,49 @@ impl Run {
         } else {
             snapshot.daemon_crash(&mut rng)
         };
-        let died = self.styles.clone();
         self.harvest();
         self.machine = None;
-        self.under_way.clear();
         self.done.clear();
-        self.change_styles();
         self.note(|| format!("{} crash before {}", if host { "host" } else { "daemon" }, snapshot.what));
-        let Some(recovered) = self.judge(image, host, &mut rng)? else { return Ok(()) };
+        self.stats.crashes += 1;
+        self.begin_again(Left { image, host, in_order: false })
+    }
+
+    /// What is left becomes the next life, with whatever happens to it before that. A front end that
+    /// has lost its daemon, and not its host, submits again what it has no answer to.
+    fn begin_again(&mut self, mut left: Left) -> Result<(), String> {
+        let mut rng = self.rng.fork();
+        let died = self.styles.clone();
+        self.change_styles();
+        if !self.world.with(|w| w.faults.sync_failed) {
+            self.between_lives(&mut left)?;
+        }
+        let Left { image, host, .. } = left;
+        let unanswered = std::mem::take(&mut self.under_way);
+        let counted = self.stats;
+        let recovered = self.judge(image, host, 2, &mut rng);
+        // It may be one that was judged at this instant already.
+        self.stats = counted;
+        let Some(recovered) = recovered? else { return Ok(()) };
         for (volume, values) in recovered.values.iter().enumerate() {
             // What a disk's write cache held when only the daemon died may still be lost.
-            self.oracles[volume].narrow(values, host || !died[volume].mode.bypasses());
+            let is_durable = host || !died[volume].mode.bypasses();
+            self.oracles[volume].narrow(values, is_durable);
         }
         (self.world, self.machine) = (recovered.world, Some(recovered.machine));
-        self.stats.crashes += 1;
         self.begin_life();
+        if !host {
+            self.submit_unanswered(unanswered);
+        }
         Ok(())
+    }
+
+    fn submit_unanswered(&mut self, unanswered: BTreeMap<(usize, usize, u32), UnderWay>) {
+        for ((volume, queue, _), request) in unanswered {
+            let UnderWay { kind, first, count, value, is_gone, .. } = request;
+            self.submit_again(volume, queue, kind, (first, count), value, is_gone);
+            self.stats.resubmitted += 1;
+        }
     }
 
     fn change_styles(&mut self) {
@@ -116,13 +177,15 @@ impl Run {
 
     fn harvest(&mut self) {
         let Some(machine) = &self.machine else { return };
-        for served in &machine.served {
+        for (number, served) in machine.served.iter().enumerate() {
             let c = served.volume.counters();
             self.stats.records += c.records;
             self.stats.reclaimed += c.reclaimed;
             self.stats.evicted += c.evicted_sectors;
+            self.stats.relocated += c.relocated_sectors;
+            self.stats.relocated_dirty += c.relocated_dirty_sectors;
             self.stats.written_back += c.written_back_sectors;
-            self.stats.epochs += c.tail_epoch;
+            self.stats.epochs += c.tail_epoch - c.tail_epoch.min(self.tails[number]);
             self.stats.fills += c.fill_sectors;
             self.stats.bypassed += c.bypass_sectors;
             self.stats.hits += c.read_hit_sectors;
@@ -131,12 +194,22 @@ impl Run {
             self.stats.space_waits += c.space_waits;
         }
         self.stats.steps = self.step;
+        let deeds = self.world.with(|w| std::mem::take(&mut w.deeds));
+        self.stats.short_transfers += deeds.short_transfers;
+        self.stats.slow_ops += deeds.slow_ops;
+        self.stats.failed_away += deeds.failed_away;
+        self.stats.lost_by_flush += deeds.lost_by_flush;
+        self.stats.wraps = self.stats.reclaimed / u64::from(self.scenario.geometry.segment_count);
     }
 
     /// Lets everything end that was begun, maybe drains, and closes.
     pub(super) fn end_in_order(&mut self, drain: bool) -> Result<(), String> {
         self.note(|| format!("the end, drained: {drain}"));
-        self.world.with(|w| (w.faults, w.rate, w.snapshot) = (Faults::default(), 0, None));
+        self.world.with(|w| {
+            w.faults = Faults::default();
+            w.cuts.stop();
+        });
+        self.trouble_ends = None;
         for volume in 0..self.scenario.volumes {
             for queue in 0..usize::from(self.scenario.queues) {
                 self.machine().commit(volume, queue);
@@ -165,7 +238,9 @@ impl Run {
             self.drain()?;
         }
         self.harvest();
-        self.machine.take().expect("it was running").close()?;
+        let mut machine = self.machine.take().expect("it was running");
+        books::settle(&mut machine, &mut self.stats)?;
+        machine.close()?;
         self.stats.clean_ends += 1;
         Ok(())
     }
@@ -198,19 +273,9 @@ impl Run {
 
     /// Opens again what was closed in order; everything must read as before.
     pub(super) fn reopen(&mut self) -> Result<(), String> {
-        self.change_styles();
-        let queues = self.scenario.queues;
-        let mut machine = Machine::open(&self.world, &self.styles, queues)?;
-        for (volume, oracle) in self.oracles.iter().enumerate() {
-            for (sector, &value) in machine.read_all(volume)?.iter().enumerate() {
-                oracle
-                    .may_recover(sector as u64, value, false)
-                    .map_err(|e| format!("volume {volume}, reopened: {e}"))?;
-            }
-        }
-        self.machine = Some(machine);
-        self.begin_life();
-        Ok(())
+        let image = self.world.photograph("the end of a life").daemon_crash(&mut self.rng);
+        self.begin_again(Left { image, host: false, in_order: true })
+            .map_err(|e| format!("after a life that ended in order: {e}"))
     }
 
     /// Ends with a `sync` that fails: nothing after it may be promised.

@@ -1,17 +1,30 @@
 //! A run: random requests and worker steps from one seed, cut by crashes, judged at every cut.
 //!
 //! A step of the run is one call into one logical thread of the engine, so threads interleave
-//! between calls. Before some store, fence, `sync` or disk operation inside a call the world takes
-//! a snapshot; from each come several images, every one of them recovered and compared with what
-//! the model allowed *before* that call's acknowledgements. Some images become the next life.
+//! between calls. Before stores, fences, `sync`s and disk operations inside a call the world takes
+//! photographs: before some of them, or, for stretches of steps, before every one that is an edge
+//! ([`Event`]). From each come several images, every one of them recovered and compared with what
+//! the model allowed *before* that call's acknowledgements; another photograph is taken *after*
+//! them. Some images become the next life.
+//!
+//! Each step throws dice of its own, and judging an image changes nothing of the run: so a step can
+//! be left out and the others stay what they were ([`Plan`]), which is how failures are made short.
 
+mod between;
 mod life;
+mod plan;
+mod shrink;
+mod trouble;
+
+pub use plan::Plan;
+pub use shrink::shrink;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use super::books;
 use super::disk::DiskState;
 use super::machine::{Machine, SimBuffer, Style};
 use super::memory::{Memory, SimPmem};
@@ -23,16 +36,22 @@ use super::world::{SimClock, Snapshot, World};
 use crate::cache::{FormatOptions, Mode, format};
 use crate::volume::{Done, Request, RequestKind, Status};
 
+/// Most photographs of one step.
+const CUTS_MAX: usize = 24;
+/// Steps after which the models are pruned.
+const PRUNE_STEPS: u64 = 16;
 /// Requests under way per queue.
 const UNDER_WAY_MAX: usize = 24;
 
 /// What a run found, and how to find it again.
 #[derive(Debug)]
 pub struct Violation {
-    /// The seed; with the same program it leads here again.
-    pub seed: u64,
+    /// What was run; with the same program it leads here again.
+    pub plan: Plan,
     /// The step.
     pub step: u64,
+    /// Images judged before.
+    pub images: u64,
     /// What is wrong.
     pub what: String,
     /// The scenario and the last steps.
@@ -44,8 +63,8 @@ impl fmt::Display for Violation {
         for line in &self.trace {
             writeln!(f, "  {line}")?;
         }
-        writeln!(f, "seed {} (PCACHE_SIM_SEED={}), step {}:", self.seed, self.seed, self.step)?;
-        write!(f, "{}", self.what)
+        writeln!(f, "{}\nseed {}, step {}; again with:", self.what, self.plan.seed, self.step)?;
+        write!(f, "  {} cargo test --features sim --test crash no_crash_anywhere", self.plan)
     }
 }
 
@@ -57,8 +76,14 @@ struct UnderWay {
     /// The model's name of a write.
     id: u64,
     began: u64,
+    /// What a write writes.
+    value: u64,
     /// Whether part of its buffer is not there.
     is_gone: bool,
+    /// Whether the guest had no write cache when it was submitted.
+    is_through: bool,
+    /// Whether the cache held all that it reads when it was submitted.
+    is_held: bool,
 }
 
 /// See the module's head.
@@ -77,12 +102,19 @@ pub struct Run {
     stats: Stats,
     /// Whether this life's disks fail: a request may then fail, also one that is seen later.
     forgives: bool,
+    /// Whether disks hang and go away, and the guest toggles its write cache.
+    has_trouble: bool,
+    /// The step in which the disks are back.
+    trouble_ends: Option<u64>,
+    /// Disks that are not there at the next start, one bit each.
+    absent: u64,
+    /// Each volume's tail when this life began.
+    tails: Vec<u64>,
     trace: VecDeque<String>,
     /// Lines kept in the trace.
     pub trace_len: usize,
     step: u64,
-    /// Images until the run has done enough.
-    images: u64,
+    plan: Plan,
 }
 
 /// Runs a seed until `images` crash images have been judged; a violation tells the last
@@ -91,9 +123,7 @@ pub struct Run {
 /// # Errors
 /// [`Violation`]: the engine broke a promise, or panicked.
 pub fn run_seed(seed: u64, images: u64, trace_len: usize) -> Result<Stats, Violation> {
-    let mut run = Run::new(Scenario::from_seed(seed), images)?;
-    run.trace_len = trace_len;
-    run.go()
+    Plan::whole(seed, images).run(trace_len)
 }
 
 fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
@@ -106,12 +136,14 @@ impl Run {
     ///
     /// # Errors
     /// [`Violation`].
-    pub fn new(scenario: Scenario, images: u64) -> Result<Run, Violation> {
-        let fail = |what: String| Violation { seed: scenario.seed, step: 0, what, trace: Vec::new() };
+    pub fn new(plan: Plan) -> Result<Run, Violation> {
+        let scenario = Scenario::from_seed(plan.seed);
+        let fail =
+            |what: String| Violation { plan: plan.clone(), step: 0, images: 0, what, trace: Vec::new() };
         let mut rng = Rng::new(scenario.seed ^ 0x5eed);
-        let content = |_| {
+        let content = |number: usize| {
             let sector = |s| if rng.chance(1, 2) { s + 1 } else { 0 };
-            DiskState::new((0..scenario.sectors).map(sector).collect())
+            DiskState::new((0..scenario.sectors).map(sector).collect()).named(number as u64 + 1)
         };
         let disks: Vec<DiskState> = (0..scenario.volumes).map(content).collect();
         let oracles = disks.iter().map(|d| Oracle::new(d.durable_values())).collect();
@@ -124,6 +156,9 @@ impl Run {
             styles: scenario.styles.clone(),
             next_value: scenario.sectors + 1,
             scenario,
+            has_trouble: rng.chance(1, 3),
+            trouble_ends: None,
+            absent: 0,
             rng,
             world,
             machine: Some(machine),
@@ -133,10 +168,11 @@ impl Run {
             next_tag: 0,
             stats: Stats::default(),
             forgives: false,
+            tails: Vec::new(),
             trace: VecDeque::new(),
             trace_len: 80,
             step: 0,
-            images,
+            plan,
         };
         run.begin_life();
         Ok(run)
@@ -154,13 +190,12 @@ impl Run {
             std::mem::forget(self.machine.take());
             let head = format!("{:?}", self.scenario);
             let trace = std::iter::once(head).chain(self.trace.drain(..)).collect();
-            Violation { seed: self.scenario.seed, step: self.step, what, trace }
+            Violation { plan: self.plan.clone(), step: self.step, images: self.stats.images, what, trace }
         })
     }
 
     fn live(&mut self) -> Result<(), String> {
-        let steps_max = 2000 + self.images * 40;
-        while self.stats.images < self.images && self.step < steps_max {
+        while self.plan.goes_on(self.step, self.stats.images) {
             self.step()?;
         }
         if self.scenario.ends_unsynced {
@@ -180,23 +215,59 @@ impl Run {
         self.machine.as_mut().expect("between two lives nothing steps")
     }
 
-    /// One call into one thread, the crash in it if there is one, then what the guest sees.
+    /// One call into one thread, the crashes in it, then what the guest sees.
     fn step(&mut self) -> Result<(), String> {
         self.step += 1;
-        let rate = self.rng.pick(&[10, 40, 150]);
-        self.world.with(|w| w.rate = rate);
-        self.act()?;
-        self.world.with(|w| w.rate = 0);
-        let mut snapshot = self.world.take_snapshot();
-        if snapshot.is_none() && self.rng.chance(1, 60) {
-            snapshot = Some(self.world.photograph("nothing"));
-        }
-        if let Some(snapshot) = snapshot
-            && self.crash_at(&snapshot)?
-        {
+        if !self.plan.has(self.step) {
             return Ok(());
         }
-        self.see_completions()
+        self.rng = self.plan.dice(self.step);
+        let (rate, hardware) = (self.rng.pick(&[20, 80, 300]), self.rng.fork());
+        let every_edge = self.plan.is_dense(self.step);
+        self.world.with(|w| {
+            w.rng = hardware;
+            (w.cuts.rate, w.cuts.every_edge) = (rate, every_edge);
+            w.cuts.count_max = if every_edge { CUTS_MAX } else { 1 };
+            w.cuts.rng = self.rng.fork();
+        });
+        self.trouble();
+        if self.step.is_multiple_of(PRUNE_STEPS) {
+            self.prune();
+        }
+        self.act()?;
+        let cuts = self.world.take_cuts();
+        let mut death = cuts.last().filter(|_| self.rng.chance(1, 6)).map(|(_, snapshot)| snapshot);
+        for (event, snapshot) in &cuts {
+            self.stats.count_cut(*event);
+            self.crash_at(snapshot)?;
+        }
+        let quiet = self.world.photograph("nothing");
+        if cuts.is_empty() && self.rng.chance(1, 120) {
+            self.stats.cuts_quiet += 1;
+            self.crash_at(&quiet)?;
+            death = Some(&quiet).filter(|_| self.rng.chance(1, 3));
+        }
+        if let Some(snapshot) = death {
+            return self.die(snapshot);
+        }
+        let is_ack = !self.done.is_empty();
+        self.see_completions()?;
+        if is_ack && (every_edge || self.rng.chance(1, 60)) {
+            // Later than the acknowledgement only in what is owed.
+            self.stats.cuts_acknowledgement += 1;
+            self.crash_at(&Snapshot { what: "anything after an acknowledgement", ..quiet })?;
+        }
+        Ok(())
+    }
+
+    /// Lets the models forget what can matter no more: what they remember costs every image.
+    fn prune(&mut self) {
+        let Self { oracles, world, under_way, .. } = self;
+        for (volume, oracle) in oracles.iter_mut().enumerate() {
+            let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
+            let since = reads.map(|(_, u)| u.began).min().unwrap_or(u64::MAX);
+            oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));
+        }
     }
 
     fn act(&mut self) -> Result<(), String> {
@@ -205,6 +276,7 @@ impl Run {
         match self.rng.below(1000) {
             0..380 => self.batch(volume, queue),
             380..600 => self.poll(volume, queue),
+            600..780 if self.scenario.is_disk_slow && self.rng.chance(3, 4) => {}
             600..780 => {
                 let steps = self.rng.between(1, 4);
                 for _ in 0..steps {
@@ -225,14 +297,12 @@ impl Run {
                 self.machine().clock.advance(ms);
             }
             975..985 => self.machine().park(volume, queue),
-            985..998 => {
-                let Self { oracles, world, under_way, .. } = self;
-                for (volume, oracle) in oracles.iter_mut().enumerate() {
-                    let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
-                    let since = reads.map(|(_, u)| u.began).min().unwrap_or(u64::MAX);
-                    oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));
-                }
+            985..990 => {
+                let with_records = self.rng.chance(1, 3);
+                let machine = self.machine.as_ref().expect("between two lives nothing steps");
+                books::audit(machine, with_records, &mut self.stats)?;
             }
+            990..998 => self.prune(),
             _ if self.rng.chance(1, 4) && !self.world.with(|w| w.faults.sync_failed) => {
                 let drain = self.rng.chance(1, 2);
                 self.end_in_order(drain)?;
@@ -254,10 +324,16 @@ impl Run {
             self.note(|| format!("commit {volume}.{queue}"));
             self.machine().commit(volume, queue);
         }
+        if self.scenario.housekeeping > 0 && self.rng.chance(3, 4) {
+            for _ in 0..self.scenario.housekeeping {
+                let did = self.machine().housekeeper();
+                self.note(|| format!("housekeeper: {did:?}"));
+            }
+        }
     }
 
-    fn range(&mut self) -> (u64, u64) {
-        let sectors = self.scenario.sectors;
+    fn range(&mut self, volume: usize) -> (u64, u64) {
+        let sectors = self.oracles[volume].len();
         let mut first = self.rng.below(sectors);
         if self.rng.chance(1, 2) {
             // A hot spot, so that writes meet.
@@ -271,14 +347,14 @@ impl Run {
     }
 
     fn submit(&mut self, volume: usize, queue: usize) {
-        let (mut first, mut count) = self.range();
+        let (mut first, mut count) = self.range(volume);
         let kind = match self.rng.below(100) {
-            0..50 => RequestKind::Write,
-            50..80 => RequestKind::Read,
+            n if n < self.scenario.write_percent => RequestKind::Write,
+            0..80 => RequestKind::Read,
             80..90 => RequestKind::Flush,
             n => {
                 if n == 99 {
-                    (first, count) = (0, self.scenario.sectors);
+                    (first, count) = (0, self.oracles[volume].len());
                 }
                 match self.rng.chance(1, 2) {
                     true => RequestKind::Discard { sectors: count },
@@ -286,29 +362,46 @@ impl Run {
                 }
             }
         };
-        let oracle = &mut self.oracles[volume];
-        let mut under_way = UnderWay { kind, first, count, id: 0, began: 0, is_gone: false };
-        let mut data = SimBuffer::default();
-        let mut value = 0;
-        match kind {
-            RequestKind::Flush => (under_way.began, under_way.first, under_way.count) = (oracle.tick(), 0, 0),
-            RequestKind::Read => {
-                under_way.began = oracle.tick();
-                data = SimBuffer::to_read(count);
-            }
-            RequestKind::Write => {
-                value = self.next_value;
-                self.next_value += 1;
-                data = SimBuffer::of_write(volume, first, count, value);
-                if self.rng.chance(1, 150) {
-                    under_way.is_gone = true;
-                    data.gone_from = Some(self.rng.index(data.bytes.len()));
-                }
-            }
-            RequestKind::Discard { .. } | RequestKind::WriteZeroes { .. } => {}
+        if kind == RequestKind::Flush {
+            (first, count) = (0, 0);
         }
-        if under_way.began == 0 {
-            under_way.id = oracle.begin_write(first, count, value);
+        let mut value = 0;
+        if kind == RequestKind::Write {
+            value = self.next_value;
+            self.next_value += 1;
+        }
+        let is_gone = kind == RequestKind::Write && self.rng.chance(1, 150);
+        self.submit_again(volume, queue, kind, (first, count), value, is_gone);
+    }
+
+    /// Submits a request for the first time, or once more to the next daemon.
+    fn submit_again(
+        &mut self,
+        volume: usize,
+        queue: usize,
+        kind: RequestKind,
+        (first, count): (u64, u64),
+        value: u64,
+        is_gone: bool,
+    ) {
+        let is_through = !self.styles[volume].write_cache;
+        let (mut id, mut began, mut is_held) = (0, 0, false);
+        let mut data = SimBuffer::default();
+        let oracle = &mut self.oracles[volume];
+        match kind {
+            RequestKind::Flush => began = oracle.tick(),
+            RequestKind::Read => {
+                began = oracle.tick();
+                data = SimBuffer::to_read(count);
+                let reads_cache = self.styles[volume].mode != Mode::Passthrough;
+                is_held =
+                    reads_cache && self.is_away(volume) && books::holds(self.machine(), volume, first, count);
+            }
+            _ => id = oracle.begin_write(first, count, value),
+        }
+        if kind == RequestKind::Write {
+            data = SimBuffer::of_write(volume, first, count, value);
+            data.gone_from = is_gone.then(|| self.rng.index(data.bytes.len()));
         }
         self.next_tag += 1;
         let tag = self.next_tag;
@@ -316,9 +409,9 @@ impl Run {
             let range = format!("{first}+{count}");
             format!("submit {volume}.{queue} #{tag} {kind:?} {range} value {value:#x}")
         });
+        let under_way = UnderWay { kind, first, count, id, began, value, is_gone, is_through, is_held };
         self.under_way.insert((volume, queue, tag), under_way);
-        let sector = if kind == RequestKind::Flush { 0 } else { first };
-        self.machine().submit(volume, queue, Request { tag, kind, sector, data });
+        self.machine().submit(volume, queue, Request { tag, kind, sector: first, data });
     }
 
     fn poll(&mut self, volume: usize, queue: usize) {
@@ -341,17 +434,15 @@ impl Run {
     }
 
     fn see(&mut self, volume: usize, under_way: &UnderWay, done: Done<SimBuffer>) -> Result<(), String> {
-        let UnderWay { kind, first, count, id, began, is_gone } = *under_way;
+        let UnderWay { kind, first, count, id, began, is_through, is_held, .. } = *under_way;
         let style = self.styles[volume];
-        let oracle = &mut self.oracles[volume];
         let is_ok = done.status == Status::Ok;
+        self.stats.outage_hits += u64::from(is_held && is_ok);
         if !is_ok {
             self.stats.failed += 1;
-            let failed_now = self.world.with(|w| w.faults.may_fail_requests());
-            if !is_gone && !self.forgives && !failed_now {
-                return Err(format!("volume {volume}: {kind:?} of {first}+{count} failed for no reason"));
-            }
+            self.judge_failure(volume, under_way)?;
         }
+        let oracle = &mut self.oracles[volume];
         match kind {
             RequestKind::Read if is_ok => {
                 self.stats.reads += 1;
@@ -368,9 +459,10 @@ impl Run {
             RequestKind::Flush => {}
             RequestKind::Write | RequestKind::Discard { .. } | RequestKind::WriteZeroes { .. } => {
                 let at_once = self.scenario.class.fence_is_durable() && style.mode == Mode::Writeback;
-                oracle.end_write(id, first, count, is_ok, at_once || !style.write_cache);
-                if is_ok && !style.write_cache {
-                    oracle.barrier();
+                if is_ok && is_through {
+                    oracle.end_through(id, first, count);
+                } else {
+                    oracle.end_write(id, first, count, is_ok, at_once);
                 }
                 let is_write = kind == RequestKind::Write;
                 self.stats.writes += u64::from(is_ok && is_write);
@@ -378,5 +470,18 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    /// Whether a request may have failed: only by its guest's fault, or where the cache needs a disk
+    /// that fails.
+    fn judge_failure(&self, volume: usize, under_way: &UnderWay) -> Result<(), String> {
+        let UnderWay { kind, first, count, is_gone, is_held, .. } = *under_way;
+        let faults = self.world.with(|w| w.faults);
+        let needs_disk = self.styles[volume].mode != Mode::Writeback || kind == RequestKind::Read;
+        let by_disk = needs_disk && !is_held && (self.forgives || faults.may_fail_requests());
+        if is_gone || by_disk || faults.sync_failed {
+            return Ok(());
+        }
+        Err(format!("volume {volume}: {kind:?} of {first}+{count} failed for no reason"))
     }
 }

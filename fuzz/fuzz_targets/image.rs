@@ -1,0 +1,4 @@
+//! libFuzzer's way into [`pcache_vhost::fuzz::image`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| pcache_vhost::fuzz::image(bytes));

@@ -1,0 +1,387 @@
+//! Pacing: as dirty data fills the space, writes are slowed evenly down to the disk's own speed.
+//!
+//! Without it a full cache is a cliff: writes run at memory speed until the last segment is taken,
+//! then stand still until write-back has ended a whole round. With it, from a limit on, each byte
+//! that reaches the disk buys the guest a byte of space, so a write waits about as long as the disk
+//! takes for one, and no longer.
+//!
+//! Everything is counted in bytes of segments, since that is what runs out: `used` by segments that
+//! reclaim cannot have yet, and of these `unsettled`, what no ended round has brought to the disk.
+//! A round that is under way settles its part in proportion to what it has written:
+//!
+//! ```text
+//!  allowed = limit − (unsettled − settles · done / todo)
+//! ```
+//!
+//! where the flush at its end counts as what could have been written in its time.
+//!
+//! In `relaxed` a round takes everything, and what comes meanwhile must fit beside it: the limit is
+//! half the room, so each round finds as much as the last one released, and the rate is steady. In
+//! `strict` rounds are epochs, cut at an eighth of the room if the guest does not flush: the limit
+//! leaves room for one of them. When a round found more than the limit (after a restart, or after a
+//! disk that had failed came back) the guest gets what room is left evenly over that round.
+//!
+//! Laws:
+//! - Pacing only delays: space is still taken from the free list, and whoever finds none waits.
+//! - It delays only while write-back makes progress. Idle, between the attempts of a failed round, or
+//!   before a disk that has taken nothing for [`PATIENCE_US`], a volume may take the rest of its room.
+//! - The room of one volume leaves each of the others half of an equal share, whatever its disk does.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use super::core::Cache;
+use super::env::{Clock, Env};
+use super::stream::Stream;
+use super::stripes::lock;
+use super::volume::{Order, Volume, VolumeCore};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+
+/// Bytes by which writes may be ahead of the disk so that each step of the disk frees one.
+const OVERDRAFT: i64 = 16 << 10;
+/// How long a disk may take nothing before its volume's writes stop to keep its pace.
+const PATIENCE_US: u64 = 500_000;
+/// Part of the room after which `strict` ends an epoch by itself.
+const EPOCH_SHARE: u64 = 8;
+
+/// A round of write-back under way.
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    /// Bytes to be written, and bytes written.
+    todo: u64,
+    done: u64,
+    /// `done` when writes were last granted, and when it last grew; µs.
+    seen: u64,
+    seen_us: u64,
+    /// Bytes that could be written while the round's end takes its time.
+    ending: u64,
+    /// When its writes began, and when the last of them ended; µs.
+    began_us: u64,
+    written_us: Option<u64>,
+    /// Bytes of space that it settles.
+    settles: u64,
+    /// Bytes ever taken when it began, and the room that was left.
+    taken: u64,
+    room: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Closed segments with dirty data, by highest epoch.
+    held: BinaryHeap<Reverse<(u64, u32)>>,
+    /// Bytes taken that no queue has counted: found at attach, or left over in closed segments.
+    beside: u64,
+    /// Left-overs of closed segments not yet in `beside`: they come as a lump, and are told in
+    /// slices of an eighth of what is taken.
+    rests: u64,
+    /// Bytes ever taken when slices were last told.
+    sliced: u64,
+    /// Bytes of segments that write-back has wholly cleaned.
+    released: u64,
+    /// Bytes that ended rounds have settled.
+    settled: u64,
+    /// Bytes ever taken when the epoch was last cut.
+    cut: u64,
+    round: Option<Round>,
+    /// Bytes a second that the last rounds have written.
+    rate: u64,
+    /// What the last rounds took from the last write to the end of the flush, in µs.
+    ending_us: u64,
+}
+
+/// What paces one volume.
+#[derive(Debug, Default)]
+pub(crate) struct Pacer {
+    is_paced: AtomicBool,
+    /// Bytes of segments held, for the other volumes to see.
+    used: AtomicU64,
+    state: Mutex<State>,
+}
+
+/// What one queue has taken, and may take. Both are written by its thread, the budget by
+/// write-back as well.
+#[derive(Debug, Default)]
+pub(crate) struct Purse {
+    taken: AtomicU64,
+    budget: AtomicI64,
+}
+
+impl Pacer {
+    /// Notes a segment that recovery found.
+    pub fn found(&self, max_epoch: u64, id: u32, capacity: u64) {
+        let mut state = lock(&self.state);
+        state.held.push(Reverse((max_epoch, id)));
+        state.beside += capacity;
+    }
+
+    /// Notes that a segment takes no more records, and how much of it nobody has taken.
+    fn closed(&self, max_epoch: u64, id: u32, rest: u64) {
+        let mut state = lock(&self.state);
+        state.held.push(Reverse((max_epoch, id)));
+        state.rests += rest;
+    }
+
+    /// Notes that relocation has taken all that was dirty out of a segment.
+    pub fn emptied(&self, id: u32, capacity: u64) {
+        let mut state = lock(&self.state);
+        let before = state.held.len();
+        state.held.retain(|Reverse((_, other))| *other != id);
+        state.released += (before - state.held.len()) as u64 * capacity;
+    }
+
+    /// Notes what a round has written.
+    pub fn wrote(&self, bytes: u64) {
+        if let Some(round) = &mut lock(&self.state).round {
+            round.done = (round.done + bytes).min(round.todo);
+        }
+    }
+
+    /// Notes that a round's writes have all ended.
+    pub fn written(&self, now_us: u64) {
+        let mut state = lock(&self.state);
+        let Some(round) = &mut state.round else { return };
+        round.written_us = Some(now_us);
+        let (bytes, us) = (round.done, now_us.saturating_sub(round.began_us).max(1));
+        if bytes > 0 {
+            state.rate = average(state.rate, bytes.saturating_mul(1_000_000) / us);
+        }
+    }
+
+    /// Notes that a round's flush has ended. It has bought as much as its time was worth.
+    pub fn flushed(&self, now_us: u64) {
+        let mut state = lock(&self.state);
+        let Some(round) = &mut state.round else { return };
+        round.done = round.todo + round.ending;
+        let us = now_us.saturating_sub(round.written_us.unwrap_or(now_us));
+        state.ending_us = average(state.ending_us, us);
+    }
+
+    /// Notes that a round has ended, well or not.
+    pub fn end_round(&self, is_settled: bool) {
+        let mut state = lock(&self.state);
+        if let Some(round) = state.round.take()
+            && is_settled
+        {
+            state.settled += round.settles;
+        }
+    }
+}
+
+/// Of what there was and what is new; 0 for nothing yet.
+fn average(old: u64, new: u64) -> u64 {
+    if old == 0 { new } else { old - old / 4 + new / 4 }
+}
+
+impl VolumeCore {
+    /// Bytes that queue `q` may take now.
+    pub fn allowance(&self, q: u16) -> u32 {
+        if !self.pacer.is_paced.load(Ordering::Relaxed) {
+            return u32::MAX;
+        }
+        let budget = self.queue(q).purse.budget.load(Ordering::Relaxed);
+        u32::try_from(budget.max(0)).unwrap_or(u32::MAX)
+    }
+
+    /// Whether writes wait for the disk.
+    pub fn is_paced(&self) -> bool {
+        self.pacer.is_paced.load(Ordering::Relaxed)
+    }
+
+    /// Notes that queue `q` has taken so many bytes.
+    pub fn charge(&self, q: u16, bytes: u32) {
+        let purse = &self.queue(q).purse;
+        // Only this thread writes it.
+        purse.taken.store(purse.taken.load(Ordering::Relaxed) + u64::from(bytes), Ordering::Relaxed);
+        if self.pacer.is_paced.load(Ordering::Relaxed) {
+            purse.budget.fetch_sub(i64::from(bytes), Ordering::Relaxed);
+        }
+    }
+
+    fn taken(&self) -> u64 {
+        let queues = self.queues.get().into_iter().flatten();
+        queues.map(|q| q.purse.taken.load(Ordering::Relaxed)).sum()
+    }
+
+    fn stream_count(&self) -> u64 {
+        self.streams.get().map_or(1, |s| s.len() as u64)
+    }
+
+    /// Hands out `allowed` bytes, less what is still unspent, to the queues that wait; at least
+    /// `least` to each.
+    fn grant(&self, allowed: i64, least: i64) {
+        let queues = || self.queues.get().into_iter().flatten();
+        let unspent: i64 = queues().map(|q| q.purse.budget.load(Ordering::Relaxed).max(0)).sum();
+        let waiting = queues().filter(|q| q.waiting.load(Ordering::SeqCst)).count() as i64;
+        let share = ((allowed - unspent) / waiting.max(1)).max(least);
+        if share <= 0 || waiting == 0 {
+            return;
+        }
+        for queue in queues().filter(|q| q.waiting.load(Ordering::SeqCst)) {
+            // A debt is in `allowed` already.
+            let budget = queue.purse.budget.load(Ordering::Relaxed).min(0);
+            if queue.purse.budget.fetch_add(share - budget, Ordering::Relaxed) + share - budget > 0
+                && queue.waiting.swap(false, Ordering::SeqCst)
+            {
+                lock(&queue.waker).wake();
+            }
+        }
+    }
+}
+
+impl<E: Env> Cache<E> {
+    /// Bytes that records and payload of one segment can take.
+    pub(crate) fn segment_capacity(&self) -> u64 {
+        u64::from(self.media.geometry.data_end() - self.media.geometry.data_start())
+    }
+
+    /// Ends a stream's segment; the housekeeper seals it.
+    pub(crate) fn close_segment(&self, stream: &mut Stream) {
+        let Some(open) = stream.open.take() else { return };
+        let segment = &self.segments[open.id as usize];
+        segment.set_state(super::segments::State::Full);
+        if let Some(volume) = self.volume_of(segment.owner.load(Ordering::Relaxed)) {
+            let rest = self.segment_capacity() - u64::from(open.charged());
+            volume.pacer.closed(segment.max_epoch.load(Ordering::SeqCst), open.id, rest);
+        }
+        self.queue_for_sealing(open.id);
+    }
+
+    /// Room for one volume's dirty data: the segments, less what reclaim keeps in hand, less what
+    /// the others hold or may claim.
+    fn room_for(&self, core: &VolumeCore) -> u64 {
+        let volumes = self.all_volumes();
+        let attached = volumes.iter().filter(|v| v.attached.load(Ordering::Relaxed)).count().max(1) as u64;
+        let all = self.segments.len() as u64 * self.segment_capacity();
+        let claim = all / (2 * attached);
+        let others = volumes.iter().filter(|v| v.incarnation != core.incarnation).map(|v| {
+            let used = v.pacer.used.load(Ordering::Relaxed);
+            if v.attached.load(Ordering::Relaxed) { used.max(claim) } else { used }
+        });
+        let reserve = (self.free_target() as u64).min(self.segments.len() as u64 / 8) + core.stream_count();
+        all.saturating_sub(reserve * self.segment_capacity() + others.sum::<u64>()).max(claim)
+    }
+}
+
+impl<E: Env> Volume<E> {
+    /// Notes that a round of write-back begins: bytes to be written, and bytes of space it settles,
+    /// `None` for all.
+    pub(crate) fn begin_pace(&self, todo: u64, settles: Option<u64>) {
+        let core = &self.core;
+        let taken = core.taken();
+        let room = self.cache.room_for(core);
+        let mut state = lock(&core.pacer.state);
+        let (used, unsettled) = self.judge(&mut state, taken);
+        let settles = settles.unwrap_or(unsettled).min(unsettled);
+        let room = room.saturating_sub(used);
+        let ending = (u128::from(state.rate) * u128::from(state.ending_us) / 1_000_000) as u64;
+        let (began_us, todo) = (self.cache.clock.now_us(), todo.max(1));
+        let ending = ending.min(todo);
+        state.round = Some(Round {
+            todo,
+            done: 0,
+            seen: 0,
+            seen_us: began_us,
+            ending,
+            began_us,
+            written_us: None,
+            settles,
+            taken,
+            room,
+        });
+    }
+
+    /// Bytes in use, and of these those that no ended round has settled.
+    fn judge(&self, state: &mut State, taken: u64) -> (u64, u64) {
+        let core = &self.core;
+        let tail = core.tail.load(Ordering::SeqCst);
+        let capacity = self.cache.segment_capacity();
+        while state.held.peek().is_some_and(|Reverse((epoch, _))| *epoch <= tail) {
+            state.held.pop();
+            state.released += capacity;
+        }
+        let slice = state.rests.min(taken.saturating_sub(state.sliced) / 8);
+        (state.rests, state.beside) = (state.rests - slice, state.beside + slice);
+        state.sliced += slice * 8;
+        if state.rests == 0 {
+            state.sliced = state.sliced.max(taken);
+        }
+        let all = taken + state.beside;
+        let used = all.saturating_sub(state.released);
+        // What rounds settle is an estimate; what they release is not.
+        let most = (core.stream_count() + 1) * capacity;
+        let unsettled = all.saturating_sub(state.settled).clamp(used.saturating_sub(most), used);
+        state.settled = all - unsettled;
+        core.pacer.used.store(used, Ordering::Relaxed);
+        (used, unsettled)
+    }
+
+    /// Whether enough is dirty that write-back should not wait for it to age.
+    pub(crate) fn is_round_due(&self) -> bool {
+        let core = &self.core;
+        if core.is_paced() {
+            return true;
+        }
+        let (taken, room) = (core.taken(), self.cache.room_for(core));
+        let (_, unsettled) = self.judge(&mut lock(&core.pacer.state), taken);
+        unsettled > self.limit(room) / 2
+    }
+
+    fn limit(&self, room: u64) -> u64 {
+        match self.order() {
+            Order::Relaxed => room / 2,
+            Order::Strict => room - room / EPOCH_SHARE - self.cache.segment_capacity().min(room / 2),
+        }
+    }
+
+    /// Looks at the space, paces or frees the volume's writes, and hands out what they may take.
+    ///
+    /// Called by write-back after each step, and by whoever has opened a segment, which bounds what
+    /// a queue takes between two looks.
+    pub(crate) fn pace(&self, mut is_idle: bool) {
+        let core = &self.core;
+        let (taken, room) = (core.taken(), self.cache.room_for(core));
+        let now_us = self.cache.clock.now_us();
+        let (allowed, has_moved) = {
+            let mut state = lock(&core.pacer.state);
+            let (used, unsettled) = self.judge(&mut state, taken);
+            let now = taken + state.beside;
+            if self.order() == Order::Strict && now.saturating_sub(state.cut) > room / EPOCH_SHARE {
+                state.cut = now;
+                core.raise_epoch();
+            }
+            let (mut settling, mut evenly, mut has_moved) = (0, i64::MIN, false);
+            if let Some(r) = &mut state.round {
+                has_moved = std::mem::replace(&mut r.seen, r.done) != r.done;
+                if has_moved {
+                    r.seen_us = now_us;
+                }
+                is_idle |= now_us.saturating_sub(r.seen_us) > PATIENCE_US;
+                let all = u128::from(r.todo + r.ending);
+                let part = |bytes: u64| (u128::from(bytes) * u128::from(r.done) / all) as u64;
+                settling = part(r.settles);
+                evenly =
+                    part(r.room.min(r.settles - r.settles / 8)) as i64 - taken.saturating_sub(r.taken) as i64;
+            }
+            let level = self.limit(room) as i64 - unsettled.saturating_sub(settling) as i64;
+            // Without a disk that takes anything there is nothing to keep pace with.
+            let rest = if is_idle { room as i64 - used as i64 } else { i64::MIN };
+            (level.max(evenly).max(rest), has_moved)
+        };
+        let is_paced = allowed < (core.stream_count() * self.cache.segment_capacity()) as i64;
+        let was_paced = core.pacer.is_paced.swap(is_paced, Ordering::Relaxed);
+        if is_paced {
+            if !was_paced {
+                for queue in core.queues.get().into_iter().flatten() {
+                    queue.purse.budget.store(0, Ordering::Relaxed);
+                }
+                core.writeback.raise();
+            }
+            // What the disk has taken is worth a write, however small: the sums come out later.
+            let is_close = allowed > -OVERDRAFT;
+            core.grant(allowed, i64::from(has_moved && is_close));
+        } else if was_paced {
+            core.wake_waiting();
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What may notice a mutant: each takes a seed and says how many images it judged before it noticed
+//! anything.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pcache_vhost::mutant::Mutant;
+use pcache_vhost::pmem::MediaClass::PageCache;
+use pcache_vhost::sim::{Scenario, run_seed};
+
+use super::{rest, starts, stories};
+
+/// Images judged in each seed of a random run.
+const IMAGES_PER_SEED: u64 = 1200;
+
+/// Something that judges images.
+#[derive(Clone, Copy)]
+pub enum Instrument {
+    /// Random requests, cut by crashes, of the seeds whose scenario fits.
+    Run(fn(&Scenario) -> bool),
+    /// Damage at rest.
+    Rest,
+    /// Starts cut by a crash, and the starts after them cut again.
+    Starts,
+    /// One sequence of requests, told by hand.
+    Story(fn(&mut u64)),
+}
+
+/// A violation.
+pub struct Caught {
+    /// Images judged before it.
+    pub images: u64,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl Instrument {
+    /// The name of the instrument that the mutant is hunted with, and itself: random runs, of those
+    /// seeds in which its place is reached, unless it takes more than chance.
+    pub fn of(mutant: Mutant) -> (&'static str, Instrument) {
+        use Instrument::{Rest, Run, Starts, Story};
+        use Mutant as M;
+        let run = |fits| ("run", Run(fits));
+        match mutant {
+            M::BadLivenessWordIgnored
+            | M::DamagedDirtyReadFromDisk
+            | M::HitNotVerified
+            | M::PlaceNotChecked
+            | M::SequenceGapIgnored
+            | M::WitnessIgnored => ("damage at rest", Rest),
+            M::DescriptorNewestOverwritten | M::StartPageNewestOverwritten => ("torn starts", Starts),
+            M::FillOutlivesDiskCache => {
+                ("story of a fill", Story(stories::a_fill_and_the_disk_that_loses_its_bytes))
+            }
+            M::RefusedRecordPublished => {
+                ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
+            }
+            M::TailNewestOverwritten => ("story of a tail", Story(stories::a_tail_torn_while_it_moves)),
+            M::DiskBeforeRecordDurable => {
+                ("story of a disk ahead", Story(stories::the_disk_ahead_of_the_cache))
+            }
+            M::StartNotChecked | M::StartNotCounted => {
+                ("story of two openings", Story(stories::a_segment_opened_twice))
+            }
+            M::SyncFailureForgotten => run(|s| s.ends_unsynced),
+            M::TicketOfRunningSync
+            | M::FlushNeverCompletes
+            | M::SealedBeforeDurable
+            | M::ReusedBeforeGenerationDurable
+            | M::TailBeforeLivenessDurable => run(|s| s.class == PageCache),
+            M::CompletedUnsynced => run(|s| s.class == PageCache && s.styles.iter().any(|s| !s.write_cache)),
+            M::EpochNotRaisedAtWrite | M::BypassUnflushed => run(|s| s.styles.iter().any(|s| !s.write_cache)),
+            M::BypassUndrained | M::AttachUnflushed => run(|s| s.changes_style),
+            M::DiskWriteErrorIgnored | M::DiskFlushErrorIgnored => run(|s| s.has_faults),
+            _ => run(|_| true),
+        }
+    }
+
+    /// The seeds it takes.
+    pub fn seeds(self) -> Box<dyn Iterator<Item = u64>> {
+        match self {
+            Instrument::Run(fits) => Box::new((1..).filter(move |&seed| fits(&Scenario::from_seed(seed)))),
+            Instrument::Rest | Instrument::Starts => Box::new(1..),
+            Instrument::Story(_) => Box::new(1..=1),
+        }
+    }
+
+    /// Runs a seed; says how many images were judged.
+    pub fn run(self, seed: u64) -> Result<u64, Caught> {
+        match self {
+            Instrument::Run(_) => match run_seed(seed, IMAGES_PER_SEED, 0) {
+                Ok(stats) => Ok(stats.images),
+                Err(violation) => Err(Caught { images: violation.images, what: violation.what }),
+            },
+            Instrument::Rest => guarded(|images| rest::judge(seed, images)),
+            Instrument::Starts => guarded(|images| starts::judge(seed, images)),
+            Instrument::Story(story) => guarded(|images| {
+                story(images);
+                Ok(())
+            }),
+        }
+    }
+}
+
+/// Runs what counts its images; a panic is a violation as well.
+fn guarded(judge: impl FnOnce(&mut u64) -> Result<(), String>) -> Result<u64, Caught> {
+    let mut images = 0;
+    let result = catch_unwind(AssertUnwindSafe(|| judge(&mut images))).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        Err(format!(
+            "panic: {}",
+            text.or(payload.downcast_ref::<&str>().copied()).unwrap_or("of unknown kind")
+        ))
+    });
+    result.map(|()| images).map_err(|what| Caught { images, what })
+}

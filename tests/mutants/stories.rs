@@ -1,0 +1,99 @@
+//! Stories for what chance takes long to reach: few steps, every outcome known. A story panics where
+//! the engine is wrong, and counts the images it made.
+
+use pcache_vhost::cache::{Mode, Order};
+use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
+use pcache_vhost::sim::{DiskSurvival, Rng, Scene, SimBuffer, Style, Survival};
+use pcache_vhost::volume::{RequestKind, Status};
+
+fn served(mode: Mode) -> Style {
+    Style { mode, order: Order::Strict, write_cache: true, pass_discard: false }
+}
+
+/// What was read once stays, although the disk has lost the bytes that the cache was filled from.
+pub fn a_fill_and_the_disk_that_loses_its_bytes(images: &mut u64) {
+    for mode in [Mode::Writethrough, Mode::Writearound] {
+        let mut scene = Scene::new(AssumeDax, served(mode));
+        scene.write(8, 8, 900);
+        assert_eq!(scene.read(8), 900);
+        scene.host_crash(Survival::Everything, DiskSurvival::Nothing);
+        *images += 1;
+        assert_eq!(scene.read(8), scene.on_disk(8), "the cache outlived the disk under it");
+    }
+}
+
+/// A write whose record cannot be stored where it was to go is stored elsewhere, or fails and leaves
+/// what it would have replaced.
+pub fn a_record_that_the_media_refuses(images: &mut u64) {
+    for class in [AssumeDax, PageCache] {
+        let mut scene = Scene::new(class, served(Mode::Writeback));
+        scene.write(8, 8, 900);
+        scene.flush();
+        // Of the segment in use the pages of the next records are gone, not those of the payload.
+        let geometry = scene.machine.cache.geometry();
+        let end = geometry.segment(0) + u64::from(geometry.data_end());
+        scene.world.with(|w| w.memory.poison(end - 8192..end));
+        let (status, _) = scene.request(RequestKind::Write, 8, SimBuffer::of_write(0, 8, 8, 901));
+        scene.world.with(|w| w.memory.heal());
+        let lasting = if status == Status::Ok { 901 } else { 900 };
+        scene.daemon_crash();
+        *images += 1;
+        assert_eq!(scene.read(8), lasting, "{class}: the write ended with {status:?}");
+    }
+}
+
+/// What the cache may still lose is not on the disk.
+pub fn the_disk_ahead_of_the_cache(images: &mut u64) {
+    let mut scene = Scene::new(PageCache, served(Mode::Writeback));
+    scene.write(8, 8, 900);
+    scene.flush();
+    scene.drain();
+    scene.write(8, 8, 901);
+    scene.write_back(false, |s| s.on_disk(8) == 901);
+    scene.host_crash(Survival::Nothing, DiskSurvival::Everything);
+    *images += 1;
+    assert_eq!(scene.read(8), scene.on_disk(8), "a clean copy is older than the disk");
+}
+
+/// The host dies while the tail moves: what was clean stays so, also where newer bytes went around the
+/// cache since.
+pub fn a_tail_torn_while_it_moves(images: &mut u64) {
+    for n in 0.. {
+        let mut scene = Scene::new(AssumeDax, served(Mode::Writeback));
+        scene.write(8, 8, 900);
+        scene.drain();
+        scene.style = served(Mode::Writearound);
+        scene.daemon_crash();
+        scene.write(8, 8, 901);
+        scene.flush();
+        // A fill: the next round moves the tail over it.
+        assert_eq!(scene.read(100), 101);
+        let Some(photo) = scene.cut(n, Scene::drain) else { break };
+        for tear in 1..6 {
+            let (image, _) = photo.host_crash(&Survival::Torn, DiskSurvival::Nothing, &mut Rng::new(tear));
+            scene.start(image);
+            *images += 1;
+            assert_eq!(scene.read(8), 901, "older bytes are back after a crash before event {n}");
+        }
+    }
+}
+
+/// A segment whose header was lost with the host is opened again over records that were not.
+pub fn a_segment_opened_twice(images: &mut u64) {
+    let mut scene = Scene::new(PageCache, served(Mode::Writeback));
+    // Three records: what the next life fills and writes goes over the first two.
+    scene.write(24, 1, 898);
+    scene.write(32, 1, 899);
+    scene.write(8, 1, 900);
+    let photo = scene.world.photograph("an open segment, nothing durable");
+    for mask in 0..1u64 << photo.memory.pending_lines() {
+        let (image, _) = photo.host_crash(&Survival::Lines(mask), DiskSurvival::Nothing, &mut Rng::new(1));
+        scene.start(image);
+        let first = scene.read(8);
+        scene.write(16, 1, 901);
+        scene.flush();
+        scene.host_crash(Survival::Nothing, DiskSurvival::Nothing);
+        *images += 2;
+        assert_eq!(scene.read(8), first, "what was read once has changed");
+    }
+}
