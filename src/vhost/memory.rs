@@ -21,8 +21,8 @@ use std::sync::{Arc, PoisonError};
 
 use super::copy::{self, Fault};
 use super::fds;
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{self, Mutex};
 use crate::volume::{Buffer, GuestFault};
 
 /// Regions a device may have: what GET_MAX_MEM_SLOTS answers. QEMU's own limit for DIMMs and
@@ -284,6 +284,7 @@ impl MemoryMap {
         let complete = self.each(guest, dst.len(), |range| {
             let part = &mut dst[done..done + range.len];
             done += range.len;
+            sync::access();
             // SAFETY: the range lies in a mapping that `self` keeps alive.
             result = result.and(unsafe { copy::copy_in(range.at, part) });
         });
@@ -301,6 +302,7 @@ impl MemoryMap {
         let complete = self.each(guest, src.len(), |range| {
             let part = &src[done..done + range.len];
             done += range.len;
+            sync::access();
             // SAFETY: the range lies in a mapping that `self` keeps alive, mapped writable.
             result = result.and(unsafe { copy::copy_out(part, range.at) });
         });

@@ -25,6 +25,7 @@ use virtio_bindings::virtio_ring::{
 
 use super::copy::{self, Fault};
 use super::memory::MemoryMap;
+use crate::sync;
 
 /// Bytes of a descriptor.
 pub(super) const DESCRIPTOR_LEN: usize = 16;
@@ -276,6 +277,7 @@ impl Ring {
         let slot = usize::from(self.next_used & (self.size - 1));
         let element = u64::from(head) | u64::from(written) << 32;
         let at = self.used.wrapping_add(ENTRIES_AT + slot * USED_ENTRY);
+        sync::access();
         // SAFETY: `used` has `size` elements in memory that `_memory` keeps mapped writable.
         unsafe { copy::copy_out(&element.to_le_bytes(), at) }?;
         self.next_used = self.next_used.wrapping_add(1);

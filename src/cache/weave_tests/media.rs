@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::weave;
-use super::world::{Bench, write_back};
+use super::world::{Bench, SCARCE, write_back};
 use crate::cache::Order;
 use crate::onmedia::liveness_bits;
 use crate::pmem::{MediaClass, Pmem};
@@ -27,7 +27,7 @@ fn word_after_crash(bench: &Bench, id: u32) -> u64 {
 #[test]
 fn whoever_has_written_the_liveness_words_may_rely_on_all_marks_made_before() {
     weave(40, || {
-        let bench = Arc::new(Bench::new(MediaClass::AssumeDax, write_back(Order::Strict), 2, 64));
+        let bench = Arc::new(Bench::new(MediaClass::AssumeDax, write_back(Order::Strict), SCARCE, 2, 64));
         let open = bench.cache.open_segment(bench.volume.core.incarnation, 0, false).unwrap();
         let (id, generation) = (open.id, open.generation);
         let threads: Vec<_> = (0..3)

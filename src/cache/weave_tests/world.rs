@@ -169,8 +169,11 @@ impl Channel for WeaveChannel {
     }
 }
 
-/// Segments of a cache: as few as one attached volume may have.
-pub(super) const SEGMENTS: u32 = 6;
+/// Segments of a cache. As few as one attached volume may have: its queues share a stream, and
+/// segments are reclaimed all the time.
+pub(super) const SCARCE: u32 = 6;
+/// So many that two queues have a stream each, and their commits overlap.
+pub(super) const AMPLE: u32 = 32;
 /// The smallest that takes records on either class of media: pages cost page-cache media 8 KiB more.
 fn segment_size(class: MediaClass) -> u32 {
     if class.fence_is_durable() { 32 << 10 } else { 64 << 10 }
@@ -185,10 +188,11 @@ pub(super) struct Bench {
 }
 
 /// An empty cache before a disk of `sectors` sectors, sector *s* holding write *s* + 1.
-fn fresh(class: MediaClass, sectors: u64) -> Snapshot {
-    static FORMATTED: [OnceLock<Memory>; 2] = [const { OnceLock::new() }; 2];
-    let memory = FORMATTED[usize::from(class.fence_is_durable())].get_or_init(|| {
-        let geometry = Geometry::custom(16 << 10, segment_size(class), SEGMENTS, 1).unwrap();
+fn fresh(class: MediaClass, segments: u32, sectors: u64) -> Snapshot {
+    static FORMATTED: [OnceLock<Memory>; 4] = [const { OnceLock::new() }; 4];
+    let which = usize::from(class.fence_is_durable()) * 2 + usize::from(segments == SCARCE);
+    let memory = FORMATTED[which].get_or_init(|| {
+        let geometry = Geometry::custom(16 << 10, segment_size(class), segments, 1).unwrap();
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "nothing", memory, disks: Vec::new() }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
@@ -205,8 +209,8 @@ pub(super) fn write_back(order: Order) -> Style {
 }
 
 impl Bench {
-    pub fn new(class: MediaClass, style: Style, queues: u16, sectors: u64) -> Bench {
-        let world = World::new(fresh(class, sectors), 1);
+    pub fn new(class: MediaClass, style: Style, segments: u32, queues: u16, sectors: u64) -> Bench {
+        let world = World::new(fresh(class, segments, sectors), 1);
         let oracle = Mutex::new(Oracle::new(&(1..=sectors).collect::<Vec<_>>()));
         let (scene_in, scenes) = (Mutex::new(0), Mutex::default());
         let stage = Arc::new(Stage { world: world.clone(), oracle, scene_in, scenes });
