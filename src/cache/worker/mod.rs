@@ -31,7 +31,7 @@ pub enum Progress {
     Did,
     /// Operations or a `sync` are under way: wait for them.
     Waiting,
-    /// Nothing to do for now.
+    /// Nothing to do at present.
     Idle,
 }
 
