@@ -180,12 +180,15 @@ fn a_second_start_is_refused_with_the_name_of_the_first() {
     let place = Place::new();
     let (_, server) = start_small(&place, &[]);
     let holder = format!("{}", server.pid());
-    refuse_small(&place, &[], &["s.sock", "in use by", &holder, "pcache-vhost"]);
+    let its_own = ["c.img", "d.img"];
+    let (_, args) = small(&place, &[]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    place.refuses_beside(&args, 1, &["s.sock", "in use by", &holder, "pcache-vhost"], &its_own);
     let other = place.path("t.sock");
     let (cache, disk) = (place.path("c.img"), place.path("d.img"));
     let disk2 = place.zeros("d2.img", MIB);
     let args = ["--socket", &other, "--cache", &cache, "--backing", &disk2];
-    place.refuses(&args, 1, &["c.img", "in use by", &holder, "pcache-vhost"]);
+    place.refuses_beside(&args, 1, &["c.img", "in use by", &holder, "pcache-vhost"], &its_own);
     let cache2 = place.path("c2.img");
     let args = ["--socket", &other, "--cache", &cache2, "--cache-size=64MiB", "--backing", &disk];
     let ran = run(&args);
