@@ -106,6 +106,7 @@ impl Bench {
                 backing: Arc::new(BackingDisk::open(&disk).expect("opens")),
                 mode: Mode::Writeback,
                 order: Order::Relaxed,
+                redo: None,
                 data_crc: true,
                 pass_discard: true,
                 read_only: false,

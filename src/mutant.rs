@@ -53,6 +53,16 @@ mutants! {
     CompletedWithFirstPart 9 "a request of several parts completes with the first of them",
     FlushNeverCompletes 9 "a FLUSH that had to wait for a sync is forgotten",
     PackedMarkKept 3 "a block taken over from a dropped draft keeps its mark of being packed",
+    // Groups.
+    GroupBodyUnflushed 7 "a group is committed before what it needs is durable in the redo area",
+    GroupAppliedUncommitted 7 "a group goes to the disk before it is durably committed",
+    GroupVoidedEarly 7 "the redo area is voided while its group goes to the disk",
+    GroupNotVoided 7 "the redo area keeps saying that it holds the last group",
+    GroupNotJournaled 7 "a group goes to the disk without the redo area",
+    GroupCutByVersion 7 "a group ends between two versions, whatever their epochs",
+    PartsForgotten 7 "a start writes the parts of an epoch again that are on the disk already",
+    RedoBelievedUnflushed 8 "a start believes a header of the redo area that is not durable",
+    RedoLeftUnapplied 7 "a start leaves the group in the redo area where it is",
     // Epochs and FLUSH.
     EpochNotRaisedAtFlush 7 "a FLUSH does not end the epoch",
     EpochNotRaisedAtWrite 7 "without a write cache, a write does not end the epoch",

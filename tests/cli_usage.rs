@@ -104,7 +104,7 @@ fn an_impossible_value_is_refused_before_anything_is_touched() {
         (&["--socket-mode", "rw"], "octal"),
         (&["--serial", "more than twenty characters"], "1 to 20"),
         (&["--name", "a/b"], "not a name"),
-        (&["--order", "grouped"], "strict, relaxed"),
+        (&["--order", "sorted"], "strict, grouped, relaxed"),
         (&["--discard", "maybe"], "pass, keep"),
         (&["--backing-format", "qcow2"], "raw"),
         (&["--cache", ""], "empty"),

@@ -127,6 +127,7 @@ fn attach(
             backing,
             mode: setup.mode,
             order: setup.order,
+            redo: None,
             data_crc: true,
             pass_discard: true,
             read_only: false,

@@ -128,6 +128,8 @@ fn every_constant_has_the_value_it_says() {
         ("COUNTER_MAX", format::COUNTER_MAX),
         ("GC_PERCENT_MAX", format::GC_PERCENT_MAX.into()),
         ("GC_PERCENT_UNSET", format::GC_PERCENT_UNSET.into()),
+        ("REDO_VERSION", format::REDO_VERSION.into()),
+        ("REDO_SAMPLES_MAX", format::REDO_SAMPLES_MAX as u64),
     ];
     assert_eq!(pairs("constant"), expected(&values.map(|(name, value)| (name, value.to_string()))));
 }
@@ -143,6 +145,7 @@ fn every_magic_is_these_bytes() {
         ("SEGMENT_MAGIC", hex(&format::SEGMENT_MAGIC.to_le_bytes())),
         ("RECORD_MAGIC", hex(&format::RECORD_MAGIC.to_le_bytes())),
         ("SUMMARY_MAGIC", hex(&format::SUMMARY_MAGIC.to_le_bytes())),
+        ("REDO_MAGIC", hex(&format::REDO_MAGIC.to_le_bytes())),
     ];
     assert_eq!(pairs("magic"), expected(&values));
 }

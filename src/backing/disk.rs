@@ -284,6 +284,18 @@ fn samples(size: u64) -> impl Iterator<Item = (u64, u64)> {
 /// [`OpenError`]: it exists, cannot be made there, or `size` is not a positive multiple of 512. No
 /// file is left behind.
 pub fn create_sparse(path: &Path, size: u64) -> Result<(), OpenError> {
+    create(path, size, |file| file.set_len(size))
+}
+
+/// Makes a new image of zeros whose space is its own, so that no write to it meets a full file system.
+///
+/// # Errors
+/// As for [`create_sparse`], and when the file system has not that much space.
+pub fn create_allocated(path: &Path, size: u64) -> Result<(), OpenError> {
+    create(path, size, |file| super::file::allocate(file, size))
+}
+
+fn create(path: &Path, size: u64, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), OpenError> {
     if size == 0 {
         return Err(OpenError::Empty { path: path.to_owned() });
     }
@@ -299,8 +311,7 @@ pub fn create_sparse(path: &Path, size: u64) -> Result<(), OpenError> {
     };
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // The name must survive a power cut before anybody relies on the disk.
-    let made =
-        file.set_len(size).and_then(|()| file.sync_all()).and_then(|()| File::open(parent)?.sync_all());
+    let made = fill(&file).and_then(|()| file.sync_all()).and_then(|()| File::open(parent)?.sync_all());
     made.map_err(|e| {
         if let Err(left) = fs::remove_file(path) {
             tracing::warn!("{} could not be removed again: {left}", path.display());

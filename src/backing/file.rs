@@ -351,3 +351,24 @@ impl Drop for Held<'_> {
         }
     }
 }
+/// Gives a new file its length and its space: by the file system, or by writing zeros.
+#[expect(unsafe_code, reason = "std has no fallocate")]
+pub(super) fn allocate(file: &File, len: u64) -> io::Result<()> {
+    // SAFETY: plain integers and a descriptor that `file` keeps open; no memory is passed.
+    if unsafe { libc::fallocate64(file.as_raw_fd(), 0, 0, len as i64) } == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            let zeros = vec![0; 1 << 20];
+            let mut done = 0;
+            while done < len {
+                let part = (len - done).min(zeros.len() as u64);
+                file.write_all_at(&zeros[..part as usize], done)?;
+                done += part;
+            }
+            Ok(())
+        }
+        error => Err(error),
+    }
+}

@@ -31,7 +31,7 @@ mod usage;
 
 pub use buffer::AlignedBuf;
 pub use channel::DiskChannel;
-pub use disk::{Direct, Disk, Engine, OpenOptions, create_sparse};
+pub use disk::{Direct, Disk, Engine, OpenOptions, create_allocated, create_sparse};
 pub use error::{DiskChanged, OpenError};
 
 use crate::wake::Waker;

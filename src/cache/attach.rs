@@ -18,6 +18,7 @@ use std::time::Duration;
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
 use super::judge::{judge_identity, judge_options};
+use super::redo::RedoError;
 use super::segments::State;
 use super::stream::Stream;
 use super::stripes::lock;
@@ -42,6 +43,9 @@ pub struct AttachOptions<E: Env> {
     pub mode: Mode,
     /// How write-back goes.
     pub order: Order,
+    /// Where groups lie before they are on the disk: needed for `grouped`, and, after that, until the
+    /// volume has been detached in order.
+    pub redo: Option<Arc<E::Backing>>,
     /// Whether hits are verified.
     pub data_crc: bool,
     /// Whether discards give space back on the disk.
@@ -177,6 +181,19 @@ pub enum AttachError {
         /// Why.
         error: std::io::Error,
     },
+    /// `grouped` without a redo area.
+    #[error("volume `{0}` in grouped order needs a redo area: name a file or an extent with --redo")]
+    NoRedo(String),
+    /// The redo area that a group may be in is not there.
+    #[error(
+        "volume `{0}` was served in grouped order and not detached: its disk may hold part of a group, and \
+         the rest is in the redo area: name that with --redo, or use --force-identity if it is lost (the \
+         disk alone is then consistent only after a drain)"
+    )]
+    RedoMissing(String),
+    /// The redo area cannot be used.
+    #[error(transparent)]
+    Redo(#[from] RedoError),
     /// The media failed.
     #[error(transparent)]
     Media(#[from] MediaError),
@@ -256,6 +273,7 @@ impl<E: Env> Cache<E> {
                 core.damaged.store(false, Ordering::Relaxed);
             }
         }
+        let redo = self.open_redo(core, options)?;
         core.accepts_loss.store(options.accept_loss, Ordering::Relaxed);
         if options.accept_loss {
             self.forget_lost(core)?;
@@ -295,6 +313,7 @@ impl<E: Env> Cache<E> {
             self.clone(),
             core.clone(),
             options.backing.clone(),
+            redo,
             config,
             options.name.clone(),
             was_mode,
@@ -305,6 +324,11 @@ impl<E: Env> Cache<E> {
         self.update_descriptor(core, |d| {
             d.fingerprint_valid = false;
             d.damaged = core.damaged.load(Ordering::Relaxed);
+            // A group that was there has been applied.
+            if let Some(redo) = &options.redo {
+                d.redo_path = pad_cut(&redo.identity().path);
+            }
+            d.redo_open = options.order == Order::Grouped || was_order == Order::Grouped && !core.is_clean();
             if options.order == Order::Relaxed {
                 // Whichever copy of the next two updates is left, it says what may have happened.
                 d.order = Order::Relaxed;
@@ -312,8 +336,15 @@ impl<E: Env> Cache<E> {
             set_identity(d, identity);
         })?;
         let bypass_begins = options.mode.bypasses() && !core.is_clean();
-        let strict_begins = options.order == Order::Strict && was_order == Order::Relaxed && !core.is_clean();
-        if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins {
+        // After groups the disk may be beyond the tail: epochs below would take parts of it back.
+        let strict_begins = options.order == Order::Strict && was_order != Order::Strict && !core.is_clean();
+        // What relocation has dropped within an epoch is needed where a group may end inside it.
+        let groups_begin = options.order == Order::Grouped && was_order != Order::Grouped && !core.is_clean();
+        if was_order == Order::Grouped && volume.redo.is_none() {
+            // Its area is lost, and with it what the order promises.
+            volume.set_order(Order::Relaxed);
+        }
+        if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins || groups_begin {
             volume.drain_here(&mut |_| {})?;
         }
         let lost_sectors = volume.counters().lost_sectors;
@@ -322,9 +353,11 @@ impl<E: Env> Cache<E> {
         }
         volume.set_mode(options.mode);
         volume.set_order(options.order);
+        core.keep_for(options.order);
         self.update_descriptor(core, |d| {
             d.mode = options.mode;
             d.order = options.order;
+            d.redo_open = options.order == Order::Grouped;
             d.data_crc = options.data_crc;
             d.discard = if options.pass_discard { DiscardPolicy::Pass } else { DiscardPolicy::Keep };
             d.serial = serial;
@@ -478,6 +511,9 @@ impl<E: Env> Cache<E> {
         if volume.core.facts.left_behind() > 0 {
             return Err(of_disk(std::io::Error::other("operations left to it may still change it")));
         }
+        if let Some(redo) = volume.redo.as_ref().filter(|_| lock(&volume.core.descriptor).0.redo_open) {
+            redo.settle(&*volume.backing)?;
+        }
         if mutated(Mutant::DirtyDroppedAtDetach) {
             let copy = lock(&volume.core.tail_page).1;
             self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
@@ -491,6 +527,7 @@ impl<E: Env> Cache<E> {
         self.update_descriptor(&volume.core, |d| {
             d.fingerprint = fingerprint;
             d.fingerprint_valid = true;
+            d.redo_open = false;
         })?;
         volume.core.attached.store(false, Ordering::SeqCst);
         Ok(())

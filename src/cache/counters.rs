@@ -74,6 +74,14 @@ counters! {
     writeback_ops,
     /// Flushes sent to the backing disk by write-back.
     writeback_flushes,
+    /// Groups of epochs applied by way of the redo area.
+    groups,
+    /// How old the disk alone is, in milliseconds; 0 where nothing is dirty. Not a sum.
+    lag_ms,
+    /// Writes of payload and tables to the redo area.
+    redo_ops,
+    /// Bytes of these.
+    redo_bytes,
     /// Write-back rounds that failed.
     writeback_errors,
     /// Segments reclaimed.

@@ -108,6 +108,12 @@ impl Failure {
         Self { cause: format!("cannot open a channel to the disk: {error}"), advice }
     }
 
+    /// A group in the redo area cannot be made, or brought to the disk.
+    pub fn applying(cause: String) -> Self {
+        let advice = "mend the redo area or the disk; nothing is lost, and write-back goes on by itself";
+        Self { cause, advice }
+    }
+
     /// The cache's media failed.
     pub fn media(cause: String) -> Self {
         Self { cause, advice: "see the host's log about the cache's device; `check` it when stopped" }

@@ -54,6 +54,8 @@ struct Round {
     /// `done` when writes were last granted, and when it last grew; µs.
     seen: u64,
     seen_us: u64,
+    /// Bytes that could be written while a group is on its way to the redo area.
+    leading: u64,
     /// Bytes that could be written while the round's end takes its time.
     ending: u64,
     /// When its writes began, and when the last of them ended; µs.
@@ -86,6 +88,8 @@ struct State {
     round: Option<Round>,
     /// Bytes a second that the last rounds have written.
     rate: u64,
+    /// What the last groups took until they were in the redo area, in µs.
+    leading_us: u64,
     /// What the last rounds took from the last write to the end of the flush, in µs.
     ending_us: u64,
 }
@@ -133,8 +137,26 @@ impl Pacer {
     /// Notes what a round has written.
     pub fn wrote(&self, bytes: u64) {
         if let Some(round) = &mut lock(&self.state).round {
-            round.done = (round.done + bytes).min(round.todo);
+            round.done = (round.done + bytes).min(round.leading + round.todo);
         }
+    }
+
+    /// Notes that so many of a group's sectors are on their way to the redo area.
+    pub fn journaled(&self, done: u64, all: u64) {
+        if let Some(round) = &mut lock(&self.state).round {
+            let part = u128::from(round.leading) * u128::from(done) / u128::from(all.max(1));
+            round.done = round.done.max(part as u64);
+        }
+    }
+
+    /// Notes that a group is in the redo area. It has bought as much as its time was worth.
+    pub fn journal_ended(&self, now_us: u64) {
+        let mut state = lock(&self.state);
+        let Some(round) = &mut state.round else { return };
+        round.done = round.leading;
+        let us = now_us.saturating_sub(round.began_us);
+        round.began_us = now_us;
+        state.leading_us = average(state.leading_us, us);
     }
 
     /// Notes that a round's writes have all ended.
@@ -142,7 +164,8 @@ impl Pacer {
         let mut state = lock(&self.state);
         let Some(round) = &mut state.round else { return };
         round.written_us = Some(now_us);
-        let (bytes, us) = (round.done, now_us.saturating_sub(round.began_us).max(1));
+        let (bytes, us) =
+            (round.done.saturating_sub(round.leading), now_us.saturating_sub(round.began_us).max(1));
         if bytes > 0 {
             state.rate = average(state.rate, bytes.saturating_mul(1_000_000) / us);
         }
@@ -152,9 +175,16 @@ impl Pacer {
     pub fn flushed(&self, now_us: u64) {
         let mut state = lock(&self.state);
         let Some(round) = &mut state.round else { return };
-        round.done = round.todo + round.ending;
+        round.done = round.leading + round.todo + round.ending;
         let us = now_us.saturating_sub(round.written_us.unwrap_or(now_us));
         state.ending_us = average(state.ending_us, us);
+    }
+
+    /// How long so many bytes take to the disk, in milliseconds, as far as rounds have shown.
+    pub fn time_to_write(&self, bytes: u64) -> Option<u64> {
+        let state = lock(&self.state);
+        let writing = bytes.saturating_mul(1000).checked_div(state.rate)?;
+        Some(writing + (state.leading_us + state.ending_us) / 1000)
     }
 
     /// Notes that a round has ended, well or not.
@@ -264,9 +294,9 @@ impl<E: Env> Cache<E> {
 }
 
 impl<E: Env> Volume<E> {
-    /// Notes that a round of write-back begins: bytes to be written, and bytes of space it settles,
-    /// `None` for all.
-    pub(crate) fn begin_pace(&self, todo: u64, settles: Option<u64>) {
+    /// Notes that a round of write-back begins: bytes to be written, bytes of space it settles, `None`
+    /// for all, and whether it goes by way of the redo area.
+    pub(crate) fn begin_pace(&self, todo: u64, settles: Option<u64>, is_group: bool) {
         let core = &self.core;
         let taken = core.taken();
         let room = self.cache.room_for(core);
@@ -274,14 +304,16 @@ impl<E: Env> Volume<E> {
         let (used, unsettled) = self.judge(&mut state, taken);
         let settles = settles.unwrap_or(unsettled).min(unsettled);
         let room = room.saturating_sub(used);
-        let ending = (u128::from(state.rate) * u128::from(state.ending_us) / 1_000_000) as u64;
+        let worth = |us: u64| (u128::from(state.rate) * u128::from(us) / 1_000_000) as u64;
+        let (leading, ending) = (if is_group { worth(state.leading_us) } else { 0 }, worth(state.ending_us));
         let (began_us, todo) = (self.cache.clock.now_us(), todo.max(1));
-        let ending = ending.min(todo);
+        let (leading, ending) = (leading.min(todo), ending.min(todo));
         state.round = Some(Round {
             todo,
             done: 0,
             seen: 0,
             seen_us: began_us,
+            leading,
             ending,
             began_us,
             written_us: None,
@@ -323,13 +355,22 @@ impl<E: Env> Volume<E> {
             return true;
         }
         let (taken, room) = (core.taken(), self.cache.room_for(core));
-        let (_, unsettled) = self.judge(&mut lock(&core.pacer.state), taken);
-        unsettled > self.limit(room) / 2
+        let mut state = lock(&core.pacer.state);
+        let (_, unsettled) = self.judge(&mut state, taken);
+        unsettled > self.limit(room, state.rate) / 2
     }
 
-    fn limit(&self, room: u64) -> u64 {
+    fn limit(&self, room: u64, rate: u64) -> u64 {
+        let max_dirty = self.wishes.max_dirty.load(Ordering::Relaxed);
+        let room = if max_dirty > 0 { room.min(max_dirty) } else { room };
+        let lag = self.wishes.max_lag_ms.load(Ordering::Relaxed);
+        let room = match lag > 0 && rate > 0 {
+            // What is dirty must be on the disk before it is too old, and so must what comes meanwhile.
+            true => room.min((rate.saturating_mul(lag) / 1000).max(self.cache.segment_capacity())),
+            false => room,
+        };
         match self.order() {
-            Order::Relaxed => room / 2,
+            Order::Relaxed | Order::Grouped => room / 2,
             Order::Strict => room - room / EPOCH_SHARE - self.cache.segment_capacity().min(room / 2),
         }
     }
@@ -345,8 +386,14 @@ impl<E: Env> Volume<E> {
         let (allowed, has_moved) = {
             let mut state = lock(&core.pacer.state);
             let (used, unsettled) = self.judge(&mut state, taken);
+            let rate = state.rate;
             let now = taken + state.beside;
-            if self.order() == Order::Strict && now.saturating_sub(state.cut) > room / EPOCH_SHARE {
+            // With room to spare an epoch may grow: what is overwritten or trimmed in it costs nothing.
+            let is_filling = unsettled > self.limit(room, rate) / 4;
+            if self.order() == Order::Strict
+                && is_filling
+                && now.saturating_sub(state.cut) > room / EPOCH_SHARE
+            {
                 state.cut = now;
                 core.raise_epoch();
             }
@@ -357,13 +404,13 @@ impl<E: Env> Volume<E> {
                     r.seen_us = now_us;
                 }
                 is_idle |= now_us.saturating_sub(r.seen_us) > PATIENCE_US;
-                let all = u128::from(r.todo + r.ending);
+                let all = u128::from(r.leading + r.todo + r.ending);
                 let part = |bytes: u64| (u128::from(bytes) * u128::from(r.done) / all) as u64;
                 settling = part(r.settles);
                 evenly =
                     part(r.room.min(r.settles - r.settles / 8)) as i64 - taken.saturating_sub(r.taken) as i64;
             }
-            let level = self.limit(room) as i64 - unsettled.saturating_sub(settling) as i64;
+            let level = self.limit(room, rate) as i64 - unsettled.saturating_sub(settling) as i64;
             // Without a disk that takes anything there is nothing to keep pace with.
             let rest = if is_idle { room as i64 - used as i64 } else { i64::MIN };
             (level.max(evenly).max(rest), has_moved)

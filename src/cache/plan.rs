@@ -33,6 +33,9 @@ pub(crate) struct Plan {
     pub todo: VecDeque<Extent>,
     /// To be marked clean.
     pub written: Vec<Extent>,
+    /// Written by earlier groups of the epoch that is on its way to the disk in parts: to be marked
+    /// clean with the tail.
+    pub earlier: Vec<Extent>,
     /// Where segments go on: what the round has consumed.
     pub cursors: Vec<Consumed>,
 }
@@ -46,10 +49,11 @@ pub(crate) struct Moved {
 }
 
 impl Plan {
-    /// Forgets everything: the round has ended.
+    /// Forgets the round: it has ended.
     pub fn clear(&mut self) {
         self.todo.clear();
         self.written.clear();
+        self.earlier.clear();
         self.cursors.clear();
     }
 
@@ -67,12 +71,13 @@ impl Plan {
                 }
             }
         }
-        if self.written.iter().any(concerned) {
-            let old = std::mem::take(&mut self.written);
-            for extent in old {
-                match concerned(&extent) {
-                    true => follow(extent, moves, drops_rest, |part| self.written.push(part)),
-                    false => self.written.push(extent),
+        for written in [&mut self.written, &mut self.earlier] {
+            if written.iter().any(concerned) {
+                for extent in std::mem::take(written) {
+                    match concerned(&extent) {
+                        true => follow(extent, moves, drops_rest, |part| written.push(part)),
+                        false => written.push(extent),
+                    }
                 }
             }
         }
@@ -120,6 +125,7 @@ mod tests {
         let plan = || Plan {
             todo: [extent(0, 16, 100), other, zero].into(),
             written: vec![extent(32, 2, 111)],
+            earlier: Vec::new(),
             cursors: Vec::new(),
         };
         let mut kept = plan();

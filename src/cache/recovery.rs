@@ -161,6 +161,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeM
                     report.findings.push(format!("volume slot {slot}: a copy of its tail is damaged"));
                 }
                 volume.tail.store(tail.epoch, Ordering::Relaxed);
+                *lock(&volume.recovered_tail) = (tail.epoch, tail.time_ms);
                 // Also where no segment is left to say what was used: an epoch at or below the
                 // tail would count as clean.
                 if !mutated(Mutant::EpochRestartsBelowTail) {

@@ -20,8 +20,10 @@ use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
 use super::plan::Plan;
 use super::queue::Queue;
+use super::redo::Redo;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
+use super::worker::Wishes;
 use crate::backing::Backing;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{Key, LostRange, VolumeDescriptor};
@@ -151,6 +153,10 @@ pub(crate) struct VolumeCore {
     pub tally: Tally,
     /// What its state is judged by.
     pub facts: Facts,
+    /// The order whose needs relocation honours, by its code.
+    pub kept_for: AtomicU8,
+    /// The tail that recovery found, and when it had moved there, in ms since 1970.
+    pub recovered_tail: Mutex<(u64, u64)>,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
 }
@@ -180,6 +186,8 @@ impl VolumeCore {
             attached: AtomicBool::new(false),
             tally: Tally::default(),
             facts: Facts::default(),
+            kept_for: AtomicU8::new(descriptor.order as u8),
+            recovered_tail: Mutex::default(),
             dirty_since: AtomicU64::new(0),
             descriptor: Mutex::new((descriptor, next)),
         }
@@ -300,6 +308,8 @@ pub struct Volume<E: Env> {
     pub(crate) cache: Arc<Cache<E>>,
     pub(crate) core: Arc<VolumeCore>,
     pub(crate) backing: Arc<E::Backing>,
+    /// Where groups lie before they are on the disk.
+    pub(crate) redo: Option<Arc<Redo<E::Backing>>>,
     pub(crate) config: DiskConfig,
     pub(crate) name: String,
     mode: AtomicU8,
@@ -310,6 +320,7 @@ pub struct Volume<E: Env> {
     write_cache: AtomicBool,
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
+    pub(crate) wishes: Wishes,
 }
 
 impl<E: Env> Volume<E> {
@@ -318,6 +329,7 @@ impl<E: Env> Volume<E> {
         cache: Arc<Cache<E>>,
         core: Arc<VolumeCore>,
         backing: Arc<E::Backing>,
+        redo: Option<Arc<Redo<E::Backing>>>,
         config: DiskConfig,
         name: String,
         mode: Mode,
@@ -329,6 +341,7 @@ impl<E: Env> Volume<E> {
             cache,
             core,
             backing,
+            redo,
             config,
             name,
             mode: AtomicU8::new(mode as u8),
@@ -337,6 +350,7 @@ impl<E: Env> Volume<E> {
             pass_discard,
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
+            wishes: Wishes::default(),
         }
     }
 
@@ -375,7 +389,11 @@ impl<E: Env> Volume<E> {
 
     /// What has happened so far.
     pub fn counters(&self) -> Counters {
-        Counters { free_segments: self.cache.free_segments() as u64, ..self.core.counters() }
+        Counters {
+            free_segments: self.cache.free_segments() as u64,
+            lag_ms: self.lag_ms(),
+            ..self.core.counters()
+        }
     }
 
     /// Whether everything acknowledged is on the disk.

@@ -54,6 +54,8 @@ pub enum Verb {
     Dump(DumpArgs),
     /// Bring all dirty data to the backing disks and leave the cache clean
     Drain(DrainArgs),
+    /// Without its cache: bring a disk that was served in grouped order to the last group's end
+    RecoverBacking(RecoverArgs),
 }
 
 /// Options of serving.
@@ -150,6 +152,20 @@ pub struct VolumeArgs {
     /// Order in which write-back reaches the backing disk [default: strict]
     #[arg(long, value_name = "ORDER", value_enum)]
     pub order: Option<Order>,
+    /// Redo area of a volume in grouped order: a file, made if it does not exist, or a block device of
+    /// its own [default: the backing image's path with .redo appended]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub redo: Option<PathBuf>,
+    /// Size to make the redo area with [default: a sixteenth of the disk, 16 MiB to 256 MiB]
+    #[arg(long, value_name = "SIZE", value_parser = value::disk_size)]
+    pub redo_size: Option<u64>,
+    /// Most seconds by which the backing disk may be behind the guest. Write-back waits that long for
+    /// more, and the guest is slowed before it would take longer [default: no bound, write-back after 2 s]
+    #[arg(long, value_name = "SECONDS", value_parser = value::max_lag_s)]
+    pub max_lag_s: Option<u32>,
+    /// Most dirty bytes in the cache; the guest is slowed before there are more [default: by space]
+    #[arg(long, value_name = "SIZE", value_parser = value::disk_size)]
+    pub max_dirty: Option<u64>,
     /// Verify the checksum of every read hit
     #[arg(long)]
     pub data_crc: bool,
@@ -245,6 +261,9 @@ pub struct DrainArgs {
     /// Take the backing disk as raw, even if it looks like another image format
     #[arg(long, value_name = "FORMAT", value_enum)]
     pub backing_format: Option<BackingFormat>,
+    /// Redo area of the volume [default: where it was when last served]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub redo: Option<PathBuf>,
     /// Treat a cache in RAM as if it were persistent: for tests and benchmarks only
     #[arg(long)]
     pub assume_dax: bool,
@@ -257,6 +276,23 @@ pub struct DrainArgs {
     /// Where the default cache is
     #[arg(long, value_name = "DIR", value_parser = path_parser())]
     pub state_dir: Option<PathBuf>,
+    /// Least important events to log
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+/// Options of `recover-backing`.
+#[derive(Args, Debug)]
+pub struct RecoverArgs {
+    /// Backing disk: a raw image file or a block device
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser())]
+    pub backing: PathBuf,
+    /// Its redo area [default: the backing image's path with .redo appended]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub redo: Option<PathBuf>,
+    /// Apply the group although somebody else seems to have written to the disk since
+    #[arg(long)]
+    pub force: bool,
     /// Least important events to log
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,
@@ -286,6 +322,7 @@ impl Cli {
             Some(Verb::Check(args)) => args.log_level,
             Some(Verb::Dump(args)) => args.log_level,
             Some(Verb::Drain(args)) => args.log_level,
+            Some(Verb::RecoverBacking(args)) => args.log_level,
         }
     }
 }

@@ -49,6 +49,9 @@ pub enum Order {
     /// Flush by flush, as the guest wrote: the disk alone is always a state the guest's disk was in
     #[default]
     Strict,
+    /// Several flushes' worth at once, by way of a redo area: the disk and that area together are
+    /// always a state the guest's disk was in
+    Grouped,
     /// By address, newest only: faster, and the disk alone is nothing without the cache
     Relaxed,
 }
@@ -141,6 +144,14 @@ pub struct VolumeConfig {
     pub mode: Mode,
     /// In which order write-back goes.
     pub order: Order,
+    /// Where groups lie before they are on the disk, if not beside it.
+    pub redo: Option<PathBuf>,
+    /// Bytes to make that with, if not by default.
+    pub redo_size: Option<u64>,
+    /// Seconds by which the disk may lag behind; 0 for no wish.
+    pub max_lag_s: u32,
+    /// Most dirty bytes; 0 for as many as there is space.
+    pub max_dirty: u64,
     /// Whether hits verify their checksums.
     pub data_crc: bool,
     /// Block size the guest sees, if not the disk's.
@@ -172,6 +183,10 @@ impl VolumeConfig {
             queue_size: DEFAULT_QUEUE_SIZE,
             mode: Mode::default(),
             order: Order::default(),
+            redo: None,
+            redo_size: None,
+            max_lag_s: 0,
+            max_dirty: 0,
             data_crc: false,
             block_size: None,
             read_only: false,
@@ -349,6 +364,10 @@ impl Config {
         config.queue_size = volume.queue_size.unwrap_or(config.queue_size);
         config.mode = volume.cache_mode.unwrap_or(config.mode);
         config.order = volume.order.unwrap_or(config.order);
+        config.redo = volume.redo.clone();
+        config.redo_size = volume.redo_size;
+        config.max_lag_s = volume.max_lag_s.unwrap_or(config.max_lag_s);
+        config.max_dirty = volume.max_dirty.unwrap_or(config.max_dirty);
         config.data_crc = volume.data_crc;
         config.block_size = volume.block_size;
         config.read_only = volume.read_only;
@@ -536,7 +555,7 @@ mod tests {
             "pcache-vhost --socket-path /run/s --socket-group kvm --cache /c --cache-size 2GiB \
              --segment-size 1MiB --assume-dax --allow-volatile --name web --blk-file /b \
              --backing-format raw --backing-size 8GiB --queues 4 --queue-size 64 \
-             --cache-mode writearound --order relaxed --data-crc --block-size 4096 --read-only \
+             --cache-mode writearound --order relaxed --redo /r --redo-size 32MiB --max-lag-s 60 --max-dirty 1GiB --data-crc --block-size 4096 --read-only \
              --serial S9 --discard keep --poll-us 7 --force-identity --accept-loss=web",
         )
         .unwrap();
@@ -558,6 +577,10 @@ mod tests {
             queue_size: 64,
             mode: Mode::Writearound,
             order: Order::Relaxed,
+            redo: Some("/r".into()),
+            redo_size: Some(32 << 20),
+            max_lag_s: 60,
+            max_dirty: 1 << 30,
             data_crc: true,
             block_size: Some(4096),
             read_only: true,

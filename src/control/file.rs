@@ -177,6 +177,10 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let queue_size = section.number("queue_size", value::queue_size)?;
     let mode = section.text("mode", value::choice)?;
     let order = section.text("order", value::choice)?;
+    let redo = section.text("redo", value::path)?;
+    let redo_size = section.size("redo_size", value::disk_size)?;
+    let max_lag_s = section.number("max_lag_s", value::max_lag_s)?;
+    let max_dirty = section.size("max_dirty", value::disk_size)?;
     let data_crc = section.flag("data_crc")?;
     let block_size = section.number("block_size", value::block_size)?;
     let read_only = section.flag("read_only")?;
@@ -198,6 +202,10 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.queue_size = queue_size.unwrap_or(volume.queue_size);
     volume.mode = mode.unwrap_or(volume.mode);
     volume.order = order.unwrap_or(volume.order);
+    volume.redo = redo;
+    volume.redo_size = redo_size;
+    volume.max_lag_s = max_lag_s.unwrap_or(volume.max_lag_s);
+    volume.max_dirty = max_dirty.unwrap_or(volume.max_dirty);
     volume.data_crc = data_crc;
     volume.block_size = block_size;
     volume.read_only = read_only;

@@ -15,6 +15,7 @@ use crate::backing;
 use crate::cache::{AttachError, OpenError};
 use crate::tools::drain::DrainFailure;
 use crate::tools::image::ImageError;
+use crate::tools::recover::RecoverError;
 
 /// Why it was not done. Each is one sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,9 @@ pub enum RunError {
         /// Why.
         source: Box<DrainFailure>,
     },
+    /// A disk without its cache stays as it is.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
     /// A consent for several volumes at once.
     #[error("--{0} is given for one volume at a time: say which with --name")]
     WhichVolume(&'static str),
@@ -120,6 +124,7 @@ pub fn run(cli: &Cli) -> Exit {
         Some(Verb::Check(args)) => verbs::check(args),
         Some(Verb::Dump(args)) => verbs::dump(args),
         Some(Verb::Drain(args)) => verbs::drain(args),
+        Some(Verb::RecoverBacking(args)) => verbs::recover_backing(args),
     };
     result.unwrap_or_else(|error| {
         complain(&error);

@@ -38,7 +38,8 @@ use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
 use crate::tools::created::Created;
 use crate::tools::disk::{self, DiskOptions};
-use crate::tools::image::{self, Image, ImageOptions};
+use crate::tools::image::{self, Image, ImageOptions, Sizing};
+use crate::tools::redo::{self, RedoOptions};
 use crate::vhost::{self, Server, Stopper};
 
 /// Longest time from the request to stop to the end of the process. Less than the 90 s after which
@@ -156,7 +157,8 @@ fn open_all<'a>(
     let mut wanted = Vec::new();
     for (volume, disk) in config.volumes().iter().zip(disks) {
         let cache = &config.caches()[volume.cache];
-        let options = attach_options(cache, volume, disk.disk);
+        let redo = open_redo(volume, &disk.disk, created)?;
+        let options = attach_options(cache, volume, disk.disk, redo);
         cache::would_attach(&images[volume.cache].pmem, &options).map_err(RunError::attach(cache, volume))?;
         wanted.push((volume, options, disk.is_new));
     }
@@ -172,6 +174,8 @@ fn open_all<'a>(
         if config.read_only && !volume.is_clean() {
             tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
         }
+        volume.set_max_lag_ms(u64::from(config.max_lag_s) * 1000);
+        volume.set_max_dirty(config.max_dirty);
         volumes.push(OpenVolume { config, volume, is_new });
     }
     Ok((caches, volumes))
@@ -215,12 +219,37 @@ fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) 
     }
 }
 
-fn attach_options(cache: &CacheConfig, config: &VolumeConfig, backing: Arc<Disk>) -> AttachOptions<Host> {
+/// The volume's redo area: what grouped order needs, and what an earlier start may have left a group in.
+fn open_redo(
+    config: &VolumeConfig,
+    disk: &Disk,
+    created: &mut Created,
+) -> Result<Option<Arc<Disk>>, RunError> {
+    if config.read_only {
+        return Ok(None);
+    }
+    let options = RedoOptions {
+        path: config.redo.as_deref(),
+        disk: &config.backing.path,
+        disk_size: disk.geometry().size,
+        size: config.redo_size.map_or(Sizing::AsFound, Sizing::Exactly),
+        is_needed: config.order == Order::Grouped,
+    };
+    redo::open_or_create(&options, created).map_err(RunError::Disk)
+}
+
+fn attach_options(
+    cache: &CacheConfig,
+    config: &VolumeConfig,
+    backing: Arc<Disk>,
+    redo: Option<Arc<Disk>>,
+) -> AttachOptions<Host> {
     AttachOptions {
         name: config.name.as_str().into(),
         backing,
         mode: mode(config.mode),
         order: order(config.order),
+        redo,
         data_crc: config.data_crc,
         pass_discard: config.discard == Discard::Pass,
         read_only: config.read_only,
@@ -401,6 +430,7 @@ fn mode(mode: Mode) -> cache::Mode {
 fn order(order: Order) -> cache::Order {
     match order {
         Order::Strict => cache::Order::Strict,
+        Order::Grouped => cache::Order::Grouped,
         Order::Relaxed => cache::Order::Relaxed,
     }
 }

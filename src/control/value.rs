@@ -234,6 +234,14 @@ pub fn poll_us(text: &str) -> Result<u32, ValueError> {
     Ok(whole(text, 0, POLL_US_MAX.into())? as u32)
 }
 
+/// Seconds by which a disk may lag behind its guest.
+///
+/// # Errors
+/// Not 1 to a day.
+pub fn max_lag_s(text: &str) -> Result<u32, ValueError> {
+    Ok(whole(text, 1, 86_400)? as u32)
+}
+
 fn whole(text: &str, min: u64, max: u64) -> Result<u64, ValueError> {
     match text.parse::<u64>() {
         Ok(number) if (min..=max).contains(&number) => Ok(number),

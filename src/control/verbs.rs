@@ -7,19 +7,20 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::announce::{self, print};
-use super::cli::{CheckArgs, DrainArgs, DumpArgs, FormatArgs};
+use super::cli::{CheckArgs, DrainArgs, DumpArgs, FormatArgs, RecoverArgs};
 use super::config::{self, Consents};
 use super::exit::Exit;
 use super::file;
 use super::progress::Progress;
 use super::run::{RunError, of_cache, state_dir};
-use crate::cache::{self, Cache, CheckReport, SystemClock, Verdict};
+use crate::cache::{self, Cache, CheckReport, Clock, SystemClock, Verdict};
 use crate::onmedia::Geometry;
 use crate::pmem::Pmem;
 use crate::tools::Host;
 use crate::tools::created::Created;
 use crate::tools::drain::{DrainOptions, Drained, drain as drain_volume};
 use crate::tools::image::{self, ImageError, ImageOptions, Sizing};
+use crate::tools::recover;
 use crate::units::Bytes;
 
 /// `format`: an empty cache where there was nothing, or where `--force` allows it.
@@ -189,6 +190,7 @@ fn drain_one(
     let configured = job.disks.iter().find(|(volume, _, _)| *volume == name);
     let options = DrainOptions {
         backing: args.backing.as_deref().or(configured.map(|(_, path, _)| *path)),
+        redo: args.redo.as_deref(),
         raw: args.backing_format.is_some() || configured.is_some_and(|(_, _, raw)| *raw),
         force_identity: args.force_identity,
         accept_loss: args.accept_loss,
@@ -215,4 +217,20 @@ fn drain_one(
         }
     });
     Ok(())
+}
+
+/// `recover-backing`: a disk without its cache.
+pub(super) fn recover_backing(args: &RecoverArgs) -> Result<Exit, RunError> {
+    let redo = args.redo.clone().unwrap_or_else(|| crate::tools::redo::beside(&args.backing));
+    let disk = args.backing.display();
+    match recover::recover(&args.backing, &redo, args.force)? {
+        None => print(&format!("{disk}: no group is under way, the disk is consistent as it is\n")),
+        Some(done) => print(&format!(
+            "{disk}: {} applied from {}; it is as the guest had left it {} s ago\n",
+            Bytes(done.sectors * 512),
+            redo.display(),
+            SystemClock::default().unix_ms().saturating_sub(done.time_ms) / 1000
+        )),
+    }
+    Ok(Exit::Done)
 }

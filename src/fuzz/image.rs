@@ -371,6 +371,7 @@ impl Machine {
                 backing: disk.clone(),
                 mode: choices.modes[number],
                 order: choices.orders[number],
+                redo: None,
                 data_crc: number == 0,
                 pass_discard: true,
                 read_only: choices.read_only,

@@ -23,6 +23,7 @@ mod layout;
 mod liveness;
 mod lost;
 mod record;
+mod redo;
 mod segment;
 mod start;
 mod summary;
@@ -47,6 +48,9 @@ pub use lost::{LOST_MAX, LostCause, LostRange};
 pub use record::{
     RECORD_LEN_MAX, RECORD_MAGIC, Record, RecordError, RecordExpect, RecordHeader, decode_record,
     decode_record_into, encode_record, record_len,
+};
+pub use redo::{
+    REDO_MAGIC, REDO_SAMPLES_MAX, REDO_VERSION, RedoEntry, RedoHeader, RedoKind, RedoSample, RedoState,
 };
 pub use segment::{SEGMENT_MAGIC, SegmentHeader, SegmentKind, SegmentState};
 pub use start::{START_MAGIC, StartPage};
@@ -89,6 +93,9 @@ pub const STRUCTURES: &[(&str, usize, &[Field])] = &[
     ("RecordHeader", RecordHeader::SIZE, RecordHeader::FIELDS),
     ("Key", Key::SIZE, Key::FIELDS),
     ("SummaryHeader", SummaryHeader::SIZE, SummaryHeader::FIELDS),
+    ("RedoHeader", RedoHeader::SIZE, RedoHeader::FIELDS),
+    ("RedoSample", RedoSample::SIZE, RedoSample::FIELDS),
+    ("RedoEntry", RedoEntry::SIZE, RedoEntry::FIELDS),
 ];
 
 /// Every field whose values are codes: the type's name, then each code with its name.
@@ -101,4 +108,6 @@ pub const CODES: &[(&str, &[(u8, &str)])] = &[
     ("SegmentState", SegmentState::CODES),
     ("SegmentKind", SegmentKind::CODES),
     ("KeyKind", KeyKind::CODES),
+    ("RedoState", RedoState::CODES),
+    ("RedoKind", RedoKind::CODES),
 ];

@@ -49,10 +49,13 @@ codes! {
 }
 
 codes! {
-    /// In what order dirty data reaches the disk. Code 1 is reserved.
+    /// In what order dirty data reaches the disk.
     pub enum Order {
         /// Epoch by epoch: the disk alone is always as it was at some FLUSH.
         Strict = 0 "strict",
+        /// Several epochs at a time, applied as one by way of a redo area: the disk alone, once what
+        /// the redo area holds is applied, is always as it was at some FLUSH.
+        Grouped = 1 "grouped",
         /// By address, across epochs: the disk alone is consistent only after a drain.
         Relaxed = 2 "relaxed",
     }
@@ -124,10 +127,14 @@ layout! {
         136 consistent_from_epoch: u64,
         /// What GET_ID answers.
         144 serial: [u8; 20],
+        /// Whether its redo area may hold a group of which parts are on the disk.
+        164 redo_open: bool,
         /// The operator's name for it, as text.
         192 name: [u8; 64],
         /// Where the disk was found: a hint, cut if need be.
         256 path: [u8; 512],
+        /// Where its redo area was found: a hint, empty without one.
+        1024 redo_path: [u8; 512],
     }
 }
 
@@ -145,6 +152,11 @@ impl VolumeDescriptor {
     /// Where its disk was found.
     pub fn path_text(&self) -> Cow<'_, str> {
         String::from_utf8_lossy(unpad(&self.path))
+    }
+
+    /// Where its redo area was found, if it has one.
+    pub fn redo_path_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.redo_path))
     }
 
     /// Its page.
@@ -223,8 +235,10 @@ impl Default for VolumeDescriptor {
             cache_max: 0,
             consistent_from_epoch: 0,
             serial: [0; 20],
+            redo_open: false,
             name: [0; 64],
             path: [0; 512],
+            redo_path: [0; 512],
         }
     }
 }
@@ -363,6 +377,8 @@ mod tests {
             cache_max: 1 << 30,
             consistent_from_epoch: 6,
             serial: pad("serial").unwrap(),
+            redo_open: true,
+            redo_path: pad("/srv/vm.img.redo").unwrap(),
             name: pad("vm-1").unwrap(),
             path: pad_cut("/srv/vm-1.raw"),
         }
@@ -482,7 +498,7 @@ mod tests {
                 assert_eq!((error.field, error.found), (field, code.into()));
             }
         }
-        assert_eq!(Order::from_code(1), None, "reserved");
+        assert_eq!(Order::from_code(3), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::content::{self, BYTES};
+use super::content::BYTES;
 use super::world::{Event, Faults, State, World};
 use crate::backing::{Backing, BackingGeometry, BackingIdentity, BackingKind, Channel, Completion, Op};
 use crate::wake::Waker;
@@ -103,7 +103,7 @@ fn read(w: &State, disk: usize, op: &mut Op, from: usize, upto: usize) {
     let first = *offset / BYTES as u64;
     for (i, out) in buf.chunks_exact_mut(BYTES).enumerate().take(upto).skip(from) {
         let sector = first + i as u64;
-        content::encode(disk, sector, w.disks[disk].value(sector), out);
+        w.disks[disk].encode(disk, sector, out);
     }
 }
 
@@ -133,7 +133,7 @@ impl SimChannel {
             Op::Write { offset, buf } => {
                 assert!(offset.is_multiple_of(BYTES as u64) && buf.len().is_multiple_of(BYTES));
                 let first = *offset / BYTES as u64;
-                let decode = |(i, bytes)| content::decode(disk, first + i as u64, bytes);
+                let decode = |(i, bytes)| w.disks[disk].decode(disk, first + i as u64, bytes);
                 let values = buf.chunks_exact(BYTES).enumerate().map(decode).collect::<Result<_, _>>();
                 let values = values.unwrap_or_else(|e| panic!("garbage on its way to the disk: {e}"));
                 number = w.disks[disk].begin_write(first, values);

@@ -3,14 +3,16 @@
 use std::cell::{OnceCell, RefCell};
 use std::sync::Arc;
 
+use super::backing::SimBacking;
 use super::books::{self, Dirty};
-use super::disk::DiskSurvival;
+use super::disk::{DiskState, DiskSurvival};
 use super::machine::{Machine, Style};
-use super::memory::Survival;
+use super::memory::{Memory, Survival};
 use super::oracle::{Oracle, Recoverable};
 use super::rng::Rng;
 use super::stats::Stats;
 use super::world::{Snapshot, World};
+use crate::cache::recover_backing;
 
 /// What the images of one instant are judged by.
 pub(super) struct Instant<'a> {
@@ -59,7 +61,7 @@ impl Judge<'_> {
     /// Recovers an image and compares every sector.
     pub fn image(&self, image: Snapshot, rng: &mut Rng, stats: &mut Stats) -> Result<Recovered, String> {
         if self.host {
-            self.disks_alone(&image, stats)?;
+            self.disks_alone(&image, rng, stats)?;
         }
         let before = (self.depth > 0 && rng.chance(1, 8)).then(|| image.clone());
         let world = World::new(image, rng.next());
@@ -102,20 +104,61 @@ impl Judge<'_> {
     }
 
     /// With the cache lost, each ordered disk is a legal older state of its volume.
-    fn disks_alone(&self, image: &Snapshot, stats: &mut Stats) -> Result<(), String> {
+    fn disks_alone(&self, image: &Snapshot, rng: &mut Rng, stats: &mut Stats) -> Result<(), String> {
         let mut judged = self.at.disks_alone.borrow_mut();
         for (volume, (oracle, disk)) in self.at.oracles.iter().zip(&image.disks).enumerate() {
             if !oracle.is_ordered {
                 continue;
             }
             stats.disks_alone += 1;
-            let values = disk.durable_values();
-            if judged[volume] != values {
-                oracle.judge_disk_alone(values).map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
-                values.clone_into(&mut judged[volume]);
+            let alone = self.recover_backing(image, volume, rng, stats)?;
+            for disk in if alone.is_empty() { vec![disk] } else { alone.iter().collect() } {
+                let values = disk.durable_values();
+                if judged[volume] != values {
+                    oracle
+                        .judge_disk_alone(values)
+                        .map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
+                    values.clone_into(&mut judged[volume]);
+                }
             }
         }
         Ok(())
+    }
+
+    /// What the redo area makes of a volume's disk alone; nothing where there is none, or it is idle.
+    /// A crash inside that changes nothing about where it ends.
+    fn recover_backing(
+        &self,
+        image: &Snapshot,
+        volume: usize,
+        rng: &mut Rng,
+        stats: &mut Stats,
+    ) -> Result<Vec<DiskState>, String> {
+        let redo = self.at.oracles.len() + volume;
+        if redo >= image.disks.len() || image.disks[redo].is_blank() {
+            return Ok(Vec::new());
+        }
+        let disks = image.disks.clone();
+        let mut images = vec![Snapshot { what: "recover-backing", memory: Memory::nothing(), disks }];
+        let mut recovered = Vec::new();
+        while let Some(image) = images.pop() {
+            let world = World::new(image, rng.next());
+            if recovered.is_empty() && rng.chance(1, 4) {
+                world.with(|w| (w.cuts.rate, w.cuts.count_max) = (4, 2));
+            }
+            let backing = |number| SimBacking::new(&world, number);
+            let done = recover_backing(Arc::new(backing(redo)), &backing(volume), false)
+                .map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
+            for (_, cut) in world.take_cuts() {
+                images.push(cut.host_crash(&Survival::Nothing, disk_survival(rng), rng).0);
+            }
+            if done.is_none() && recovered.is_empty() {
+                return Ok(Vec::new());
+            }
+            stats.redo_images += 1;
+            recovered.push(world.with(|w| w.disks[volume].clone()));
+        }
+        Ok(recovered)
     }
 
     /// A crash inside the recovery of `before`: what it leaves is recovered like any other image.

@@ -6,7 +6,9 @@
 //! wholly, in part or not at all.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::content::{self, BYTES};
 use super::rng::Rng;
 
 /// What of a volatile write cache a host crash leaves.
@@ -41,11 +43,26 @@ struct Flying {
     landed: usize,
 }
 
+/// What is in the sectors of a disk that holds anything but a guest's writes: the number of each
+/// content is a hash of it. One book for all images of a disk.
+#[derive(Clone, Debug, Default)]
+struct Book(Arc<Mutex<BTreeMap<u64, [u8; BYTES]>>>);
+
+impl PartialEq for Book {
+    fn eq(&self, _: &Book) -> bool {
+        true
+    }
+}
+
+impl Eq for Book {}
+
 /// One disk: what each sector holds is the number of a write (see `content`).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DiskState {
     /// What tells it from other disks.
     pub identity: u64,
+    /// For a disk of any bytes, what they are.
+    book: Option<Book>,
     /// Whether its write cache was lost and nobody has been told: the next flush fails.
     pub owes_error: bool,
     durable: Vec<u64>,
@@ -61,6 +78,7 @@ impl DiskState {
     pub fn new(content: Vec<u64>) -> DiskState {
         DiskState {
             identity: 1,
+            book: None,
             owes_error: false,
             durable: content,
             volatile: BTreeMap::new(),
@@ -73,6 +91,45 @@ impl DiskState {
     /// The same under another name.
     pub fn named(self, identity: u64) -> DiskState {
         DiskState { identity, ..self }
+    }
+
+    /// A blank disk of any bytes.
+    pub fn raw(sectors: u64) -> DiskState {
+        DiskState { book: Some(Book::default()), ..DiskState::new(vec![0; sectors as usize]) }
+    }
+
+    /// Fills `out` with what the sector `sector` of disk number `disk` holds.
+    pub(super) fn encode(&self, disk: usize, sector: u64, out: &mut [u8]) {
+        let value = self.value(sector);
+        match &self.book {
+            Some(_) if value == 0 => out.fill(0),
+            Some(book) => {
+                let book = book.0.lock().unwrap_or_else(PoisonError::into_inner);
+                out.copy_from_slice(&book[&value]);
+            }
+            None => content::encode(disk, sector, value, out),
+        }
+    }
+
+    /// The number of what is to be stored.
+    pub(super) fn decode(&self, disk: usize, sector: u64, bytes: &[u8]) -> Result<u64, String> {
+        let Some(book) = &self.book else { return content::decode(disk, sector, bytes) };
+        if bytes.iter().all(|&byte| byte == 0) {
+            return Ok(0);
+        }
+        let mix = |hash: u64, word: &[u8; 8]| {
+            (hash.rotate_left(23) ^ u64::from_le_bytes(*word)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        };
+        let value = bytes.as_chunks::<8>().0.iter().fold(1, mix) | 1;
+        let content: [u8; BYTES] = bytes.try_into().map_err(|_| "not a sector".to_owned())?;
+        let before = book.0.lock().unwrap_or_else(PoisonError::into_inner).insert(value, content);
+        assert!(before.is_none_or(|before| before == content), "two contents with one number");
+        Ok(value)
+    }
+
+    /// Whether nothing was ever stored there.
+    pub(super) fn is_blank(&self) -> bool {
+        self.next_write == 1
     }
 
     /// Number of sectors.
@@ -209,7 +266,7 @@ impl DiskState {
     pub fn resized(&self, sectors: u64) -> DiskState {
         let mut content = self.values();
         content.resize(sectors as usize, 0);
-        DiskState { identity: self.identity, ..DiskState::new(content) }
+        DiskState { identity: self.identity, book: self.book.clone(), ..DiskState::new(content) }
     }
 
     /// The daemon dies with writes in flight; they end before anybody else may open the disk.

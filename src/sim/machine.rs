@@ -131,7 +131,7 @@ impl Machine {
             Cache::open(pmem, clock.clone()).map_err(|e| format!("the cache does not open: {e}"))?;
         let mut served = Vec::new();
         for (number, style) in styles.iter().enumerate() {
-            let options = attach_options(world, number, style, queues);
+            let options = attach_options(world, (number, styles.len()), style, queues);
             let volume = cache
                 .attach(options)
                 .map_err(|e| format!("volume {number} is not attached: {e}; {:?}", report.findings))?;
@@ -271,12 +271,21 @@ pub(super) fn is_refusal(error: &str) -> bool {
     REFUSALS.iter().any(|refusal| error.contains(refusal))
 }
 
-fn attach_options(world: &Arc<World>, number: usize, style: &Style, queues: u16) -> AttachOptions<SimEnv> {
+fn attach_options(
+    world: &Arc<World>,
+    (number, volumes): (usize, usize),
+    style: &Style,
+    queues: u16,
+) -> AttachOptions<SimEnv> {
+    // After the volumes' disks come their redo areas, in worlds that have any.
+    let redo = volumes + number;
+    let has_redo = world.with(|w| redo < w.disks.len());
     AttachOptions {
         name: format!("volume{number}"),
         backing: Arc::new(SimBacking::new(world, number)),
         mode: style.mode,
         order: style.order,
+        redo: has_redo.then(|| Arc::new(SimBacking::new(world, redo))),
         data_crc: true,
         pass_discard: style.pass_discard,
         read_only: false,

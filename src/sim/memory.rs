@@ -102,6 +102,11 @@ impl Memory {
         }
     }
 
+    /// None: where a cache is lost.
+    pub(super) fn nothing() -> Memory {
+        Memory::new(MediaClass::AssumeDax, 0)
+    }
+
     /// The same bytes, all of them durable.
     pub(super) fn settled(&self) -> Memory {
         Memory {

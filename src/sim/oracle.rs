@@ -10,6 +10,9 @@
 //!   it shows nothing that precedes a write which had ended when that FLUSH began. A write submitted
 //!   without a write cache is its own FLUSH, of itself alone.
 //!
+//! - the disk alone, in grouped order: if it shows anything, it shows all that had ended before that
+//!   began, FLUSH or not.
+//!
 //! A write that failed, or was under way in a crash, may have happened, until something that it
 //! precedes covers it. After a crash the run reads everything and tells ([`Oracle::narrow`]): what
 //! was read once is from then on the truth.
@@ -77,6 +80,8 @@ pub struct Oracle {
     next_id: u64,
     /// Whether the disk alone has been legal at every moment so far.
     pub is_ordered: bool,
+    /// Whether it has shown exactly one moment of the guest's, as in grouped order.
+    pub is_exact: bool,
 }
 
 impl Oracle {
@@ -99,6 +104,7 @@ impl Oracle {
             now: 1,
             next_id: 1,
             is_ordered: true,
+            is_exact: false,
         }
     }
 
@@ -228,11 +234,13 @@ impl Oracle {
         }
         let flush = self.flushes.iter().filter(|f| f.ended < newest_began).max_by_key(|f| f.began);
         let flushed = flush.map_or(0, |f| f.began);
+        let is_exact = self.is_exact;
         for (sector, &value) in values.iter().enumerate() {
             let writes = &self.sectors[sector];
             let lost = |shown: &Write| {
-                let must =
-                    |w: &&Write| w.is_acked && w.ended < if w.is_through { newest_began } else { flushed };
+                let must = |w: &&Write| {
+                    w.is_acked && w.ended < if is_exact || w.is_through { newest_began } else { flushed }
+                };
                 writes.iter().filter(must).find(|w| shown.precedes(w))
             };
             let mut named = writes.iter().filter(|w| w.value == value);

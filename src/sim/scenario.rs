@@ -40,6 +40,8 @@ pub struct Scenario {
     pub write_percent: u64,
     /// Whether write-back gets few steps: dirty data then pins segments for long.
     pub is_disk_slow: bool,
+    /// Sectors of each volume's redo area: with few, epochs go in parts.
+    pub redo_sectors: u64,
 }
 
 impl Scenario {
@@ -65,7 +67,8 @@ impl Scenario {
         let meta = (2 + 2 * volumes as u64) * 4096;
         let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
         let simple = rng.chance(1, 2);
-        let styles = (0..volumes).map(|_| if simple { Style::strict() } else { Style::random(&mut rng) });
+        let plain = Style { order: rng.pick(&[Order::Strict, Order::Grouped]), ..Style::strict() };
+        let styles = (0..volumes).map(|_| if simple { plain } else { Style::random(&mut rng) });
         let styles = styles.collect();
         Scenario {
             seed,
@@ -83,6 +86,7 @@ impl Scenario {
             housekeeping: rng.pick(&[0, 0, 4, 10]),
             write_percent: rng.pick(&[50, 50, 20]),
             is_disk_slow: rng.chance(1, 4),
+            redo_sectors: 48 + u64::from(segment_size) / 16 / 512 + rng.pick(&[0, 24, 400]),
         }
     }
 }
@@ -97,7 +101,7 @@ impl Style {
     pub fn random(rng: &mut Rng) -> Style {
         let others = [Mode::Writethrough, Mode::Writearound, Mode::Readonly, Mode::Passthrough];
         let mode = if rng.chance(3, 5) { Mode::Writeback } else { rng.pick(&others) };
-        let order = if rng.chance(1, 3) { Order::Relaxed } else { Order::Strict };
+        let order = rng.pick(&[Order::Strict, Order::Grouped, Order::Relaxed]);
         Style { mode, order, write_cache: rng.chance(3, 4), pass_discard: rng.chance(1, 2) }
     }
 }

@@ -151,6 +151,12 @@ stats! {
     deletes_of_dirty,
     /// Images of a crash inside a delete.
     delete_images,
+    /// Redo areas applied to a disk whose cache was lost, each compared.
+    redo_images,
+    /// Changes of a volume's order under its guest.
+    order_changes,
+    /// Groups applied by way of a redo area.
+    groups,
 }
 
 impl Stats {

@@ -11,7 +11,8 @@ use super::Host;
 use super::created::Created;
 use super::disk::{self, DiskOptions};
 use super::image::Sizing;
-use crate::backing;
+use super::redo::{self, RedoOptions};
+use crate::backing::{self, Backing};
 use crate::cache::worker::{DrainError, DrainProgress};
 use crate::cache::{AttachError, AttachOptions, Cache};
 use crate::onmedia::unpad;
@@ -21,6 +22,8 @@ use crate::onmedia::unpad;
 pub struct DrainOptions<'a> {
     /// Its disk, if not where it was when last served.
     pub backing: Option<&'a Path>,
+    /// Its redo area, if not where it was when last served.
+    pub redo: Option<&'a Path>,
     /// Whether the disk is raw whatever it looks like.
     pub raw: bool,
     /// Whether another disk than the volume's own is accepted.
@@ -99,11 +102,23 @@ pub fn drain(
     let disk = disk::open_or_create(&wanted, &mut Created::default())
         .map_err(|source| DrainFailure::Disk { name: name.into(), source })?
         .disk;
+    let recorded = PathBuf::from(descriptor.redo_path_text().into_owned());
+    let redo = options.redo.or(Some(recorded.as_path()).filter(|path| !path.as_os_str().is_empty()));
+    let wanted = RedoOptions {
+        path: redo,
+        disk: path,
+        disk_size: disk.geometry().size,
+        size: Sizing::AsFound,
+        is_needed: false,
+    };
+    let redo = redo::open_or_create(&wanted, &mut Created::default())
+        .map_err(|source| DrainFailure::Disk { name: name.into(), source })?;
     let volume = cache.attach_to_drain(AttachOptions {
         name: name.into(),
         backing: disk,
         mode: descriptor.mode,
         order: descriptor.order,
+        redo,
         data_crc: descriptor.data_crc,
         pass_discard: descriptor.discard == crate::onmedia::DiscardPolicy::Pass,
         read_only: false,

@@ -7,6 +7,8 @@ pub mod created;
 pub mod disk;
 pub mod drain;
 pub mod image;
+pub mod recover;
+pub mod redo;
 pub mod signature;
 
 use crate::backing::Disk;

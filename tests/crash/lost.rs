@@ -309,6 +309,7 @@ fn open(scene: &Scene, mode: Mode, accept_loss: bool) -> Result<Arc<Volume<SimEn
         backing: Arc::new(SimBacking::new(&scene.world, 0)),
         mode,
         order: Order::Strict,
+        redo: None,
         data_crc: true,
         pass_discard: false,
         read_only: false,

@@ -19,6 +19,7 @@ fn options(world: &Arc<World>) -> AttachOptions<SimEnv> {
         backing: Arc::new(SimBacking::new(world, 0)),
         mode: STYLE.mode,
         order: STYLE.order,
+        redo: None,
         data_crc: true,
         pass_discard: false,
         read_only: false,

@@ -3,6 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use pcache_vhost::cache::Order;
 use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
@@ -61,6 +62,15 @@ impl Instrument {
             M::StartNotChecked | M::StartNotCounted => {
                 ("story of two openings", Story(stories::a_segment_opened_twice))
             }
+            M::GroupBodyUnflushed
+            | M::GroupAppliedUncommitted
+            | M::GroupVoidedEarly
+            | M::GroupNotVoided
+            | M::GroupNotJournaled
+            | M::GroupCutByVersion
+            | M::PartsForgotten
+            | M::RedoBelievedUnflushed
+            | M::RedoLeftUnapplied => run(|s| s.styles.iter().any(|s| s.order == Order::Grouped)),
             M::SyncFailureForgotten => run(|s| s.ends_unsynced),
             M::TicketOfRunningSync
             | M::FlushNeverCompletes

@@ -224,6 +224,7 @@ impl Bench {
                 backing,
                 mode: style.mode,
                 order: style.order,
+                redo: None,
                 data_crc: true,
                 pass_discard: style.pass_discard,
                 read_only: false,

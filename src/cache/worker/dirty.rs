@@ -95,7 +95,7 @@ impl<E: Env> Writeback<E> {
         if epoch <= core.tail.load(Ordering::SeqCst) {
             return Ok(None);
         }
-        self.volume.begin_pace(core.index.dirty_sectors() * 512, None);
+        self.volume.begin_pace(core.index.dirty_sectors() * 512, None, false);
         Ok(Some(Round::sweeping(epoch)))
     }
 
@@ -144,7 +144,7 @@ impl<E: Env> Writeback<E> {
         let write = plan.todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
         let payload: u64 =
             keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
-        self.volume.begin_pace(write, Some(payload + payload / 16));
+        self.volume.begin_pace(write, Some(payload + payload / 16), false);
         Ok(Some(Round::empty(epoch)))
     }
 

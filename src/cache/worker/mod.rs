@@ -17,7 +17,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 pub(crate) use housekeeper::Housekeeper;
-pub(crate) use writeback::Writeback;
+pub use writeback::OrderError;
+pub(crate) use writeback::{Wishes, Writeback};
 
 use super::core::Cache;
 use super::env::{Clock, Env};

@@ -7,7 +7,9 @@
 //!   is in exactly one cursor, and what a round has not written yet it reads from the copy.
 //! - In *strict* order a version above the tail that something newer has superseded is still needed
 //!   by its epoch, unless both are of one epoch. Such a version is in no index, so its segment is
-//!   left alone until the tail has passed it. In *relaxed* order it is needed by nobody.
+//!   left alone until the tail has passed it. In *grouped*
+//!   order that holds within an epoch too, as a group may end inside one. In *relaxed* order it is
+//!   needed by nobody.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -63,7 +65,7 @@ impl<E: Env> Relocator<E> {
         keys: &[Key],
         moves: &mut Moves,
     ) -> Result<(), Stop> {
-        let order = lock(&volume.descriptor).0.order;
+        let order = volume.kept_for();
         for look in 0..LOOKS {
             let mut pieces = self.needed(volume, id, order, keys, moves).ok_or(Stop::NotNow)?;
             if pieces.is_empty() {
@@ -99,7 +101,7 @@ impl<E: Env> Relocator<E> {
                 continue;
             }
             let live = self.live_parts(volume, id, key);
-            if order == Order::Strict && !mutated(Mutant::RelocationDropsSuperseded) {
+            if order != Order::Relaxed && !mutated(Mutant::RelocationDropsSuperseded) {
                 let mut gone = Vec::new();
                 let mut at = key.first;
                 for part in live.iter().map(Key::range).chain([SectorRange::new(key.range().end(), 1)]) {
@@ -107,7 +109,8 @@ impl<E: Env> Relocator<E> {
                     gone.extend(runs(between, |sector| !moves.sectors.contains(&sector)));
                     at = part.end();
                 }
-                if !gone.iter().all(|part| self.is_superseded_within(volume, part)) {
+                let is_owed = |part| order == Order::Grouped || !self.is_superseded_within(volume, part);
+                if gone.iter().any(is_owed) {
                     return None;
                 }
             }

@@ -2,7 +2,7 @@
 //!
 //! A round, and what breaks if two steps are swapped:
 //! 1. gather: *strict*, the keys of the lowest closed epoch above the tail, from records, newest
-//!    per sector; *relaxed*, every dirty extent of the index, with the tail to become the epoch
+//!    per sector; *grouped*, the same of several (`group.rs`); *relaxed*, every dirty extent of the index, with the tail to become the epoch
 //!    closed before the first look;
 //! 2. make their records durable: the disk must not have what the cache may still lose, or an older
 //!    clean copy would be read until it is evicted, and the newer bytes after that;
@@ -31,7 +31,10 @@
 //! ends the worker without that answer.
 
 mod damage;
+mod group;
+mod journal;
 mod op;
+mod when;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -39,6 +42,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use self::damage::Damage;
+use self::group::{Group, Parts, Step};
+pub use self::when::OrderError;
+use self::when::When;
+pub(crate) use self::when::Wishes;
 use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::ghost;
@@ -62,8 +69,6 @@ const DEPTH: u32 = 32;
 const WRITE_SECTORS_MAX: u64 = 2048;
 /// Longest single zeroing in sectors (1 GiB).
 const ZERO_SECTORS_MAX: u64 = 1 << 21;
-/// Dirty data older than this is written back even when nothing presses.
-const AGE_MS_MAX: u64 = 2000;
 /// Extents looked up at a time in `relaxed`.
 const SWEEP: usize = 4096;
 
@@ -72,6 +77,8 @@ enum Phase {
     Idle,
     Gathered(Round, Durable),
     Writing(Round),
+    /// On its way to the redo area, from there, or out of it.
+    Group(Round, Step),
     Flushing(Round),
     /// A failed round whose other operations have not ended.
     Failing(Failure),
@@ -93,27 +100,45 @@ pub(crate) struct Writeback<E: Env> {
     pub(super) volume: Arc<Volume<E>>,
     channel: Option<<E::Backing as Backing>::Channel>,
     phase: Phase,
+    redo_channel: Option<<E::Backing as Backing>::Channel>,
+    group: Option<Group>,
+    parts: Parts,
     completions: Vec<Completion>,
+    /// Blocks of the disk that were read, by the number they were asked for.
+    reads: Vec<(u64, AlignedBuf)>,
     spare: Vec<AlignedBuf>,
+    spare_stages: Vec<AlignedBuf>,
     failures: u32,
     last_error: String,
     retry_at_ms: u64,
-    /// The epoch that was current when dirty data grew too old: rounds go on until it is reached.
-    overdue: u64,
+    when: When,
 }
 
 impl<E: Env> Writeback<E> {
     pub fn new(volume: Arc<Volume<E>>) -> Self {
+        let mut worker = Self::fresh(volume);
+        if worker.volume.order() == Order::Grouped {
+            worker.remember_parts();
+        }
+        worker
+    }
+
+    fn fresh(volume: Arc<Volume<E>>) -> Self {
         Self {
             volume,
             channel: None,
+            redo_channel: None,
+            group: None,
+            parts: Parts::default(),
             phase: Phase::Idle,
             completions: Vec::new(),
+            reads: Vec::new(),
             spare: Vec::new(),
+            spare_stages: Vec::new(),
             failures: 0,
             last_error: String::new(),
             retry_at_ms: 0,
-            overdue: 0,
+            when: When::default(),
         }
     }
 
@@ -130,8 +155,9 @@ impl<E: Env> Writeback<E> {
     pub fn wait(&mut self, timeout: Duration) {
         let for_media =
             matches!(self.phase, Phase::Gathered(..) | Phase::MakingDurable(..) | Phase::MovingTail(..));
-        match &mut self.channel {
-            Some(channel) if !for_media && channel.in_flight() > 0 => channel.wait(timeout),
+        match (&mut self.channel, &mut self.redo_channel) {
+            (Some(channel), _) if !for_media && channel.in_flight() > 0 => channel.wait(timeout),
+            (_, Some(channel)) if !for_media && channel.in_flight() > 0 => channel.wait(timeout),
             _ => thread::sleep(timeout.min(Duration::from_millis(1))),
         }
     }
@@ -150,6 +176,7 @@ impl<E: Env> Writeback<E> {
             Phase::Idle => self.begin(),
             Phase::Gathered(round, ticket) => self.records_durable(round, ticket),
             Phase::Writing(round) => self.write(round),
+            Phase::Group(round, step) => self.step_group(round, step),
             Phase::Flushing(round) => self.flush_done(round),
             Phase::Failing(failure) => self.abort(failure),
             Phase::MakingDurable(round, ticket) => self.media_done(round, ticket),
@@ -160,19 +187,14 @@ impl<E: Env> Writeback<E> {
     fn begin(&mut self) -> Progress {
         let core = self.volume.core.clone();
         let now = self.volume.cache.clock.now_ms();
-        if core.is_clean() || core.damaged.load(Ordering::Relaxed) || now < self.retry_at_ms {
+        if self.owes_group() && now >= self.retry_at_ms {
+            return self.resume_group();
+        }
+        if now < self.retry_at_ms || self.is_held() || !self.change_order() {
             return Progress::Idle;
         }
-        let age = now.saturating_sub(core.dirty_since.load(Ordering::Relaxed));
-        let urgent = self.volume.draining.load(Ordering::SeqCst)
-            || self.volume.cache.is_pressed()
-            || self.volume.is_round_due()
-            || core.damage_seen.load(Ordering::Relaxed);
-        if !urgent && age < AGE_MS_MAX {
+        if core.is_clean() || core.damaged.load(Ordering::Relaxed) || !self.is_time(now) {
             return Progress::Idle;
-        }
-        if age >= AGE_MS_MAX && core.tail.load(Ordering::SeqCst) >= self.overdue {
-            self.overdue = core.epoch.load(Ordering::SeqCst);
         }
         if self.channel.is_none() {
             match self.volume.backing.channel(&Waker::default(), DEPTH) {
@@ -182,12 +204,23 @@ impl<E: Env> Writeback<E> {
         }
         let mut plan = lock(&core.plan);
         plan.clear();
-        let round = match self.volume.order() {
+        let round = match self.round_order() {
             Order::Relaxed => self.gather_relaxed(),
             Order::Strict if mutated(Mutant::NewestAcrossEpochs) => self.gather_relaxed(),
             Order::Strict => self.gather_strict(&mut plan),
+            Order::Grouped => self.gather_grouped(&mut plan),
         };
         let has_nothing = plan.todo.is_empty();
+        let round = match round {
+            Ok(Some(mut round)) => match self.check_restored(&plan, &mut round.damage) {
+                Ok(()) => Ok(Some(round)),
+                Err(failure) => {
+                    drop(plan);
+                    return self.fail(failure);
+                }
+            },
+            round => round,
+        };
         drop(plan);
         match round {
             Ok(Some(round)) if has_nothing => {
@@ -206,7 +239,8 @@ impl<E: Env> Writeback<E> {
     }
 
     fn fail(&mut self, failure: Failure) -> Progress {
-        lock(&self.volume.core.plan).clear();
+        let core = self.volume.core.clone();
+        self.keep_group(&mut lock(&core.plan));
         let now = self.volume.cache.clock.now_ms();
         let delay = delay_ms(self.failures, self.volume.core.incarnation ^ now);
         self.failures += 1;
@@ -222,22 +256,23 @@ impl<E: Env> Writeback<E> {
 
     /// Whether operations are with the disk.
     pub fn is_owed(&self) -> bool {
-        self.channel.as_ref().is_some_and(|c| c.in_flight() > 0)
+        self.channel.as_ref().is_some_and(|c| c.in_flight() > 0) || self.redo_in_flight() > 0
     }
 
     /// Takes what has ended, of a round that will not go on.
     pub fn end_operations(&mut self) {
         // The next start finds the tail where it was and writes all of it again.
         drop(self.reap());
+        drop(self.redo_reap());
     }
 
     /// Ends the worker. What the disk has not answered is left to it.
     pub fn leave(mut self) {
-        if let Some(channel) = self.channel.take()
-            && channel.in_flight() > 0
-        {
-            let since_ms = self.volume.core.facts.writeback.since_ms();
-            ghost::leave(&self.volume.core, &self.volume.name, channel, since_ms, Vec::new());
+        for channel in [self.channel.take(), self.redo_channel.take()].into_iter().flatten() {
+            if channel.in_flight() > 0 {
+                let since_ms = self.volume.core.facts.writeback.since_ms();
+                ghost::leave(&self.volume.core, &self.volume.name, channel, since_ms, Vec::new());
+            }
         }
         self.volume.core.facts.writeback.set(None);
     }
@@ -259,17 +294,22 @@ impl<E: Env> Writeback<E> {
 
     fn records_durable(&mut self, round: Round, ticket: Durable) -> Progress {
         match self.volume.cache.syncer.outcome(ticket) {
-            Outcome::Waiting if mutated(Mutant::DiskBeforeRecordDurable) => self.write(round),
+            Outcome::Waiting if mutated(Mutant::DiskBeforeRecordDurable) => self.begin_writing(round),
             Outcome::Waiting => {
                 self.phase = Phase::Gathered(round, ticket);
                 Progress::Waiting
             }
             Outcome::Failed => self.abort(Failure::media("the cache cannot be made durable".to_owned())),
-            Outcome::Reached => {
-                self.phase = Phase::Writing(round);
-                Progress::Did
-            }
+            Outcome::Reached => self.begin_writing(round),
         }
+    }
+
+    fn begin_writing(&mut self, round: Round) -> Progress {
+        self.phase = match self.owes_group() {
+            true => Phase::Group(round, Step::Journal),
+            false => Phase::Writing(round),
+        };
+        Progress::Did
     }
 
     /// Keeps the queue to the disk full.
@@ -278,6 +318,7 @@ impl<E: Env> Writeback<E> {
             return self.abort(error);
         }
         let core = self.volume.core.clone();
+        let depth = self.depth();
         loop {
             let mut plan = lock(&core.plan);
             if plan.todo.is_empty() {
@@ -288,7 +329,7 @@ impl<E: Env> Writeback<E> {
                 return self.gathered(round);
             }
             let channel = self.channel.as_mut().expect("opened before the round");
-            if channel.in_flight() >= DEPTH as usize {
+            if channel.in_flight() >= depth {
                 channel.kick();
                 self.phase = Phase::Writing(round);
                 return Progress::Waiting;
@@ -321,9 +362,13 @@ impl<E: Env> Writeback<E> {
     }
 
     fn submit(&mut self, op: Op) {
+        self.submit_as(0, op);
+    }
+
+    fn submit_as(&mut self, token: u64, op: Op) {
         let channel = self.channel.as_mut().expect("opened before the round");
         let is_first = channel.in_flight() == 0;
-        assert!(channel.submit(0, op).is_ok(), "fewer than the depth are in flight");
+        assert!(channel.submit(token, op).is_ok(), "fewer than the depth are in flight");
         if is_first {
             self.note_owed();
         }
@@ -376,10 +421,10 @@ impl<E: Env> Writeback<E> {
             if let Op::Write { buf, .. } = &completion.op {
                 self.volume.core.pacer.wrote(buf.len() as u64);
             }
-            if let Op::Write { buf, .. } = completion.op
-                && self.spare.len() < DEPTH as usize
-            {
-                self.spare.push(buf);
+            match completion.op {
+                Op::Write { buf, .. } if self.spare.len() < DEPTH as usize => self.spare.push(buf),
+                Op::Read { buf, .. } => self.reads.push((completion.token, buf)),
+                _ => {}
             }
         }
         self.completions = done;
@@ -390,10 +435,9 @@ impl<E: Env> Writeback<E> {
     fn abort(&mut self, failure: Failure) -> Progress {
         // Further failures of the same round say nothing new.
         drop(self.reap());
-        if let Some(channel) = &mut self.channel
-            && channel.in_flight() > 0
-        {
-            channel.kick();
+        drop(self.redo_reap());
+        if self.is_owed() {
+            self.channel.iter_mut().chain(&mut self.redo_channel).for_each(Channel::kick);
             self.phase = Phase::Failing(failure);
             return Progress::Waiting;
         }
@@ -411,8 +455,15 @@ impl<E: Env> Writeback<E> {
         self.flushed(round)
     }
 
-    fn flushed(&mut self, mut round: Round) -> Progress {
+    fn flushed(&mut self, round: Round) -> Progress {
         self.volume.core.pacer.flushed(self.volume.cache.clock.now_us());
+        match self.owes_group() {
+            true => self.applied(round),
+            false => self.flushed_ungrouped(round),
+        }
+    }
+
+    fn flushed_ungrouped(&mut self, mut round: Round) -> Progress {
         if let Err(error) = self.list_lost(&mut round) {
             return self.fail(error);
         }
@@ -477,7 +528,7 @@ impl<E: Env> Writeback<E> {
         }
         let mut written = 0;
         let mut plan = lock(&core.plan);
-        for extent in &plan.written {
+        for extent in plan.written.iter().chain(&plan.earlier) {
             core.index.mark_clean_if(*extent, true);
             written += extent.range.len;
         }
@@ -489,18 +540,18 @@ impl<E: Env> Writeback<E> {
         core.pacer.end_round(true);
         plan.clear();
         drop(plan);
-        if core.is_clean() {
-            core.dirty_since.store(0, Ordering::Relaxed);
-        } else if round.epoch >= self.overdue {
-            // Only what is younger is left. A guest that flushes often leaves many epochs behind
-            // it, and they are all as old as the first.
-            core.dirty_since.store(cache.clock.now_ms().max(1), Ordering::Relaxed);
-        }
-        if std::mem::take(&mut self.failures) > 0 {
-            core.facts.writeback_recovered();
-        }
+        self.note_age(round.epoch);
         cache.housekeeper.raise();
+        self.forget_parts();
+        self.recovered();
         Progress::Did
+    }
+
+    /// A round has succeeded.
+    fn recovered(&mut self) {
+        if std::mem::take(&mut self.failures) > 0 {
+            self.volume.core.facts.writeback_recovered();
+        }
     }
 }
 

@@ -12,6 +12,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::super::backing::SimBacking;
 use super::super::check::{disk_survival, survival};
 use super::super::disk::DiskState;
 use super::super::machine::Machine;
@@ -20,7 +21,7 @@ use super::super::oracle::Oracle;
 use super::super::scenario::Scenario;
 use super::super::world::{SimClock, SimEnv, Snapshot, World};
 use super::Run;
-use crate::cache::{Cache, DeleteError};
+use crate::cache::{Cache, DeleteError, recover_backing};
 
 /// What a life left, on its way into the next.
 pub(super) struct Left {
@@ -155,6 +156,11 @@ impl Run {
         self.note(|| format!("volume {volume} is deleted"));
         let world = World::new(left.image.clone(), self.rng.next());
         world.act_as(0);
+        // What a redo area holds of a volume that is no more would be nobody's.
+        let backing = |number| SimBacking::new(&world, number);
+        recover_backing(Arc::new(backing(self.scenario.volumes + volume)), &backing(volume), false)
+            .map_err(|e| format!("volume {volume}, before it is deleted: {e}"))?;
+        left.image = world.photograph("its redo area was applied");
         let rate = self.rng.between(2, 40);
         world.with(|w| (w.cuts.rate, w.cuts.count_max) = (rate, 2));
         self.delete(&world, left, volume)?;

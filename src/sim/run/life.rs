@@ -27,12 +27,16 @@ impl Run {
         let faults = Faults { lossy: self.lossy_disks(), is_uneven: true, ..self.faults() };
         self.world.with(|w| w.faults = faults);
         self.trouble_ends = None;
+        self.changing = 0;
         self.forgives = faults.may_fail_requests();
         let tail = |served: &Served| served.volume.counters().tail_epoch;
         self.tails = self.machine().served.iter().map(tail).collect();
         for volume in 0..self.scenario.volumes {
             let style = self.styles[volume];
             let is_clean = self.machine().served[volume].volume.is_clean();
+            let is_grouped = style.mode == Mode::Writeback && style.order == Order::Grouped;
+            let oracle = &mut self.oracles[volume];
+            oracle.is_exact = is_grouped && (oracle.is_exact || is_clean);
             if style.mode == Mode::Writeback && style.order == Order::Relaxed {
                 self.oracles[volume].is_ordered = false;
             } else if is_clean {
@@ -191,6 +195,7 @@ impl Run {
             self.stats.hits += c.read_hit_sectors;
             self.stats.misses += c.read_miss_sectors;
             self.stats.writeback_errors += c.writeback_errors;
+            self.stats.groups += c.groups;
             self.stats.space_waits += c.space_waits;
         }
         self.stats.steps = self.step;
@@ -263,7 +268,7 @@ impl Run {
             let is_flushed = style.mode == Mode::Writeback;
             let values = if is_flushed { disk.durable_values().to_vec() } else { disk.values() };
             self.oracles[volume].judge_drained(&values).map_err(|e| format!("volume {volume}: {e}"))?;
-            if style.order == Order::Strict {
+            if style.order != Order::Relaxed {
                 self.oracles[volume].is_ordered = true;
             }
             self.stats.drains += 1;

@@ -33,7 +33,7 @@ use super::rng::Rng;
 use super::scenario::Scenario;
 use super::stats::Stats;
 use super::world::{SimClock, Snapshot, World};
-use crate::cache::{FormatOptions, Mode, format};
+use crate::cache::{FormatOptions, Mode, Order, format};
 use crate::volume::{Done, Request, RequestKind, Status};
 
 /// Most photographs of one step.
@@ -106,6 +106,8 @@ pub struct Run {
     has_trouble: bool,
     /// The step in which the disks are back.
     trouble_ends: Option<u64>,
+    /// Volumes whose order is being changed, one bit each.
+    changing: u64,
     /// Disks that are not there at the next start, one bit each.
     absent: u64,
     /// Each volume's tail when this life began.
@@ -145,8 +147,12 @@ impl Run {
             let sector = |s| if rng.chance(1, 2) { s + 1 } else { 0 };
             DiskState::new((0..scenario.sectors).map(sector).collect()).named(number as u64 + 1)
         };
-        let disks: Vec<DiskState> = (0..scenario.volumes).map(content).collect();
+        let mut disks: Vec<DiskState> = (0..scenario.volumes).map(content).collect();
         let oracles = disks.iter().map(|d| Oracle::new(d.durable_values())).collect();
+        let redo_sectors = scenario.redo_sectors;
+        disks.extend(
+            (0..scenario.volumes).map(|number| DiskState::raw(redo_sectors).named(100 + number as u64)),
+        );
         let memory = Memory::new(scenario.class, scenario.geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, rng.next());
         let options = FormatOptions { geometry: Some(scenario.geometry), ..FormatOptions::default() };
@@ -158,6 +164,7 @@ impl Run {
             scenario,
             has_trouble: rng.chance(1, 3),
             trouble_ends: None,
+            changing: 0,
             absent: 0,
             rng,
             world,
@@ -262,8 +269,14 @@ impl Run {
 
     /// Lets the models forget what can matter no more: what they remember costs every image.
     fn prune(&mut self) {
-        let Self { oracles, world, under_way, .. } = self;
+        let Self { oracles, world, under_way, styles, machine, .. } = self;
         for (volume, oracle) in oracles.iter_mut().enumerate() {
+            // What a group's part brings back may be older than what the disk holds.
+            if styles[volume].order == Order::Grouped
+                && !machine.as_ref().is_some_and(|m| m.served[volume].volume.is_clean())
+            {
+                continue;
+            }
             let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
             let since = reads.map(|(_, u)| u.began).min().unwrap_or(u64::MAX);
             oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));

@@ -1,6 +1,7 @@
 //! A disk with a clock: each operation takes what the model says, and completes when its time comes.
 //!
-//! Content is one number per sector, the first word of its bytes; a write cache is not modelled,
+//! Content is one number per sector, the first word of its bytes, but for an extent at the end that
+//! holds any bytes, as a redo area does; a write cache is not modelled,
 //! a flush costs one access after everything before it.
 
 use std::cmp::Reverse;
@@ -57,6 +58,8 @@ pub struct TimedDisk {
 
 struct State {
     content: Vec<u64>,
+    /// Bytes of the sectors behind those.
+    raw: Vec<u8>,
     /// When each arm is free again.
     arms: Vec<u64>,
     /// When the wire is free again.
@@ -75,8 +78,14 @@ struct State {
 impl TimedDisk {
     /// A disk of zeros.
     pub fn new(clock: &VirtualClock, model: DiskModel, sectors: u64) -> Arc<TimedDisk> {
+        TimedDisk::with_raw(clock, model, sectors, 0)
+    }
+
+    /// A disk of zeros, with so many sectors for any bytes behind the others.
+    pub fn with_raw(clock: &VirtualClock, model: DiskModel, sectors: u64, raw: u64) -> Arc<TimedDisk> {
         let state = State {
             content: vec![0; sectors as usize],
+            raw: vec![0; raw as usize * 512],
             arms: vec![0; model.arms],
             wire: 0,
             ends: vec![u64::MAX; model.arms],
@@ -115,17 +124,17 @@ impl TimedDisk {
 
     /// A channel of `depth` operations.
     pub fn open(self: &Arc<Self>, depth: usize) -> TimedChannel {
-        TimedChannel { disk: self.clone(), depth, ops: Vec::new() }
+        TimedChannel { disk: self.clone(), first: 0, depth, ops: Vec::new() }
     }
 }
 
 impl State {
     /// When an operation submitted now ends.
-    fn schedule(&mut self, model: &DiskModel, now: u64, op: &Op) -> u64 {
+    fn schedule(&mut self, model: &DiskModel, now: u64, op: &Op, base: u64) -> u64 {
         let (first, bytes) = match op {
-            Op::Read { offset, buf } | Op::Write { offset, buf } => (offset / 512, buf.len() as u64),
+            Op::Read { offset, buf } | Op::Write { offset, buf } => (base + offset / 512, buf.len() as u64),
             // What holds no data moves none over the wire.
-            Op::Zero { offset, len, .. } => (offset / 512, (*len).min(4096)),
+            Op::Zero { offset, len, .. } => (base + offset / 512, (*len).min(4096)),
             Op::Flush => {
                 let end = self.last_end.max(now) + model.access_us;
                 self.arms.fill(end);
@@ -142,7 +151,7 @@ impl State {
         end
     }
 
-    fn perform(&mut self, op: &mut Op) -> io::Result<()> {
+    fn perform(&mut self, op: &mut Op, base: u64) -> io::Result<()> {
         let rate = match op {
             Op::Read { .. } => self.faults.read,
             Op::Write { .. } | Op::Zero { .. } => self.faults.write,
@@ -150,6 +159,9 @@ impl State {
         };
         if self.faults.is_hit(rate, &mut self.rng) {
             return Err(io::Error::from_raw_os_error(5));
+        }
+        if base > 0 {
+            return self.perform_raw(op, base);
         }
         match op {
             Op::Read { offset, buf } => {
@@ -178,11 +190,36 @@ impl State {
         }
         Ok(())
     }
+
+    fn perform_raw(&mut self, op: &mut Op, base: u64) -> io::Result<()> {
+        let behind = (base as usize - self.content.len()) * 512;
+        match op {
+            Op::Read { offset, buf } => {
+                let len = buf.len();
+                buf.copy_from_slice(&self.raw[behind + *offset as usize..][..len]);
+                self.written.reads += 1;
+                self.written.read_sectors += len as u64 / 512;
+            }
+            Op::Write { offset, buf } => {
+                self.raw[behind + *offset as usize..][..buf.len()].copy_from_slice(buf);
+                self.written.writes += 1;
+                self.written.sectors += buf.len() as u64 / 512;
+            }
+            Op::Zero { offset, len, .. } => {
+                self.raw[behind + *offset as usize..][..*len as usize].fill(0);
+                self.written.writes += 1;
+            }
+            Op::Flush => self.written.flushes += 1,
+        }
+        Ok(())
+    }
 }
 
 /// Operations of one user of a disk.
 pub struct TimedChannel {
     disk: Arc<TimedDisk>,
+    /// The sector that is its first.
+    first: u64,
     depth: usize,
     ops: Vec<(u64, u64, Op)>,
 }
@@ -193,7 +230,7 @@ impl Channel for TimedChannel {
             return Err(op);
         }
         let mut state = self.disk.state();
-        let end = state.schedule(&self.disk.model, self.disk.clock.us(), &op);
+        let end = state.schedule(&self.disk.model, self.disk.clock.us(), &op, self.first);
         state.last_end = state.last_end.max(end);
         state.events.push(Reverse(end));
         self.ops.push((end, token, op));
@@ -211,7 +248,7 @@ impl Channel for TimedChannel {
         let mut ended: Vec<_> = self.ops.extract_if(.., |(end, _, _)| *end <= now).collect();
         ended.sort_unstable_by_key(|(end, _, _)| *end);
         for (_, token, mut op) in ended {
-            let result = state.perform(&mut op);
+            let result = state.perform(&mut op, self.first);
             done.push(Completion { token, op, result });
         }
     }
@@ -229,14 +266,34 @@ impl Channel for TimedChannel {
 }
 
 /// The disk as the engine attaches it.
-pub struct TimedBacking(pub Arc<TimedDisk>);
+pub struct TimedBacking {
+    disk: Arc<TimedDisk>,
+    /// Whether it is what lies behind the sectors of the volume.
+    is_behind: bool,
+}
+
+impl TimedBacking {
+    /// The sectors of a volume.
+    pub fn new(disk: &Arc<TimedDisk>) -> TimedBacking {
+        TimedBacking { disk: disk.clone(), is_behind: false }
+    }
+
+    /// The sectors behind those.
+    pub fn behind(disk: &Arc<TimedDisk>) -> TimedBacking {
+        TimedBacking { disk: disk.clone(), is_behind: true }
+    }
+}
 
 impl Backing for TimedBacking {
     type Channel = TimedChannel;
 
     fn geometry(&self) -> BackingGeometry {
         BackingGeometry {
-            size: self.0.state().content.len() as u64 * 512,
+            size: if self.is_behind {
+                self.disk.state().raw.len() as u64
+            } else {
+                self.disk.state().content.len() as u64 * 512
+            },
             logical_block: 512,
             physical_block: 4096,
             optimal_io: 0,
@@ -260,6 +317,7 @@ impl Backing for TimedBacking {
     }
 
     fn channel(&self, _waker: &Waker, depth: u32) -> io::Result<TimedChannel> {
-        Ok(self.0.open(depth as usize))
+        let first = if self.is_behind { self.disk.state().content.len() as u64 } else { 0 };
+        Ok(TimedChannel { first, ..self.disk.open(depth as usize) })
     }
 }

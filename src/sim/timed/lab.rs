@@ -111,6 +111,19 @@ pub struct Setup {
     pub model: DiskModel,
     /// How write-back goes.
     pub order: Order,
+    /// Where groups lie before they are on the disk.
+    pub redo: RedoPlace,
+}
+
+/// Where a lab's redo area is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RedoPlace {
+    /// Nowhere.
+    None,
+    /// On the disk itself, behind the volume: so many sectors.
+    SameDisk(u64),
+    /// On another disk of the same model: so many sectors.
+    OtherDisk(u64),
 }
 
 /// A cache, a volume with one queue, and a disk.
@@ -119,6 +132,8 @@ pub struct Lab {
     pub clock: VirtualClock,
     /// The slow side.
     pub disk: Arc<TimedDisk>,
+    /// The redo area's disk, if it is another.
+    pub redo_disk: Option<Arc<TimedDisk>>,
     /// The volume.
     pub volume: Arc<Volume<TimedEnv>>,
     queue: Queue<TimedEnv, SimBuffer>,
@@ -143,7 +158,17 @@ impl Lab {
     /// A fresh cache before a disk of zeros.
     pub fn new(setup: &Setup) -> Lab {
         let clock = VirtualClock::default();
-        let disk = TimedDisk::new(&clock, setup.model, setup.sectors);
+        let behind = if let RedoPlace::SameDisk(sectors) = setup.redo { sectors } else { 0 };
+        let disk = TimedDisk::with_raw(&clock, setup.model, setup.sectors, behind);
+        let redo_disk = match setup.redo {
+            // Its own sector 0 is nobody's: what lies behind it is the area.
+            RedoPlace::OtherDisk(sectors) => Some(TimedDisk::with_raw(&clock, setup.model, 1, sectors)),
+            RedoPlace::None | RedoPlace::SameDisk(_) => None,
+        };
+        let redo = match setup.redo {
+            RedoPlace::None => None,
+            _ => Some(Arc::new(TimedBacking::behind(redo_disk.as_ref().unwrap_or(&disk)))),
+        };
         let geometry = Geometry::custom(16 << 10, setup.segment_size, setup.segments, 1);
         let geometry = geometry.expect("the geometry is within its bounds");
         let memory = Arc::new(PlainMemory(Mutex::new(vec![0; geometry.device_size as usize])));
@@ -153,9 +178,10 @@ impl Lab {
         let volume = cache
             .attach(AttachOptions {
                 name: "lab".to_owned(),
-                backing: Arc::new(TimedBacking(disk.clone())),
+                backing: Arc::new(TimedBacking::new(&disk)),
                 mode: Mode::Writeback,
                 order: setup.order,
+                redo,
                 data_crc: true,
                 pass_discard: true,
                 read_only: false,
@@ -172,7 +198,7 @@ impl Lab {
         face.set_write_cache(true);
         let queue = face.open_queue(0, Waker::default()).expect("nobody has it");
         let stepper = Stepper::new(&cache, std::slice::from_ref(&volume));
-        Lab { clock, disk, volume, queue, stepper, value: 0, expected: HashMap::new() }
+        Lab { clock, disk, redo_disk, volume, queue, stepper, value: 0, expected: HashMap::new() }
     }
 
     /// Lets everything but the guest go on until nothing moves at this instant.
@@ -189,7 +215,9 @@ impl Lab {
     /// Lets time pass until something is due, at most until `limit`.
     fn pass(&mut self, limit: u64) {
         let now = self.clock.us();
-        let due = self.disk.next_event().unwrap_or(now + TICK_US).min(limit.max(now + 1));
+        let events = [Some(&self.disk), self.redo_disk.as_ref()].into_iter().flatten();
+        let due =
+            events.filter_map(|d| d.next_event()).min().unwrap_or(now + TICK_US).min(limit.max(now + 1));
         self.clock.advance_to(due.max(now + 1));
     }
 

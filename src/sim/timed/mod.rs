@@ -21,5 +21,5 @@ mod trail;
 
 pub use disk::{DiskModel, TimedBacking, TimedDisk, Written};
 pub use guest::{Ask, Guest, RandomWrites};
-pub use lab::{Lab, Setup, TimedEnv, run_bare};
+pub use lab::{Lab, RedoPlace, Setup, TimedEnv, run_bare};
 pub use trail::Trail;

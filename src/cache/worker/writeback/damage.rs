@@ -12,11 +12,12 @@ use super::super::super::health::Failure;
 use super::super::super::index::Extent;
 use super::super::super::lost;
 use super::super::super::plan::Plan;
-use super::super::super::queue::Reader;
+use super::super::super::queue::{HitError, Reader};
 use super::super::super::stripes::lock;
 use super::{Round, Writeback};
 use crate::onmedia::LostRange;
 
+#[derive(Clone)]
 struct Part {
     lost: LostRange,
     extent: Extent,
@@ -25,7 +26,7 @@ struct Part {
 }
 
 /// A round's losses.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Damage {
     /// What could not be read, and where it lay.
     parts: Vec<Part>,
@@ -57,17 +58,29 @@ impl<E: Env> Writeback<E> {
                 plan.todo.push_front(part);
                 continue;
             };
-            add(&self.volume.core.tally.checksum_errors, 1);
-            let Some(lost) = cache.lost_range(&part, &error) else {
-                return Err(Failure::damage(format!(
-                    "dirty data of {} and the record of it are damaged: {error}",
-                    part.range
-                )));
-            };
-            let (id, _) = cache.media.locate(part.place.position);
-            let generation = cache.segments[id as usize].generation.load(Ordering::Relaxed);
-            damage.parts.push(Part { lost, extent: part, generation });
+            self.note_damage(damage, part, &error)?;
         }
+        Ok(())
+    }
+
+    /// Notes that a part is lost once the tail has moved.
+    pub(super) fn note_damage(
+        &self,
+        damage: &mut Damage,
+        part: Extent,
+        error: &HitError,
+    ) -> Result<(), Failure> {
+        let cache = &self.volume.cache;
+        add(&self.volume.core.tally.checksum_errors, 1);
+        let Some(lost) = cache.lost_range(&part, error) else {
+            return Err(Failure::damage(format!(
+                "dirty data of {} and the record of it are damaged: {error}",
+                part.range
+            )));
+        };
+        let (id, _) = cache.media.locate(part.place.position);
+        let generation = cache.segments[id as usize].generation.load(Ordering::Relaxed);
+        damage.parts.push(Part { lost, extent: part, generation });
         Ok(())
     }
 

@@ -43,6 +43,10 @@ impl<E: Env> Writeback<E> {
                 buf[at + offset..][..bytes.len()].copy_from_slice(bytes);
                 Ok(())
             });
+            if copied.is_err() && self.applies_group() {
+                // What the area has of it is whole.
+                return Err(Failure::applying(format!("the cache's copy of {} is damaged", extent.range)));
+            }
             if copied.is_err() {
                 self.set_aside(plan, damage, run)?;
                 return Ok(None);

@@ -1,0 +1,513 @@
+//! A round in `grouped` order: several epochs at once, by way of the redo area (`../../redo.rs`).
+//!
+//! What comes between the steps 2 and 5 of a round, and what breaks if two are swapped:
+//! 1. *journal*: the payload goes to the area, in address order and large writes; then the table;
+//! 2. flush the area: a header that counts must find everything it needs;
+//! 3. *commit*: the header that says so, and a flush. Before it the group may be given up at any time,
+//!    after it never;
+//! 4. write the group to the disk, from the cache, and flush the disk (steps 3 and 4 of a round);
+//! 5. *void*: the header that says idle, and a flush: before the tail moves, and before anything else
+//!    is written to the area or the disk.
+//!
+//! Laws:
+//! - Groups never go back: what is on the disk beyond the tail is left out of the next one, also when
+//!   the tail could not be moved, and after a restart, for the area says how far the disk is. Older
+//!   versions of some sectors beside newer ones of others would be no moment of the guest's.
+//! - A group ends at the end of an epoch, or, where an epoch does not fit the area, between two
+//!   versions of it: everything before a version in the order of (epoch, version) is closed under "had
+//!   completed before that one began", as an epoch is. Such a part does not move the tail.
+//! - A failure before step 3 gives the group up. One in step 3 leaves it unknown whether it is
+//!   committed: nothing of it is on the disk, so it is voided, over the same copy of the header, before
+//!   anything else. After step 3 the group is applied until that succeeds, from the area, since what
+//!   the cache has of it may change or rot meanwhile.
+//! - The plan is kept as long as the group: what is marked clean at the end is what was applied.
+
+use super::super::super::counters::add;
+use super::super::super::env::{Clock, Env};
+use super::super::super::health::Failure;
+use super::super::super::index::{Extent, ExtentMap};
+use super::super::super::plan::{Consumed, Plan};
+use super::super::super::queue::Reader;
+use super::super::super::redo::{Redo, Replay, ReplayError};
+use super::super::super::scan::WalkError;
+use super::super::super::stripes::lock;
+use super::super::Progress;
+use super::damage::Damage;
+use super::{Phase, Round, Writeback, cut};
+use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
+use crate::mutant::{Mutant, mutated};
+use crate::onmedia::{Key, RedoEntry, RedoHeader};
+use crate::sync::atomic::Ordering;
+use crate::wake::Waker;
+
+/// Writes to the area in flight, each of [`STAGE`] bytes at most.
+pub(super) const DEPTH: u32 = 8;
+pub(super) const STAGE: usize = 1 << 20;
+
+/// Where a group is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Step {
+    /// Payload is being copied to the area.
+    Journal,
+    /// The table is.
+    Table,
+    /// It is there, and samples are read: to be flushed.
+    Body,
+    /// It is flushed: the header follows.
+    Commit,
+    /// The header is written: to be flushed.
+    FlushCommit,
+    /// The header is durable.
+    Committed,
+    /// The group is applied from the area.
+    Replay,
+    /// The area is to be voided.
+    Void,
+    /// The header that does so is written: to be flushed.
+    FlushVoid,
+    /// It is durable.
+    Voided,
+}
+
+/// How far a group has gone that a failed round has left behind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Fate {
+    /// Nothing of it counts.
+    Open,
+    /// It may be committed; nothing of it is on the disk.
+    Unknown,
+    /// It is committed.
+    Committed,
+}
+
+/// A group under way.
+pub(super) struct Group {
+    pub(super) fate: Fate,
+    pub(super) entries: Vec<RedoEntry>,
+    /// Of each entry's payload the CRC of its first sector.
+    pub(super) firsts: Vec<u32>,
+    /// Sectors to be journaled, and journaled so far.
+    pub(super) sectors: u64,
+    pub(super) journaled: u64,
+    /// The table, and how much of it is on its way.
+    pub(super) table: Vec<u8>,
+    pub(super) sent: usize,
+    /// What goes to the area next, how much of it is filled, and where it will go.
+    pub(super) stage: Option<AlignedBuf>,
+    pub(super) fill: usize,
+    pub(super) at: u64,
+    /// When it was closed.
+    pub(super) time_ms: u64,
+    /// The version at which it ends inside an epoch.
+    pub(super) part: Option<(u64, u64)>,
+    /// The tail it leads to, and what of it is lost: for rounds that finish it.
+    pub(super) epoch: u64,
+    pub(super) damage: Damage,
+    pub(super) samples: Vec<crate::onmedia::RedoSample>,
+    /// The header that is being made durable.
+    pub(super) header: Option<RedoHeader>,
+    pub(super) replay: Option<Replay>,
+}
+
+/// How far beyond the tail the disk is.
+#[derive(Default)]
+pub(super) struct Parts {
+    /// Everything up to this (epoch, version) is there.
+    upto: Option<(u64, u64)>,
+    /// What of it is not, for it is lost.
+    damage: Damage,
+    /// Whether an earlier life has written it, and nobody knows what was lost of it.
+    is_restored: bool,
+}
+
+impl<E: Env> Writeback<E> {
+    pub(super) fn redo(&self) -> &Redo<E::Backing> {
+        self.volume.redo.as_deref().expect("a volume in grouped order has a redo area")
+    }
+
+    /// Takes as many closed epochs as the area holds.
+    pub(super) fn gather_grouped(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
+        let core = self.volume.core.clone();
+        core.raise_epoch();
+        let mut dirty = lock(&core.dirty);
+        // Before the look: what is committed after it belongs to an epoch above this one.
+        let closed = core.closed_epoch();
+        let tail = core.tail.load(Ordering::SeqCst);
+        match self.lowest_epoch(&mut dirty)? {
+            Some(epoch) if epoch <= closed => {}
+            None if closed > tail => return Ok(Some(Round::empty(closed))),
+            _ => return Ok(None),
+        }
+        let mut keys = Vec::new();
+        for ((_, id), cursor) in dirty.known.range(..=(closed, u32::MAX)) {
+            self.consume(*id, cursor.clone(), closed, &mut keys)?;
+        }
+        let cuts_by_version = mutated(Mutant::GroupCutByVersion);
+        let epoch_of = |k: &Key| if cuts_by_version { 0 } else { k.epoch };
+        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (epoch_of(k), k.version, *id));
+        let done = self.parts.upto;
+        let earlier = keys.drain(..keys.partition_point(|(k, _)| Some((k.epoch, k.version)) <= done));
+        let mut there = ExtentMap::new();
+        for (key, id) in earlier {
+            let place = self.volume.cache.media.place(id, &key, true);
+            there.insert(Extent { range: key.range(), place }, &mut Vec::new());
+        }
+        plan.earlier.extend(there.iter());
+        let (mut newest, mut fit) = self.fit(&keys);
+        let mut epoch = closed;
+        let mut part = None;
+        if let Some((key, _)) = keys.get(fit) {
+            epoch = key.epoch - 1;
+            if epoch > tail && keys.first().is_some_and(|(k, _)| k.epoch <= epoch) {
+                fit = keys.partition_point(|(k, _)| k.epoch <= epoch);
+                newest = self.fit(&keys[..fit]).0;
+            } else {
+                // The area is larger than any key: at least one fits.
+                part = keys[..fit].last().map(|(k, _)| (k.epoch, k.version));
+                epoch = tail;
+            }
+        }
+        if part.is_none() {
+            for ((_, id), cursor) in dirty.known.range(..=(epoch, u32::MAX)) {
+                let (cursor, next) = self.consume(*id, cursor.clone(), epoch, &mut Vec::new())?;
+                let generation = self.volume.cache.segments[*id as usize].generation.load(Ordering::Relaxed);
+                plan.cursors.push(Consumed { id: *id, generation, cursor, next });
+            }
+        }
+        drop(dirty);
+        newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
+        let payload = |k: &Key| if k.kind.has_payload() { k.range().len * 512 } else { 0 };
+        let settles: u64 = keys[..fit].iter().map(|(k, _)| payload(k)).sum();
+        let sectors: u64 = plan.todo.iter().filter(|e| !e.place.zero).map(|e| e.range.len).sum();
+        self.volume.begin_pace(sectors * 512, Some(settles + settles / 16), !plan.todo.is_empty());
+        let damage = std::mem::take(&mut self.parts.damage);
+        if plan.todo.is_empty() || part.is_none() && mutated(Mutant::GroupNotJournaled) {
+            return Ok(Some(Round { damage, ..Round::empty(epoch) }));
+        }
+        self.group = Some(Group {
+            fate: Fate::Open,
+            entries: Vec::new(),
+            firsts: Vec::new(),
+            sectors,
+            journaled: 0,
+            table: Vec::new(),
+            sent: 0,
+            stage: None,
+            fill: 0,
+            at: self.redo().body(),
+            time_ms: self.volume.cache.clock.unix_ms(),
+            part,
+            epoch,
+            damage: Damage::default(),
+            samples: Vec::new(),
+            header: None,
+            replay: None,
+        });
+        Ok(Some(Round { damage, ..Round::empty(epoch) }))
+    }
+
+    /// The newest of as many keys, from the first on, as the area holds, and how many these are.
+    fn fit(&self, keys: &[(Key, u32)]) -> (ExtentMap, usize) {
+        let redo = self.redo();
+        let (block, entry) = (redo.block, RedoEntry::SIZE as u64);
+        let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
+        let mut newest = ExtentMap::new();
+        let mut replaced = Vec::new();
+        // At least what is needed: pieces that were replaced are taken off, rounded down.
+        let mut need = 0u64;
+        for (i, (key, id)) in keys.iter().enumerate() {
+            let place = self.volume.cache.media.place(*id, key, true);
+            let extent = Extent { range: key.range(), place };
+            let more = payload(&extent) + 2 * (entry + block);
+            if need + more > redo.capacity() {
+                need = newest.iter().map(|e| payload(&e) + entry).sum();
+                if need + more > redo.capacity() {
+                    return (newest, i);
+                }
+            }
+            replaced.clear();
+            newest.insert(extent, &mut replaced);
+            let gone =
+                replaced.iter().map(|e| if e.place.zero { 0 } else { e.range.len * 512 / block * block });
+            need = (need + more).saturating_sub(gone.sum());
+        }
+        (newest, keys.len())
+    }
+
+    /// Finds out what is lost of what an earlier life has written: damaged payload was left out of its
+    /// groups.
+    pub(super) fn check_restored(&mut self, plan: &Plan, damage: &mut Damage) -> Result<(), Failure> {
+        if !std::mem::take(&mut self.parts.is_restored) {
+            return Ok(());
+        }
+        for extent in &plan.earlier {
+            for part in self.volume.cache.checked_parts(*extent) {
+                if let Err(error) = self.volume.cache.copy_extent(&part, Reader::Worker, true, |_, _| Ok(()))
+                {
+                    self.note_damage(damage, part, &error)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a group waits to be finished or given up before any other round.
+    pub(super) fn owes_group(&self) -> bool {
+        self.group.is_some()
+    }
+
+    /// Whether the next part of an epoch is to follow at once.
+    pub(super) fn owes_part(&self) -> bool {
+        self.parts.upto.is_some()
+    }
+
+    /// Forgets how far an epoch in parts is: another order begins.
+    pub(super) fn forget_parts(&mut self) {
+        self.parts = Parts::default();
+    }
+
+    /// How far beyond the tail an earlier life has left the disk.
+    pub(super) fn remember_parts(&mut self) {
+        let (Some(redo), core) = (&self.volume.redo, &self.volume.core) else { return };
+        let header = redo.header();
+        let is_own =
+            header.incarnation == core.incarnation && header.cache_uuid == self.volume.cache.media.uuid;
+        let tail = core.tail.load(Ordering::SeqCst);
+        let upto = match is_own && !mutated(Mutant::PartsForgotten) {
+            true if header.epoch > tail => Some((header.epoch, u64::MAX)),
+            true if header.epoch == tail && header.is_part => Some((header.part_epoch, header.part_version)),
+            _ => None,
+        };
+        self.parts = Parts { upto, is_restored: upto.is_some(), ..Parts::default() };
+    }
+
+    /// Whether the group is being written to the disk.
+    pub(super) fn applies_group(&self) -> bool {
+        self.group.as_ref().is_some_and(|g| g.fate == Fate::Committed)
+    }
+
+    /// Goes on with what a failed round has left.
+    pub(super) fn resume_group(&mut self) -> Progress {
+        if let Err(failure) = self.open_redo() {
+            return self.fail(failure);
+        }
+        let block = self.redo().block;
+        let group = self.group.as_mut().expect("the caller looked");
+        let round = Round { damage: group.damage.clone(), ..Round::empty(group.epoch) };
+        let step = match group.fate {
+            Fate::Open | Fate::Unknown => Step::Void,
+            Fate::Committed => {
+                let bytes = group.sectors * 512;
+                group.replay = Some(Replay::new(group.entries.clone(), block));
+                self.volume.begin_pace(bytes, Some(bytes), false);
+                Step::Replay
+            }
+        };
+        self.phase = Phase::Group(round, step);
+        Progress::Did
+    }
+
+    /// What a failed round leaves of its group and its plan.
+    pub(super) fn keep_group(&mut self, plan: &mut Plan) {
+        match self.group.as_ref().map(|g| g.fate) {
+            Some(Fate::Committed) => {
+                // All of it will be on the disk, whatever of it is now.
+                let rest = plan.todo.drain(..);
+                plan.written.extend(rest);
+                plan.written.sort_unstable_by_key(|e| e.range.start);
+            }
+            Some(Fate::Unknown) => plan.clear(),
+            Some(Fate::Open) | None => {
+                self.group = None;
+                plan.clear();
+            }
+        }
+    }
+
+    pub(super) fn open_redo(&mut self) -> Result<(), Failure> {
+        if self.redo_channel.is_none() {
+            let channel = self.redo().disk.channel(&Waker::default(), DEPTH.max(32));
+            self.redo_channel = Some(channel.map_err(|error| Failure::resources(&error))?);
+        }
+        Ok(())
+    }
+
+    /// Operations with the area.
+    pub(super) fn redo_in_flight(&self) -> usize {
+        self.redo_channel.as_ref().map_or(0, Channel::in_flight)
+    }
+
+    pub(super) fn redo_submit(&mut self, op: Op) {
+        let channel = self.redo_channel.as_mut().expect("opened before the group");
+        assert!(channel.submit(0, op).is_ok(), "fewer than the depth are in flight");
+        channel.kick();
+    }
+
+    /// Takes completions of the area.
+    pub(super) fn redo_reap(&mut self) -> Result<(), Failure> {
+        let mut done: Vec<Completion> = Vec::new();
+        if let Some(channel) = &mut self.redo_channel {
+            channel.reap(&mut done);
+        }
+        let mut result = Ok(());
+        for Completion { op, result: ended, .. } in done {
+            if let (Err(error), Ok(())) = (&ended, &result) {
+                result = Err(Failure::applying(format!("the redo area failed: {error}")));
+            }
+            if let Op::Write { buf, .. } = op
+                && buf.capacity() == STAGE
+                && self.spare_stages.len() < DEPTH as usize
+            {
+                self.spare_stages.push(buf);
+            }
+        }
+        result
+    }
+
+    /// One step of a group.
+    pub(super) fn step_group(&mut self, round: Round, step: Step) -> Progress {
+        if step == Step::Replay {
+            return self.replay(round);
+        }
+        if let Err(failure) = self.redo_reap().and_then(|()| self.reap()) {
+            return self.abort(failure);
+        }
+        if let Err(failure) = self.open_redo() {
+            return self.abort(failure);
+        }
+        match step {
+            Step::Journal => return self.journal(round),
+            Step::Table => return self.write_table(round),
+            _ => {}
+        }
+        let in_flight = self.redo_in_flight() + self.channel.as_ref().map_or(0, Channel::in_flight);
+        if in_flight > 0 {
+            self.phase = Phase::Group(round, step);
+            return Progress::Waiting;
+        }
+        match step {
+            Step::Journal | Step::Table | Step::Replay => unreachable!("handled above"),
+            Step::Body => {
+                self.take_samples();
+                if mutated(Mutant::GroupBodyUnflushed) {
+                    return self.commit(round);
+                }
+                self.send(round, Op::Flush, Step::Commit)
+            }
+            Step::Commit => self.commit(round),
+            Step::FlushCommit if mutated(Mutant::GroupAppliedUncommitted) => self.committed(round),
+            Step::FlushCommit => self.send(round, Op::Flush, Step::Committed),
+            Step::Committed => self.committed(round),
+            Step::Void => {
+                let (header, op) = self.redo().void();
+                self.group.as_mut().expect("a group is under way").header = Some(header);
+                self.send(round, op, Step::FlushVoid)
+            }
+            Step::FlushVoid => self.send(round, Op::Flush, Step::Voided),
+            Step::Voided => self.voided(round),
+        }
+    }
+
+    fn send(&mut self, round: Round, op: Op, next: Step) -> Progress {
+        self.redo_submit(op);
+        self.phase = Phase::Group(round, next);
+        Progress::Waiting
+    }
+
+    fn commit(&mut self, round: Round) -> Progress {
+        let group = self.group.as_mut().expect("a group is under way");
+        group.fate = Fate::Unknown;
+        group.damage = round.damage.clone();
+        let mut header = group.header.take().expect("made with the journal");
+        header.samples = std::mem::take(&mut group.samples);
+        let redo = self.volume.redo.clone().expect("a volume in grouped order has a redo area");
+        let (header, op) = redo.update(|h| *h = RedoHeader { sequence: h.sequence, ..header });
+        self.group.as_mut().expect("it is still there").header = Some(header);
+        self.send(round, op, Step::FlushCommit)
+    }
+
+    /// The group is durable in the area: on to the disk.
+    fn committed(&mut self, round: Round) -> Progress {
+        let header = self.group.as_mut().and_then(|g| g.header.take()).expect("it was being committed");
+        self.redo().note(header);
+        self.group.as_mut().expect("it is still there").fate = Fate::Committed;
+        let mut plan = lock(&self.volume.core.plan);
+        let written = std::mem::take(&mut plan.written);
+        plan.todo.extend(written);
+        drop(plan);
+        let now_us = self.volume.cache.clock.now_us();
+        self.volume.core.pacer.journal_ended(now_us);
+        if mutated(Mutant::GroupVoidedEarly) {
+            let (header, op) = self.redo().void();
+            self.redo().note(header);
+            self.redo_submit(op);
+            self.redo_submit(Op::Flush);
+        }
+        self.phase = Phase::Writing(round);
+        Progress::Did
+    }
+
+    fn replay(&mut self, round: Round) -> Progress {
+        let channel = self.channel.as_mut().expect("opened before the round");
+        let redo = self.redo_channel.as_mut().expect("opened before the group");
+        let group = self.group.as_mut().expect("a group is under way");
+        let failure = match group.replay.as_mut().expect("begun").step(redo, channel) {
+            Ok(false) => {
+                self.phase = Phase::Group(round, Step::Replay);
+                return Progress::Waiting;
+            }
+            Ok(true) => {
+                group.replay = None;
+                self.submit(Op::Flush);
+                self.channel.as_mut().expect("opened before the round").kick();
+                self.phase = Phase::Flushing(round);
+                return Progress::Waiting;
+            }
+            Err(ReplayError::Redo(error)) => Failure::applying(format!("the redo area failed: {error}")),
+            Err(ReplayError::Disk(error)) => Failure::applying(format!("the disk failed: {error}")),
+            Err(ReplayError::Damaged(range)) => {
+                Failure::applying(format!("what the redo area holds for {range} is damaged"))
+            }
+        };
+        self.abort(failure)
+    }
+
+    /// The group is on the disk, flushed: says so in the area.
+    pub(super) fn applied(&mut self, round: Round) -> Progress {
+        if mutated(Mutant::GroupNotVoided) {
+            self.group = None;
+            return self.flushed_ungrouped(round);
+        }
+        self.phase = Phase::Group(round, Step::Void);
+        Progress::Did
+    }
+
+    /// The area is idle.
+    fn voided(&mut self, mut round: Round) -> Progress {
+        let group = self.group.take().expect("a group is under way");
+        let header = group.header.expect("it was being voided");
+        self.redo().note(header);
+        if group.fate == Fate::Unknown {
+            // It went over the copy that may have said *committed*: the other one is older.
+            self.phase = Phase::Idle;
+            return Progress::Did;
+        }
+        add(&self.volume.core.tally.groups, 1);
+        match group.part {
+            None => {
+                let upto = Some((group.epoch, u64::MAX));
+                self.parts = Parts { upto, damage: round.damage.clone(), is_restored: false };
+                self.flushed_ungrouped(round)
+            }
+            Some(upto) => {
+                let damage = std::mem::take(&mut round.damage);
+                self.parts = Parts { upto: Some(upto), damage, is_restored: false };
+                lock(&self.volume.core.plan).clear();
+                self.volume.core.pacer.end_round(true);
+                self.recovered();
+                self.phase = Phase::Idle;
+                Progress::Did
+            }
+        }
+    }
+}
