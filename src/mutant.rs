@@ -129,6 +129,8 @@ mutants! {
     RecordCheckIgnored 2 "the keyed check of a record is not compared",
     PayloadNotVerified 2 "the payload of the last record is not verified",
     RecoveryNotSyncedFirst 8 "recovery believes what may not be durable",
+    SyncNotMarked 8 "nothing says that a sync is under way",
+    DoubtNotNoted 8 "the page cache is dropped and what it showed is not noted",
 }
 
 #[cfg(not(feature = "sim"))]

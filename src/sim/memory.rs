@@ -84,6 +84,8 @@ pub struct Memory {
     /// What the device holds where a failed `sync` lost pages that still read back, by line.
     pub(super) lost: BTreeMap<usize, Box<[u8]>>,
     poison: Vec<Range<u64>>,
+    /// Deaths of the host so far.
+    boot: u64,
 }
 
 impl Memory {
@@ -99,10 +101,11 @@ impl Memory {
             stored: Vec::new(),
             lost: BTreeMap::new(),
             poison: Vec::new(),
+            boot: 1,
         }
     }
 
-    /// The same bytes, all of them durable.
+    /// The same bytes, all of them durable, in the host's next life.
     pub(super) fn settled(&self) -> Memory {
         Memory {
             class: self.class,
@@ -113,6 +116,7 @@ impl Memory {
             stored: Vec::new(),
             lost: BTreeMap::new(),
             poison: self.poison.clone(),
+            boot: self.boot + 1,
         }
     }
 
@@ -430,6 +434,10 @@ impl Pmem for SimPmem {
             w.memory.reread();
             Ok(())
         })
+    }
+
+    fn boot_id(&self) -> [u8; 16] {
+        u128::from(self.world.with(|w| w.memory.boot)).to_le_bytes()
     }
 }
 

@@ -61,6 +61,9 @@ impl Instrument {
             M::StartNotChecked | M::StartNotCounted => {
                 ("story of two openings", Story(stories::a_segment_opened_twice))
             }
+            M::SyncNotMarked | M::DoubtNotNoted => {
+                ("story of an untold failure", Story(stories::a_failed_sync_that_nobody_tells))
+            }
             M::SyncFailureForgotten => run(|s| s.ends_unsynced),
             M::TicketOfRunningSync
             | M::FlushNeverCompletes

@@ -3,7 +3,7 @@
 
 use pcache_vhost::cache::{Mode, Order};
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Rng, Scene, SimBuffer, Style, Survival};
+use pcache_vhost::sim::{DiskSurvival, Machine, Rng, Scene, SimBuffer, Style, Survival, World};
 use pcache_vhost::volume::{RequestKind, Status};
 
 fn served(mode: Mode) -> Style {
@@ -95,5 +95,35 @@ pub fn a_segment_opened_twice(images: &mut u64) {
         scene.host_crash(Survival::Nothing, DiskSurvival::Nothing);
         *images += 2;
         assert_eq!(scene.read(8), first, "what was read once has changed");
+    }
+}
+
+/// A daemon dies before it can say that a `sync` has failed, and the next in the middle of its start:
+/// the one after that has what was acknowledged, or does not serve.
+pub fn a_failed_sync_that_nobody_tells(images: &mut u64) {
+    for seed in 0..8 {
+        let mut scene = Scene::new(PageCache, served(Mode::Writeback));
+        (0..seed).for_each(|_| scene.world.with(|w| _ = w.rng.next()));
+        scene.write(8, 8, 900);
+        scene.submit(RequestKind::Flush, 0, SimBuffer::default());
+        scene.world.with(|w| w.faults.sync = 10_000);
+        scene.machine.sync();
+        let image = scene.world.photograph("untold").daemon_crash(&mut Rng::new(seed));
+        for n in 0.. {
+            let world = World::new(image.clone(), seed);
+            world.with(|w| w.cuts.at = n + 1);
+            drop(Machine::open(&world, &[scene.style], 1));
+            let Some((_, photo)) = world.take_cuts().pop() else { break };
+            let world = World::new(photo.daemon_crash(&mut Rng::new(n)), seed);
+            *images += 1;
+            let Ok(mut machine) = Machine::open(&world, &[scene.style], 1) else { continue };
+            let values = machine.read_all(0).expect("it serves what it recovered");
+            assert_eq!(values[8], 900, "after recovery cut before event {n}: an acknowledged write is lost");
+            let photo = world.photograph("served");
+            let (after, _) = photo.host_crash(&Survival::Nothing, DiskSurvival::Nothing, &mut Rng::new(seed));
+            let machine = Machine::open(&World::new(after, seed), &[scene.style], 1);
+            let values = machine.and_then(|mut m| m.read_all(0)).expect("what was served is durable");
+            assert_eq!(values[8], 900, "after recovery cut before event {n}: what was served is lost");
+        }
     }
 }
