@@ -77,6 +77,8 @@ mutants! {
     DeadWordsEndDirtyKeys 4 "recovery believes a liveness word of a dirty key",
     LosersNotKilled 4 "recovery does not mark dead what lost",
     BadLivenessWordIgnored 4 "a liveness word that fails its check says that nothing is dead",
+    LivenessFloorNotWritten 4 "nothing says how much the liveness words had durably set",
+    LivenessFloorIgnored 4 "liveness words put back to an earlier state are believed",
     // Around the cache.
     BypassLeavesCopies 4 "a write around the cache leaves the cached copies",
     BypassNotDurablyDead 4 "a write around the cache does not wait until the copies are durably dead",
@@ -111,6 +113,7 @@ mutants! {
     SourceFreedBeforeCopy 3 "a segment is freed before the copies of what it held are durable",
     RelocationDropsZeros 3 "relocation leaves dirty zeros behind",
     RelocationDropsSuperseded 7 "relocation leaves behind what an epoch still needs",
+    RelocatedUnverified 2 "relocation copies without a look at the checksum",
     RelocatedNotFiled 6 "write-back does not learn of relocated dirty data",
     RelocatedCountsClean 12 "a segment with relocated dirty data counts as clean",
     RoundKeepsOldPositions 5 "a round of write-back reads dirty data where it was before it was relocated",

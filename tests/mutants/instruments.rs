@@ -51,6 +51,12 @@ impl Instrument {
             M::FillOutlivesDiskCache => {
                 ("story of a fill", Story(stories::a_fill_and_the_disk_that_loses_its_bytes))
             }
+            M::LivenessFloorNotWritten | M::LivenessFloorIgnored => {
+                ("story of older words", Story(stories::liveness_words_put_back))
+            }
+            M::RelocatedUnverified => {
+                ("story of a rotten block", Story(stories::a_block_that_rots_before_it_is_relocated))
+            }
             M::RefusedRecordPublished => {
                 ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
             }
