@@ -133,7 +133,7 @@ mutants! {
     PayloadNotVerified 2 "the payload of the last record is not verified",
     RecoveryNotSyncedFirst 8 "recovery believes what may not be durable",
     SyncNotMarked 8 "nothing says that a sync is under way",
-    DoubtNotNoted 8 "the page cache is dropped and what it showed is not noted",
+    DoubtNotNoted 8 "the page cache is dropped before it is noted that a sync has failed",
 }
 
 #[cfg(not(feature = "sim"))]

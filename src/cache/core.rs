@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::doubt::{self, Doubt};
+use super::doubt;
 use super::env::{Clock, Env};
 use super::format::has_small_segments;
 use super::liveness::Liveness;
@@ -123,14 +123,12 @@ impl<E: Env> Cache<E> {
         if has_small_segments(&media.geometry, class) {
             return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
         }
-        let doubt = Doubt::of(&media)?;
-        let mut has_failed = load_start(&media).newest.is_some_and(|page| page.sync_failed);
-        if has_failed || doubt.is_some() {
+        let has_failed = doubt::has_failed(&media)?;
+        if has_failed {
             // The device is the truth, not what still reads back (law 8).
             media.pmem.reread().map_err(|_| OpenError::NotDurable)?;
             media = load_media(media.pmem)?;
         }
-        has_failed |= doubt.is_some_and(|doubt| doubt.is_justified(&media));
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
         if !mutated(Mutant::RecoveryNotSyncedFirst) {
@@ -368,7 +366,6 @@ fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState
     page.clean = false;
     page.sync_failed |= has_failed;
     page.boot_id = media.pmem.boot_id();
-    page.shown = 0;
     media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
     if mutated(Mutant::StartPageNewestOverwritten) {
         media.pmem.write(media.geometry.start_page(1 - next), &page.encode()[..])?;

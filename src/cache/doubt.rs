@@ -5,66 +5,57 @@
 //! one, the next start finds pages that look clean, seals what they show, and a power cut takes it.
 //! So it is said before: a word beside segment 0's first witness, the *mark*, names the host's present
 //! life from before each `sync` until after one that succeeded. Where a start finds it, it compares
-//! what the page cache shows with what the device has, by a digest of all that recovery believes
-//! unseen: they differ only where a `sync` has failed.
+//! what the page cache shows with what the device has: they differ only where a `sync` has failed.
+//! Mostly they do not, a daemon was killed within a good `sync`, and nothing comes of it.
 //!
 //! Laws:
 //! - While the outcome of a `sync` is not known to be good the mark is set.
-//! - The digest is in the start page, on the device too, before the page cache is dropped, and stays
-//!   until the start page says what came of it, before anything is changed that was digested. So
-//!   whenever this start is killed the next one compares again, and finds the same.
-//! - Mark and digest die with the host, as does the page cache they speak of: both name its life, and
-//!   those of an earlier one say nothing. A power cut takes what the device never had from everybody.
-//! - What is not digested is covered otherwise: the log of a sealed segment was durable before it
-//!   was sealed, and a summary that does not count is replaced by the log.
+//! - What the comparison finds is noted in the start page before the page cache is dropped, and the
+//!   mark stays until then: whenever this start is killed, the next one finds the same.
+//! - The mark dies with the host, as does the page cache it speaks of: it names its life, and one of an
+//!   earlier life says nothing. A power cut takes what the device never had from everybody.
+//! - What is not compared is covered otherwise: the log of a sealed segment was durable before it was
+//!   sealed, and a summary that does not count is replaced by the log.
+//! - Where the device cannot be read past the page cache the doubt remains, is told, and not acted on.
+
+use std::ops::Range;
 
 use super::core::{OpenError, load_start};
-use super::media::{Media, read_page};
+use super::media::Media;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{PAGE, SegmentState, sip};
+use crate::onmedia::SegmentState;
 use crate::pmem::{MediaClass, Pmem, SyncError};
 
-/// What the page cache showed when a `sync` may have failed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Doubt(u64);
-
-impl Doubt {
-    /// Whether there is doubt; if so it is noted in the start page, and the page cache may be dropped.
-    ///
-    /// # Errors
-    /// The note cannot be made durable: nothing has been dropped, and the doubt remains.
-    pub fn of<P: Pmem>(media: &Media<P>) -> Result<Option<Doubt>, OpenError> {
-        if media.pmem.class() != MediaClass::PageCache {
-            return Ok(None);
-        }
-        let copies = load_start(media);
-        let next = copies.next;
-        let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
-        let boot_id = media.pmem.boot_id();
-        let is_noted = page.shown != 0 && page.boot_id == boot_id;
-        if page.sync_failed || !(is_noted || is_marked(media)) {
-            return Ok(None);
-        }
-        if !is_noted {
-            (page.shown, page.boot_id) = (digest(media), boot_id);
-            page.sequence += 1;
-            if !mutated(Mutant::DoubtNotNoted) {
-                media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
-            }
-        }
-        tracing::info!("the last run ended within a sync: comparing the page cache with the device");
-        sync(media)?;
-        Ok(Some(Doubt(page.shown)))
+/// Whether a `sync` has failed since all that this start shows was last known to be on the device. If
+/// so the start page says it, and the page cache may be dropped.
+///
+/// # Errors
+/// Nothing can be made durable: nothing has been dropped, and the doubt remains.
+pub(crate) fn has_failed<P: Pmem>(media: &Media<P>) -> Result<bool, OpenError> {
+    let copies = load_start(media);
+    let next = copies.next;
+    let mut page = copies.into_newest().map_err(OpenError::StartPage)?;
+    if page.sync_failed || media.pmem.class() != MediaClass::PageCache || !is_marked(media) {
+        return Ok(page.sync_failed);
     }
-
-    /// Whether the device, seen past the page cache, lacks what that showed.
-    pub fn is_justified<P: Pmem>(self, media: &Media<P>) -> bool {
-        let is_lost = digest(media) != self.0;
-        if is_lost {
-            tracing::error!("the last sync has failed: what the device has is less than was read back");
+    tracing::info!("the last run ended within a sync: comparing the page cache with the device");
+    media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+    match media.pmem.is_on_device(&believed(media)) {
+        Ok(true) => return Ok(false),
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!(%error, "the device cannot be read past the page cache: believing that");
+            return Ok(false);
         }
-        is_lost
     }
+    tracing::error!("the last sync has failed: the device has less than was read back");
+    page.sync_failed = true;
+    page.sequence += 1;
+    if !mutated(Mutant::DoubtNotNoted) {
+        media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
+    }
+    media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+    Ok(true)
 }
 
 /// A `sync` by whoever opens the cache, marked like all others.
@@ -107,39 +98,23 @@ fn is_marked<P: Pmem>(media: &Media<P>) -> bool {
     is_read && u64::from_le_bytes(bytes) == mark_of(&*media.pmem)
 }
 
-/// A digest, never 0, of all that a start believes and some `sync` may have owed: metadata but the
-/// start page, what stands around every segment's log, and the whole of each open one.
-fn digest<P: Pmem>(media: &Media<P>) -> u64 {
+/// All that a start believes and some `sync` may have owed: metadata, what stands around every
+/// segment's log, and the whole of each open one.
+fn believed<P: Pmem>(media: &Media<P>) -> Vec<Range<u64>> {
     let geometry = &media.geometry;
-    let mark_at = geometry.sync_mark();
-    let mut sum = 1u64;
-    let mut add = |start: u64, end: u64| {
-        for at in (start..end).step_by(PAGE) {
-            // One that cannot be read counts as that.
-            let page = read_page(&*media.pmem, at).map(|mut page| {
-                if (at..at + PAGE as u64).contains(&mark_at) {
-                    page[(mark_at - at) as usize..][..8].fill(0);
-                }
-                page
-            });
-            let bytes = page.as_ref().map_or(&[][..], |page| &page[..]);
-            sum = sip(&media.secret, &[&sum.to_le_bytes(), bytes]);
-        }
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    let mut add = |start: u64, end: u64| match ranges.last_mut() {
+        Some(last) if last.end == start => last.end = end,
+        _ => ranges.push(start..end),
     };
-    for copy in 0..2 {
-        let (start, end) = (geometry.superblock(copy), geometry.superblock(copy) + geometry.meta_size);
-        add(start, geometry.start_page(copy));
-        add(geometry.start_page(copy) + PAGE as u64, end);
-    }
+    add(0, geometry.meta_size);
     for id in 0..geometry.segment_count {
         let at = |offset| media.in_segment(id, offset);
         let is_open = media.load_header(id).newest.is_some_and(|h| h.state == SegmentState::Open);
-        if is_open {
-            add(at(0), at(geometry.segment_size));
-        } else {
-            add(at(0), at(geometry.data_start()));
-            add(at(geometry.data_end()), at(geometry.segment_size));
-        }
+        add(at(0), at(if is_open { geometry.data_end() } else { geometry.data_start() }));
+        add(at(geometry.data_end()), at(geometry.segment_size));
     }
-    sum.max(1)
+    let back = geometry.superblock(1);
+    add(back, back + geometry.meta_size);
+    ranges
 }

@@ -35,8 +35,6 @@ layout! {
         88 clean: bool,
         /// Whether a `sync` failed since: the page cache is not to be believed.
         89 sync_failed: bool,
-        /// What the page cache showed before it was dropped, a `sync` being in doubt; 0 for no doubt.
-        96 shown: u64,
     }
 }
 
@@ -94,7 +92,6 @@ mod tests {
             unsafe_shutdowns: 9,
             clean: true,
             sync_failed: false,
-            shown: 7,
         }
     }
 
@@ -139,7 +136,6 @@ mod tests {
              0030: 22 22 22 22 22 22 22 22 22 22 22 22 22 22 22 22
              0040: 05 00 00 00 00 00 00 00 01 00 00 00 00 00 00 00
              0050: 09 00 00 00 00 00 00 00 01 00 00 00 00 00 00 00
-             0060: 07 00 00 00 00 00 00 00
             ",
         );
     }

@@ -21,6 +21,7 @@
 //!   covers.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -434,6 +435,15 @@ impl Pmem for SimPmem {
             w.memory.reread();
             Ok(())
         })
+    }
+
+    fn is_on_device(&self, ranges: &[Range<u64>]) -> io::Result<bool> {
+        Ok(self.world.with(|w| {
+            let Memory { lost, line, now, .. } = &w.memory;
+            let differs = |&(n, had): &(&usize, &Box<[u8]>)| *now.slice(n * line, *line) != **had;
+            let mut gone = lost.iter().filter(differs).map(|(n, _)| (n * line) as u64);
+            !gone.any(|at| ranges.iter().any(|r| r.contains(&at)))
+        }))
     }
 
     fn boot_id(&self) -> [u8; 16] {
