@@ -440,8 +440,8 @@ impl Pmem for SimPmem {
     fn is_on_device(&self, ranges: &[Range<u64>]) -> io::Result<bool> {
         Ok(self.world.with(|w| {
             let Memory { lost, line, now, .. } = &w.memory;
-            let differs = |&(n, had): &(&usize, &Box<[u8]>)| *now.slice(n * line, *line) != **had;
-            let mut gone = lost.iter().filter(differs).map(|(n, _)| (n * line) as u64);
+            let differs = |n: usize, had: &[u8]| now.slice(n * line, *line) != had;
+            let mut gone = lost.iter().filter(|(n, had)| differs(**n, had)).map(|(n, _)| (n * line) as u64);
             !gone.any(|at| ranges.iter().any(|r| r.contains(&at)))
         }))
     }
