@@ -87,6 +87,8 @@ mutants! {
     DeadWordsEndDirtyKeys 4 "recovery believes a liveness word of a dirty key",
     LosersNotKilled 4 "recovery does not mark dead what lost",
     BadLivenessWordIgnored 4 "a liveness word that fails its check says that nothing is dead",
+    LivenessFloorNotWritten 4 "nothing says how much the liveness words had durably set",
+    LivenessFloorIgnored 4 "liveness words put back to an earlier state are believed",
     // Around the cache.
     BypassLeavesCopies 4 "a write around the cache leaves the cached copies",
     BypassNotDurablyDead 4 "a write around the cache does not wait until the copies are durably dead",
@@ -121,6 +123,7 @@ mutants! {
     SourceFreedBeforeCopy 3 "a segment is freed before the copies of what it held are durable",
     RelocationDropsZeros 3 "relocation leaves dirty zeros behind",
     RelocationDropsSuperseded 7 "relocation leaves behind what an epoch still needs",
+    RelocatedUnverified 2 "relocation copies without a look at the checksum",
     RelocatedNotFiled 6 "write-back does not learn of relocated dirty data",
     RelocatedCountsClean 12 "a segment with relocated dirty data counts as clean",
     RoundKeepsOldPositions 5 "a round of write-back reads dirty data where it was before it was relocated",
@@ -139,6 +142,8 @@ mutants! {
     RecordCheckIgnored 2 "the keyed check of a record is not compared",
     PayloadNotVerified 2 "the payload of the last record is not verified",
     RecoveryNotSyncedFirst 8 "recovery believes what may not be durable",
+    SyncNotMarked 8 "nothing says that a sync is under way",
+    DoubtNotNoted 8 "the page cache is dropped before it is noted that a sync has failed",
 }
 
 #[cfg(not(feature = "sim"))]

@@ -124,7 +124,7 @@ fn killed(order: &str, assume_dax: bool, mix: Mix) {
     let client = Client::connect(daemon.socket(), ClientOptions { queues: 4, ..Default::default() });
     let mut traffic = Traffic::new(client, seed, mix);
     traffic.backing = Some(workspace.path("disk.img"));
-    let (kills, mut in_flight, mut checked) = (kills(), 0, 0);
+    let (kills, mut in_flight, mut checked, mut in_sync) = (kills(), 0, 0, 0);
     for kill in 0..kills {
         if kill % 4 != 3 {
             let operations = traffic.rng.between(1, 1500);
@@ -133,7 +133,8 @@ fn killed(order: &str, assume_dax: bool, mix: Mix) {
         in_flight += traffic.client.outstanding();
         let base = if kill % 2 == 0 { RestartBase::Used } else { RestartBase::Available };
         traffic.client.options.restart_base = base;
-        kill_in_flight(&mut traffic, &mut daemon);
+        let life = kill_in_flight(&mut traffic, &mut daemon);
+        in_sync += u64::from(life.contains("the last run ended within a sync"));
         if kill % 8 == 7 {
             traffic.quiesce();
             let part = traffic.model.sectors() / 16;
@@ -147,7 +148,7 @@ fn killed(order: &str, assume_dax: bool, mix: Mix) {
     daemon.stop();
     eprintln!(
         "order={order} assume_dax={assume_dax} kills={kills} in_flight_at_kills={in_flight} \
-         sectors_compared={} lost=0 {:?}",
+         within_a_sync={in_sync} sectors_compared={} lost=0 {:?}",
         checked + 2 * traffic.model.sectors(),
         traffic.tally
     );

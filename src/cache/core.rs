@@ -5,9 +5,10 @@
 //! The liveness writer's mutex is taken with none of these held.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::doubt;
 use super::env::{Clock, Env};
 use super::format::has_small_segments;
 use super::liveness::Liveness;
@@ -122,7 +123,7 @@ impl<E: Env> Cache<E> {
         if has_small_segments(&media.geometry, class) {
             return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
         }
-        let has_failed = load_start(&media).newest.is_some_and(|page| page.sync_failed);
+        let has_failed = doubt::has_failed(&media)?;
         if has_failed {
             // The device is the truth, not what still reads back (law 8).
             media.pmem.reread().map_err(|_| OpenError::NotDurable)?;
@@ -131,14 +132,14 @@ impl<E: Env> Cache<E> {
         // What recovery is about to believe may never have been made durable (law 8): the last
         // daemon was killed between a store and its fence, or a page has not left the page cache.
         if !mutated(Mutant::RecoveryNotSyncedFirst) {
-            media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
+            doubt::sync(&media)?;
         }
         media.settle_metadata();
         let start = begin_start(&media, has_failed)?;
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
         let now_ms = clock.unix_ms();
         let mut cache = Cache {
-            syncer: Syncer::new(class),
+            syncer: Syncer::new(class).marking(media.geometry.sync_mark()),
             start_counter: start.page.start_counter,
             media,
             clock,
@@ -364,7 +365,7 @@ fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState
     page.owner_generation += 1;
     page.clean = false;
     page.sync_failed |= has_failed;
-    page.boot_id = boot_id();
+    page.boot_id = media.pmem.boot_id();
     media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
     if mutated(Mutant::StartPageNewestOverwritten) {
         media.pmem.write(media.geometry.start_page(1 - next), &page.encode()[..])?;
@@ -373,24 +374,6 @@ fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState
     // On page-cache media the `sync` at the end of recovery makes it durable before anything that
     // carries the new counter can be.
     Ok(StartState { page, next: 1 - next, was_clean })
-}
-
-/// The kernel's identity of this boot; zeros where it has none.
-fn boot_id() -> [u8; 16] {
-    static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
-    *BOOT_ID.get_or_init(read_boot_id)
-}
-
-fn read_boot_id() -> [u8; 16] {
-    let mut id = [0; 16];
-    if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
-        let digits: Vec<u8> =
-            text.bytes().filter_map(|c| (c as char).to_digit(16)).map(|d| d as u8).collect();
-        for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = pair[0] << 4 | pair[1];
-        }
-    }
-    id
 }
 
 /// Reads a lock whose writers cannot leave it half-changed.

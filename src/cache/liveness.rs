@@ -82,7 +82,8 @@ impl<P: Pmem> Media<P> {
             let mut bytes = [0; LivenessFloor::SIZE];
             self.pmem.read(self.in_segment(id, self.geometry.floor_offset(copy)), &mut bytes).ok()?;
             let floor = LivenessFloor::decode(&bytes, &self.secret, id).ok()?;
-            (floor.generation == generation).then_some(floor.dead)
+            let counts = floor.generation == generation && !mutated(Mutant::LivenessFloorIgnored);
+            counts.then_some(floor.dead)
         };
         line(0).max(line(1)).unwrap_or(0)
     }
@@ -203,7 +204,7 @@ impl<E: Env> Cache<E> {
     fn write_floors(&self, floors: &mut Vec<Floor>) {
         let due = |f: &Floor| self.syncer.outcome(f.words) == Outcome::Reached;
         let due: Vec<Floor> = floors.extract_if(.., |f| due(f)).collect();
-        if due.is_empty() {
+        if due.is_empty() || mutated(Mutant::LivenessFloorNotWritten) {
             return;
         }
         // One copy after the other: a crash never finds both torn.

@@ -23,6 +23,7 @@ mod attach;
 mod audit;
 mod core;
 mod delete;
+mod doubt;
 mod ghost;
 mod health;
 mod judge;

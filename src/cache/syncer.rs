@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use super::doubt;
 use super::stripes::lock;
 use crate::mutant::{Mutant, mutated};
 use crate::pmem::{MediaClass, Pmem};
@@ -48,6 +49,8 @@ pub(crate) struct Syncer {
     started: AtomicU64,
     completed: AtomicU64,
     failed: AtomicBool,
+    /// Where the media is marked while the outcome of a `sync` is not known to be good.
+    mark_at: Option<u64>,
 }
 
 impl Syncer {
@@ -62,7 +65,13 @@ impl Syncer {
             started: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             failed: AtomicBool::new(false),
+            mark_at: None,
         }
+    }
+
+    /// The same, marking the media at `at` while a `sync` is in doubt (see `doubt.rs`).
+    pub fn marking(self, at: u64) -> Self {
+        Self { mark_at: Some(at).filter(|_| self.by_sync), ..self }
     }
 
     /// Draws a ticket. On media whose fence is durable the caller's fence has done it already; on
@@ -140,7 +149,7 @@ impl Syncer {
             // Under the lock: a ticket drawn after this line waits for the next one.
             self.started.fetch_add(1, Ordering::SeqCst) + 1
         };
-        match pmem.sync() {
+        match doubt::sync_marked(pmem, self.mark_at) {
             Ok(()) => self.completed.store(this, Ordering::Release),
             Err(error) => {
                 tracing::error!(%error, "the cache can no longer be made durable: it stops accepting writes");

@@ -215,6 +215,11 @@ impl Geometry {
         self.witness_offset(copy) + 64
     }
 
+    /// The mark of a `sync` under way, from the device's first byte: in the page of segment 0's witness.
+    pub fn sync_mark(&self) -> u64 {
+        self.segment(0) + u64::from(self.witness_offset(0)) + 512
+    }
+
     /// The first of a segment's liveness words, from the segment's first byte.
     pub fn liveness_offset(&self) -> u32 {
         2 * PAGE_U32

@@ -19,6 +19,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{Ordering, fence};
@@ -203,6 +204,32 @@ impl Pmem for MappedPmem {
         }
     }
 
+    fn is_on_device(&self, ranges: &[Range<u64>]) -> io::Result<bool> {
+        if self.class != MediaClass::PageCache {
+            return Ok(true);
+        }
+        let device = open_past_cache(&self.file)?;
+        let (mut shown, mut room) = (vec![0; COMPARE_STEP], vec![0; COMPARE_STEP + COMPARE_ALIGN]);
+        let skew = room.as_ptr().align_offset(COMPARE_ALIGN);
+        for range in ranges {
+            for at in range.clone().step_by(COMPARE_STEP) {
+                let len = (range.end - at).min(COMPARE_STEP as u64) as usize;
+                let had = &mut room[skew..skew + len];
+                match device.read_exact_at(had, at) {
+                    Ok(()) => {}
+                    Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Err(error),
+                    // Whatever reads back from it, the device does not have it.
+                    Err(_) => return Ok(false),
+                }
+                let shown = &mut shown[..len];
+                if self.read(at, shown).is_ok() && shown != had {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
     #[inline]
     fn prefetch(&self, at: u64) {
         // A record's header and keys, or the beginning of a block, whose rest the processor foresees.
@@ -224,6 +251,17 @@ fn prefetch_line(line: *const u8) {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch_line(_line: *const u8) {}
+
+/// Bytes compared with the device at a time.
+const COMPARE_STEP: usize = 1 << 20;
+/// What every device is content with for a buffer and an offset.
+const COMPARE_ALIGN: usize = 4096;
+
+/// The same file, for reads that do not go through the page cache.
+fn open_past_cache(file: &File) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).custom_flags(libc::O_DIRECT).open(path)
+}
 
 /// Times the kernel is asked to drop pages: it skips those that somebody happens to look at.
 const DROP_TRIES: u32 = 50;

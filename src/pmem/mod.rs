@@ -26,6 +26,9 @@ mod routines;
 mod store;
 
 use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::OnceLock;
 
 pub use create::{CreateError, create};
 pub use lock::Holder;
@@ -147,8 +150,43 @@ pub trait Pmem: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Whether the device has what reads show in these ranges of whole pages, which are clean: a `sync`
+    /// has succeeded since they were stored. Where it does not, one before that has failed. Pages that
+    /// cannot be read are passed over. True but on page-cache media.
+    ///
+    /// # Errors
+    /// The device cannot be read past the page cache here.
+    fn is_on_device(&self, ranges: &[Range<u64>]) -> io::Result<bool> {
+        let _ = ranges;
+        Ok(true)
+    }
+
+    /// Names the life of the host whose page cache holds what has not reached the device; zeros where
+    /// nothing does.
+    fn boot_id(&self) -> [u8; 16] {
+        boot_id()
+    }
+
     /// Hints that `at` will be read soon.
     fn prefetch(&self, at: u64) {
         let _ = at;
     }
+}
+
+/// The kernel's identity of this boot; zeros where it has none.
+fn boot_id() -> [u8; 16] {
+    static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+    *BOOT_ID.get_or_init(read_boot_id)
+}
+
+fn read_boot_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    if let Ok(text) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+        let digits: Vec<u8> =
+            text.bytes().filter_map(|c| (c as char).to_digit(16)).map(|d| d as u8).collect();
+        for (byte, pair) in id.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = pair[0] << 4 | pair[1];
+        }
+    }
+    id
 }

@@ -21,6 +21,7 @@
 //!   covers.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -84,6 +85,8 @@ pub struct Memory {
     /// What the device holds where a failed `sync` lost pages that still read back, by line.
     pub(super) lost: BTreeMap<usize, Box<[u8]>>,
     poison: Vec<Range<u64>>,
+    /// Deaths of the host so far.
+    boot: u64,
 }
 
 impl Memory {
@@ -99,6 +102,7 @@ impl Memory {
             stored: Vec::new(),
             lost: BTreeMap::new(),
             poison: Vec::new(),
+            boot: 1,
         }
     }
 
@@ -107,7 +111,7 @@ impl Memory {
         Memory::new(MediaClass::AssumeDax, 0)
     }
 
-    /// The same bytes, all of them durable.
+    /// The same bytes, all of them durable, in the host's next life.
     pub(super) fn settled(&self) -> Memory {
         Memory {
             class: self.class,
@@ -118,6 +122,7 @@ impl Memory {
             stored: Vec::new(),
             lost: BTreeMap::new(),
             poison: self.poison.clone(),
+            boot: self.boot + 1,
         }
     }
 
@@ -435,6 +440,19 @@ impl Pmem for SimPmem {
             w.memory.reread();
             Ok(())
         })
+    }
+
+    fn is_on_device(&self, ranges: &[Range<u64>]) -> io::Result<bool> {
+        Ok(self.world.with(|w| {
+            let Memory { lost, line, now, .. } = &w.memory;
+            let differs = |n: usize, had: &[u8]| now.slice(n * line, *line) != had;
+            let mut gone = lost.iter().filter(|(n, had)| differs(**n, had)).map(|(n, _)| (n * line) as u64);
+            !gone.any(|at| ranges.iter().any(|r| r.contains(&at)))
+        }))
+    }
+
+    fn boot_id(&self) -> [u8; 16] {
+        u128::from(self.world.with(|w| w.memory.boot)).to_le_bytes()
     }
 }
 

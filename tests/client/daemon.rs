@@ -163,7 +163,9 @@ impl Daemon {
         while UnixStream::connect(&self.socket).is_err() {
             let child = self.child.as_mut().expect("the server was started");
             if let Some(status) = child.try_wait().expect("a child can be waited for") {
-                panic!("the server ended ({status}) before its socket answered");
+                let life = self.read_life();
+                self.child = None;
+                panic!("the server ended ({status}) before its socket answered; it said\n{life}");
             }
             assert!(Instant::now() < deadline, "no socket at {} in time", self.socket.display());
             std::thread::sleep(Duration::from_millis(2));

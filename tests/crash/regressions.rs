@@ -15,7 +15,7 @@ use pcache_vhost::sim::{
     DiskState, DiskSurvival, Machine, Memory, Rng, Scene, SimBuffer, SimClock, SimEnv, SimPmem, Snapshot,
     Style, Survival, World, run_seed,
 };
-use pcache_vhost::volume::{Disk, RequestKind};
+use pcache_vhost::volume::{Disk, RequestKind, Status};
 
 fn served(mode: Mode) -> Style {
     Style { mode, order: Order::Strict, write_cache: true, pass_discard: false }
@@ -254,6 +254,52 @@ fn page_cache_media_take_no_segments_that_no_record_fits() {
     SimPmem::new(&copy).write(0, &bytes).expect("sound memory");
     let opened = Cache::<SimEnv>::open(Arc::new(SimPmem::new(&copy)), SimClock::default());
     assert!(matches!(opened, Err(OpenError::SmallSegments { .. })));
+}
+
+#[test]
+fn a_write_that_every_segment_refuses_fails_and_leaves_what_was_there() {
+    for class in [AssumeDax, PageCache] {
+        for is_payload in [true, false] {
+            let mut scene = Scene::new(class, served(Mode::Writeback));
+            scene.write(8, 8, 900);
+            scene.flush();
+            let geometry = scene.machine.cache.geometry();
+            let (start, end) = (geometry.data_start(), geometry.data_end());
+            let mut used = Vec::new();
+            scene.machine.served[0].volume.for_each_extent(|extent| {
+                let byte = extent.place.position * 512 - geometry.meta_size;
+                used.push((byte / u64::from(geometry.segment_size)) as u32);
+            });
+            scene.world.with(|w| {
+                for id in 0..geometry.segment_count {
+                    // Of the segment in use not what the first write has of it.
+                    let spared = |bytes| if used.contains(&id) { bytes } else { 0 };
+                    let refuses = if is_payload {
+                        start + spared(4096)..end - 8192
+                    } else {
+                        end - 8192..end - spared(256)
+                    };
+                    let at = |offset: u32| geometry.segment(id) + u64::from(offset);
+                    w.memory.poison(at(refuses.start)..at(refuses.end));
+                }
+            });
+            let tag = scene.submit(RequestKind::Write, 8, SimBuffer::of_write(0, 8, 16, 901));
+            let done = (0..2000).find_map(|_| {
+                scene.machine.clock.advance(100);
+                scene.machine.step_all();
+                scene.machine.poll(0, 0).into_iter().find(|d| d.tag == tag)
+            });
+            let status = done.unwrap_or_else(|| panic!("{class}: the write waits for ever")).status;
+            assert_eq!(status, Status::IoError, "{class}, payload {is_payload}");
+            scene.world.with(|w| w.memory.heal());
+            assert_eq!(scene.read(8), 900, "{class}");
+            // What has refused is reclaimed as anything else.
+            (0..200).for_each(|_| scene.machine.step_all());
+            scene.write(8, 8, 902);
+            scene.daemon_crash();
+            assert_eq!(scene.read(8), 902, "{class}");
+        }
+    }
 }
 
 #[test]

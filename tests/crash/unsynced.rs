@@ -6,7 +6,8 @@ use std::sync::Arc;
 use pcache_vhost::cache::{AttachError, AttachOptions, Cache, Mode, Order};
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{
-    DiskSurvival, Scene, SimBacking, SimBuffer, SimClock, SimEnv, SimPmem, Style, Survival, World,
+    DiskSurvival, Machine, Rng, Scene, SimBacking, SimBuffer, SimClock, SimEnv, SimPmem, Snapshot, Style,
+    Survival, World,
 };
 use pcache_vhost::volume::{RequestKind, Status};
 
@@ -94,4 +95,79 @@ fn after_a_failed_sync_the_device_is_drained_and_nothing_else_is_believed() {
         assert!(volume.is_clean());
     }
     assert!(partly[0] > 0 && partly[2] > 0, "{partly:?}");
+}
+
+/// What a start after a `sync` that may have failed shows of sector 8, now and after a power cut;
+/// `None` if it does not serve.
+fn shown(image: Snapshot, seed: u64) -> Option<u64> {
+    let world = World::new(image, seed);
+    let error = match Machine::open(&world, &[STYLE], 1) {
+        Ok(mut machine) => {
+            let values = machine.read_all(0).expect("it serves what it recovered");
+            let photo = world.photograph("served");
+            let (after, _) = photo.host_crash(&Survival::Nothing, DiskSurvival::Nothing, &mut Rng::new(seed));
+            let mut machine = Machine::open(&World::new(after, seed), &[STYLE], 1).expect("a power cut");
+            assert_eq!(machine.read_all(0).expect("a power cut"), values, "seed {seed}");
+            return Some(values[8]);
+        }
+        Err(error) => error,
+    };
+    assert!(error.contains("making the cache durable has failed before"), "seed {seed}: {error}");
+    None
+}
+
+/// A daemon killed within a `sync` that fails, or before it has said so: what its guest was told is
+/// there, durably, or the next start does not serve. Wherever that start is cut off, the one after it
+/// says the same.
+#[test]
+fn a_failed_sync_that_nobody_lived_to_tell_of_is_found_out() {
+    let (mut served, mut refused, mut cuts) = (0, 0, 0);
+    for seed in 0..40 {
+        let mut scene = Scene::new(PageCache, STYLE);
+        (0..seed).for_each(|_| scene.world.with(|w| _ = w.rng.next()));
+        scene.write(8, 1, 900);
+        scene.flush();
+        scene.write(8, 1, 901);
+        scene.submit(RequestKind::Flush, 0, SimBuffer::default());
+        scene.world.with(|w| w.faults.sync = 10_000);
+        scene.machine.sync();
+        let image = scene.world.photograph("told by the kernel").daemon_crash(&mut Rng::new(seed));
+        let first = shown(image.clone(), seed);
+        match first {
+            Some(value) => assert_eq!(value, 901, "seed {seed}: an acknowledged write is lost"),
+            None => refused += 1,
+        }
+        served += u64::from(first.is_some());
+        for n in 0.. {
+            let world = World::new(image.clone(), seed);
+            world.with(|w| w.cuts.at = n + 1);
+            drop(Machine::open(&world, &[STYLE], 1));
+            let Some((_, photo)) = world.take_cuts().pop() else { break };
+            cuts += 1;
+            let again = shown(photo.daemon_crash(&mut Rng::new(n)), seed);
+            assert_eq!(again, first, "seed {seed}, cut before event {n} of the start");
+        }
+    }
+    assert!(served > 0 && refused > 20 && cuts > 400, "{served} served, {refused} refused, {cuts} cuts");
+}
+
+#[test]
+fn a_sync_that_fails_while_a_cache_is_opened_is_remembered_by_the_next_start() {
+    let mut refused = 0;
+    for seed in 0..40 {
+        let mut scene = Scene::new(PageCache, STYLE);
+        scene.write(8, 1, 900);
+        scene.flush();
+        scene.write(8, 1, 901);
+        let image = scene.world.photograph("killed").daemon_crash(&mut Rng::new(seed));
+        let world = World::new(image, seed);
+        world.with(|w| w.faults.sync = 10_000);
+        let error = Machine::open(&world, &[STYLE], 1).err().expect("nothing can be made durable");
+        assert!(error.contains("cannot be made durable"), "{error}");
+        match shown(world.photograph("gave up").daemon_crash(&mut Rng::new(seed)), seed) {
+            Some(value) => assert_eq!(value, 901, "seed {seed}: an acknowledged write is lost"),
+            None => refused += 1,
+        }
+    }
+    assert!(refused > 20, "{refused} refused");
 }

@@ -52,6 +52,12 @@ impl Instrument {
             M::FillOutlivesDiskCache => {
                 ("story of a fill", Story(stories::a_fill_and_the_disk_that_loses_its_bytes))
             }
+            M::LivenessFloorNotWritten | M::LivenessFloorIgnored => {
+                ("story of older words", Story(stories::liveness_words_put_back))
+            }
+            M::RelocatedUnverified => {
+                ("story of a rotten block", Story(stories::a_block_that_rots_before_it_is_relocated))
+            }
             M::RefusedRecordPublished => {
                 ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
             }
@@ -71,6 +77,9 @@ impl Instrument {
             | M::PartsForgotten
             | M::RedoBelievedUnflushed
             | M::RedoLeftUnapplied => run(|s| s.styles.iter().any(|s| s.order == Order::Grouped)),
+            M::SyncNotMarked | M::DoubtNotNoted => {
+                ("story of an untold failure", Story(stories::a_failed_sync_that_nobody_tells))
+            }
             M::SyncFailureForgotten => run(|s| s.ends_unsynced),
             M::TicketOfRunningSync
             | M::FlushNeverCompletes

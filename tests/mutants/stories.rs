@@ -3,7 +3,7 @@
 
 use pcache_vhost::cache::{Mode, Order};
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Rng, Scene, SimBuffer, Style, Survival};
+use pcache_vhost::sim::{DiskSurvival, Machine, Rng, Scene, SimBuffer, Style, Survival, World};
 use pcache_vhost::volume::{RequestKind, Status};
 
 fn served(mode: Mode) -> Style {
@@ -95,5 +95,92 @@ pub fn a_segment_opened_twice(images: &mut u64) {
         scene.host_crash(Survival::Nothing, DiskSurvival::Nothing);
         *images += 2;
         assert_eq!(scene.read(8), first, "what was read once has changed");
+    }
+}
+
+/// A daemon dies before it can say that a `sync` has failed, and the next in the middle of its start:
+/// the one after that has what was acknowledged, or does not serve.
+pub fn a_failed_sync_that_nobody_tells(images: &mut u64) {
+    for seed in 0..8 {
+        let mut scene = Scene::new(PageCache, served(Mode::Writeback));
+        (0..seed).for_each(|_| scene.world.with(|w| _ = w.rng.next()));
+        scene.write(8, 8, 900);
+        scene.submit(RequestKind::Flush, 0, SimBuffer::default());
+        scene.world.with(|w| w.faults.sync = 10_000);
+        scene.machine.sync();
+        let image = scene.world.photograph("untold").daemon_crash(&mut Rng::new(seed));
+        for n in 0.. {
+            let world = World::new(image.clone(), seed);
+            world.with(|w| w.cuts.at = n + 1);
+            drop(Machine::open(&world, &[scene.style], 1));
+            let Some((_, photo)) = world.take_cuts().pop() else { break };
+            let world = World::new(photo.daemon_crash(&mut Rng::new(n)), seed);
+            *images += 1;
+            let Ok(mut machine) = Machine::open(&world, &[scene.style], 1) else { continue };
+            let values = machine.read_all(0).expect("it serves what it recovered");
+            assert_eq!(values[8], 900, "after recovery cut before event {n}: an acknowledged write is lost");
+            let photo = world.photograph("served");
+            let (after, _) = photo.host_crash(&Survival::Nothing, DiskSurvival::Nothing, &mut Rng::new(seed));
+            let machine = Machine::open(&World::new(after, seed), &[scene.style], 1);
+            let values = machine.and_then(|mut m| m.read_all(0)).expect("what was served is durable");
+            assert_eq!(values[8], 900, "after recovery cut before event {n}: what was served is lost");
+        }
+    }
+}
+
+/// Liveness words that hardware has put back to what they once were: what went around the cache since
+/// is not hidden by the copy that died.
+pub fn liveness_words_put_back(images: &mut u64) {
+    let mut scene = Scene::new(AssumeDax, served(Mode::Writeback));
+    scene.write(8, 8, 900);
+    scene.drain();
+    scene.style = served(Mode::Writearound);
+    scene.daemon_crash();
+    let geometry = scene.machine.cache.geometry();
+    let words = |id| geometry.segment(id) as usize + geometry.liveness_offset() as usize;
+    let len = geometry.liveness_words() as usize * 8;
+    let early = scene.world.photograph("the copy lives").memory;
+    scene.write(8, 8, 901);
+    scene.flush();
+    for id in 0..geometry.segment_count {
+        let mut image = scene.world.photograph("the copy is dead").daemon_crash(&mut Rng::new(1));
+        let (old, now) = (early.copy(words(id), len), image.memory.copy(words(id), len));
+        image.memory.corrupt(words(id), |bytes| bytes[..len].copy_from_slice(&old));
+        *images += u64::from(old != now);
+        let mut machine =
+            Machine::open(&World::new(image, 1), &[scene.style], 1).expect("clean data is at stake");
+        assert_eq!(machine.read_all(0).expect("nothing is lost")[8], 901, "words of segment {id}");
+    }
+    assert!(*images > 0, "no word has changed");
+}
+
+/// A clean block that rots, is read no more, and is worth keeping: what reclaim carries is the block or
+/// nothing.
+pub fn a_block_that_rots_before_it_is_relocated(images: &mut u64) {
+    for class in [AssumeDax, PageCache] {
+        let mut scene = Scene::sized(class, served(Mode::Writeback), 16, 4096);
+        scene.write(0, 8, 900);
+        scene.drain();
+        assert_eq!(scene.read(3), 900);
+        let mut at = 0;
+        scene.machine.served[0].volume.for_each_extent(|e| at = e.place.position as usize * 512);
+        scene.world.with(|w| w.memory.corrupt(at, |bytes| bytes[3 * 512 + 7] ^= 1));
+        let relocated = |scene: &Scene| {
+            let counters = scene.machine.served[0].volume.counters();
+            counters.relocated_sectors > 0 || counters.checksum_errors > 0
+        };
+        for i in 0..2000 {
+            if relocated(&scene) {
+                break;
+            }
+            scene.write(64 + i % 500 * 8, 8, 1000 + i);
+            if i % 8 == 7 {
+                scene.drain();
+                (0..8).for_each(|_| scene.machine.step_all());
+            }
+        }
+        assert!(relocated(&scene), "{class}: the block has met no reclaim");
+        *images += 1;
+        assert_eq!(scene.read(3), 900, "{class}");
     }
 }

@@ -35,11 +35,16 @@ pub(crate) struct Gathered {
     /// Sectors that will be committed when the draft is.
     staged: u64,
     failed: bool,
+    /// Segments in a row that have refused it.
+    refused: u32,
 }
+
+/// Segments in a row that may refuse a write before it fails: nothing says that the next takes it.
+const REFUSALS_MAX: u32 = 16;
 
 impl Gathered {
     pub fn new(slot: u32, range: SectorRange, kind: KeyKind, is_through: bool) -> Self {
-        Self { slot, range, kind, is_through, done: 0, staged: 0, failed: false }
+        Self { slot, range, kind, is_through, done: 0, staged: 0, failed: false, refused: 0 }
     }
 }
 
@@ -227,6 +232,7 @@ fn commit_record<E: Env, B: Buffer>(
     let staged = match stage(&volume.cache, open, gather, slots, &mut scratch.draft, allowance) {
         Ok(staged) => staged,
         Err(()) => {
+            refuse(gather);
             volume.cache.close_segment(stream);
             return Attempt::Progress;
         }
@@ -242,12 +248,23 @@ fn commit_record<E: Env, B: Buffer>(
     if is_published {
         for gathered in gather.iter_mut().take_while(|g| g.staged > 0) {
             gathered.done = std::mem::take(&mut gathered.staged);
+            gathered.refused = 0;
         }
     } else {
-        gather.iter_mut().for_each(|g| g.staged = 0);
+        refuse(gather);
         volume.cache.close_segment(stream);
     }
     Attempt::Progress
+}
+
+/// The media has refused a record: nothing of it is staged, and the first write, which every record
+/// begins with, may have been refused for the last time.
+fn refuse(gather: &mut VecDeque<Gathered>) {
+    gather.iter_mut().for_each(|g| g.staged = 0);
+    if let Some(front) = gather.front_mut() {
+        front.refused += 1;
+        front.failed |= front.refused >= REFUSALS_MAX;
+    }
 }
 
 #[derive(PartialEq, Eq)]
@@ -257,7 +274,7 @@ enum Staged {
     Full,
 }
 
-/// Stores as many gathered pieces as one record takes. `Err`: the media failed, nothing is staged.
+/// Stores as many gathered pieces as one record takes. `Err`: the media failed.
 fn stage<E: Env, B: Buffer>(
     cache: &Cache<E>,
     open: &Open,
@@ -271,8 +288,7 @@ fn stage<E: Env, B: Buffer>(
     let longest = cache.piece_sectors_max();
     // The least is one piece: a debt is paid before the next.
     let limit = open.payload_end + cache.record_payload_max().min(allowance.max(longest as u32 * 512));
-    for i in 0..gather.len() {
-        let gathered = &mut gather[i];
+    for gathered in gather {
         let mark = (draft.keys.len(), draft.checksums.len());
         let mut done = gathered.done;
         while done < gathered.range.len {
@@ -302,12 +318,10 @@ fn stage<E: Env, B: Buffer>(
                 }
                 Err(StoreError::Media(error)) => {
                     tracing::error!(%error, "the cache media failed under a write");
-                    gather.iter_mut().for_each(|g| g.staged = 0);
                     return Err(());
                 }
             }
         }
-        let gathered = &mut gather[i];
         if gathered.failed {
             // It ends here, and so does the record: completion goes in order.
             gathered.staged = 0;

@@ -318,7 +318,8 @@ impl<E: Env> Relocator<E> {
                 let place = Place { position, zero: false, dirty: false };
                 let extent = Extent { range: piece.range(), place };
                 bytes.resize(sectors as usize * 512, 0);
-                let copied = cache.copy_extent(&extent, Reader::Worker, true, |at, part| {
+                let verify = !mutated(Mutant::RelocatedUnverified);
+                let copied = cache.copy_extent(&extent, Reader::Worker, verify, |at, part| {
                     bytes[at..at + part.len()].copy_from_slice(part);
                     Ok(())
                 });

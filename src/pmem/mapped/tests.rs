@@ -465,7 +465,11 @@ fn rereading_shows_the_device_and_not_what_the_page_cache_has_of_it() {
     let mut copy = [0; 100];
     pmem.read(8192, &mut copy).unwrap();
     assert_eq!(copy, [5; 100]);
+    let is_on_device = |range| pmem.is_on_device(&[0..4096, range]).unwrap();
+    assert!(!is_on_device(8192..12_288) && !is_on_device(4096..4 * MIB));
+    assert!(is_on_device(4096..8192) && is_on_device(12_288..4 * MIB));
     pmem.reread().unwrap();
+    assert!(is_on_device(4096..4 * MIB));
     pmem.read(8192, &mut copy).unwrap();
     assert_eq!(copy, [6; 100]);
 }
