@@ -26,6 +26,7 @@
 //! - a thread holds one shard, or all of them in ascending order, and then at most the directory;
 //!   nothing of the caller's runs under a lock.
 
+mod build;
 mod directory;
 mod edit;
 mod entry;
@@ -38,6 +39,7 @@ mod tests;
 
 use std::ops::Range;
 
+pub(crate) use build::Fragment;
 pub use entry::{Extent, POSITION_END, Place, ZERO_NAME_END};
 pub use map::ExtentMap;
 

@@ -68,6 +68,26 @@ impl Region {
         Region { store: Store::Inline(entry), count: 1, dirty }
     }
 
+    /// A region of these entries, which must be sorted, disjoint and joined.
+    pub fn of(entries: &[Entry]) -> Region {
+        Region {
+            store: store_of([entries, &[], &[]]),
+            count: entries.len() as u16,
+            dirty: sectors_dirty(entries) as u16,
+        }
+    }
+
+    /// What the region adds to the sums of an index.
+    pub fn totals(&self) -> Change {
+        let entries = self.entries();
+        Change {
+            extents: entries.len() as i64,
+            mapped: sectors(entries),
+            dirty: i64::from(self.dirty),
+            heap: self.heap_bytes(),
+        }
+    }
+
     /// Where the region belongs: zeros of one record from end to end are a run's.
     pub fn state(&self) -> State {
         match self.entries() {
@@ -146,7 +166,7 @@ impl Region {
         builder.is_changed.then(|| self.splice(from, to, scratch))
     }
 
-    fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[Entry] {
         let all = match &self.store {
             Store::Inline(entry) => std::slice::from_ref(entry),
             Store::Heap(slots) => slots,
@@ -203,13 +223,7 @@ struct Builder<'a, E> {
 
 impl<E: Edit> Builder<'_, E> {
     fn push(&mut self, entry: Entry) {
-        if let Some(last) = self.entries.last_mut()
-            && let Some(joined) = last.join(entry)
-        {
-            *last = joined;
-        } else {
-            self.entries.push(entry);
-        }
+        push_entry(self.entries, entry);
     }
 
     fn piece(&mut self, old: Entry) {
@@ -229,6 +243,17 @@ impl<E: Edit> Builder<'_, E> {
             self.is_changed = true;
             self.push(Entry::new(start, end - start, place));
         }
+    }
+}
+
+/// Appends an entry, joined with the last one if it goes on from it.
+pub(super) fn push_entry(entries: &mut Vec<Entry>, entry: Entry) {
+    if let Some(last) = entries.last_mut()
+        && let Some(joined) = last.join(entry)
+    {
+        *last = joined;
+    } else {
+        entries.push(entry);
     }
 }
 
