@@ -14,6 +14,7 @@ use super::REGION_SECTORS;
 use super::directory::State;
 use super::edit::{Edit, Verdict};
 use super::entry::{Entry, Extent, Place};
+use super::hint;
 use crate::units::SectorRange;
 
 /// Where the entries are. A lone entry sits where the length of the boxed slice would be.
@@ -99,12 +100,13 @@ impl Region {
         }
     }
 
-    /// Loads what a search for sector `at` looks at first.
+    /// Asks for what a search for sector `at` looks at first: where the entry is if entries are spread
+    /// evenly, and the line before or behind, if it is near.
     pub fn touch(&self, at: u32) {
         let entries = self.entries();
-        if let Some(entry) = entries.get(guess_of(entries.len(), at)) {
-            std::hint::black_box(entry.start());
-        }
+        let guess = guess_of(entries.len(), at);
+        let near = [guess.saturating_sub(GUESS_ERROR), (guess + GUESS_ERROR).min(entries.len().max(1) - 1)];
+        near.into_iter().filter_map(|i| entries.get(i)).for_each(hint::prefetch);
     }
 
     /// Shows the mapped pieces inside `window` in ascending order; `base` is the region's first
@@ -282,6 +284,10 @@ fn first_ending_after(entries: &[Entry], at: u32) -> usize {
     }
     low + entries[low..high].partition_point(is_before)
 }
+
+/// How far from the guess most entries are where not all blocks of a region are cached. More would ask
+/// for lines that nobody looks at.
+const GUESS_ERROR: usize = 4;
 
 /// Where among `count` entries sector `at` would be if they were spread evenly.
 fn guess_of(count: usize, at: u32) -> usize {
