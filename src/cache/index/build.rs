@@ -17,11 +17,13 @@ use super::entry::{Entry, Extent};
 use super::region::{Change, Region, Window, push_entry};
 use super::table::Table;
 use super::{Index, REGION_SECTORS, spans};
+use crate::mutant::{Mutant, mutated};
 
 /// A part of an extent, in one region, on its way into the index.
 #[derive(Clone, Copy)]
 pub(crate) struct Fragment {
-    region: u64,
+    /// The sector it begins at: fragments are sorted by it.
+    start: u64,
     /// Of two for one sector the one of the higher rank counts.
     rank: u64,
     entry: Entry,
@@ -34,18 +36,13 @@ impl Fragment {
         spans(extent.range).map(move |(region, window)| {
             let range = window.range(region * REGION_SECTORS);
             let entry = Entry::new(window.start, window.end - window.start, extent.place_at(range.start));
-            Fragment { region, rank, entry }
+            Fragment { start: range.start, rank, entry }
         })
     }
 
     /// The region it lies in.
     pub fn region(&self) -> u64 {
-        self.region
-    }
-
-    /// Sorts by region, and in a region by the first sector.
-    fn position(&self) -> u64 {
-        self.region * REGION_SECTORS + u64::from(self.entry.start())
+        self.start / REGION_SECTORS
     }
 }
 
@@ -69,7 +66,7 @@ impl Index {
 
     /// Sorts fragments as [`Index::build`] wants them.
     pub(crate) fn sort(fragments: &mut [Fragment]) {
-        fragments.sort_unstable_by_key(Fragment::position);
+        fragments.sort_unstable_by_key(|f| f.start);
     }
 
     /// Makes the regions of `fragments`, all of one shard and sorted, hold exactly these, the highest
@@ -78,8 +75,8 @@ impl Index {
     pub(crate) fn build(&self, shard: usize, fragments: &mut [Fragment], replaced: &mut Vec<Extent>) {
         let mut table = self.shards[shard].write();
         let mut scratch = Scratch::default();
-        for fragments in fragments.chunk_by_mut(|a, b| a.region == b.region) {
-            let region = fragments[0].region;
+        for fragments in fragments.chunk_by_mut(|a, b| a.region() == b.region()) {
+            let region = fragments[0].region();
             debug_assert_eq!(self.shard_of(region), shard);
             scratch.entries.clear();
             lay_out(fragments, &mut scratch, replaced);
@@ -134,8 +131,9 @@ fn lay_out(fragments: &mut [Fragment], scratch: &mut Scratch, replaced: &mut Vec
 
 /// Writes what is left of fragments that overlap.
 fn contest(rivals: &mut [Fragment], scratch: &mut Scratch, replaced: &mut Vec<Extent>) {
-    rivals.sort_unstable_by_key(|f| (f.rank, f.entry.precedence()));
-    let base = rivals[0].region * REGION_SECTORS;
+    let rank = |f: &Fragment| if mutated(Mutant::RivalsByPlace) { 0 } else { f.rank };
+    rivals.sort_unstable_by_key(|f| (rank(f), f.entry.precedence()));
+    let base = rivals[0].region() * REGION_SECTORS;
     let [losers @ .., winner] = &*rivals else { return };
     let covers =
         |f: &Fragment| winner.entry.start() <= f.entry.start() && f.entry.end() <= winner.entry.end();

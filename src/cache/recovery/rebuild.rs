@@ -96,22 +96,12 @@ pub(super) fn rebuild<E: Env>(
     threads: usize,
     mut found: Vec<Keys>,
 ) -> u64 {
-    let mut jobs = Vec::new();
-    let mut count = 0;
+    let (mut jobs, mut count) = (Vec::new(), 0);
     for volume in volumes.values() {
         let of_volume = |keys: &mut Keys| keys.by_volume.remove(&volume.incarnation);
-        let mut parts: Vec<Found> = found.iter_mut().filter_map(of_volume).collect();
+        let parts: Vec<Found> = found.iter_mut().filter_map(of_volume).collect();
         count += parts.iter().map(|part| part.count).sum::<u64>();
-        let wide = parts.iter_mut().flat_map(|part| part.wide.drain(..)).collect();
-        let wide = Arc::new(WideMap::insert(volume, wide));
-        for shard in 0..volume.index.shard_count() {
-            let parts: Vec<_> =
-                parts.iter_mut().map(|part| std::mem::take(&mut part.shards[shard])).collect();
-            if parts.iter().any(|part| !part.is_empty()) {
-                let (volume, wide) = (volume.clone(), wide.clone());
-                jobs.push(Mutex::new(Some(Job { volume, wide, shard, parts })));
-            }
-        }
+        jobs.extend(jobs_of(volume, parts).map(|job| Mutex::new(Some(job))));
     }
     let next = AtomicUsize::new(0);
     spread(threads, || {
@@ -125,8 +115,28 @@ pub(super) fn rebuild<E: Env>(
     count
 }
 
+/// Inserts a volume's wide ranges; the jobs that are left to do.
+fn jobs_of(volume: &Arc<VolumeCore>, mut parts: Vec<Found>) -> impl Iterator<Item = Job> {
+    let wide = parts.iter_mut().flat_map(|part| part.wide.drain(..)).collect();
+    let wide = Arc::new(WideMap::insert(volume, wide));
+    (0..volume.index.shard_count()).filter_map(move |shard| {
+        let parts: Vec<_> = parts.iter_mut().map(|part| std::mem::take(&mut part.shards[shard])).collect();
+        let (volume, wide) = (volume.clone(), wide.clone());
+        parts.iter().any(|part| !part.is_empty()).then_some(Job { volume, wide, shard, parts })
+    })
+}
+
 /// Fills one shard. What loses is dead.
 fn build<E: Env>(cache: &Cache<E>, job: Job, replaced: &mut Vec<Extent>) {
+    replaced.clear();
+    fill(job, replaced);
+    if !mutated(Mutant::LosersNotKilled) {
+        cache.mark_dead(replaced);
+    }
+}
+
+/// Fills one shard; appends to `replaced` what loses.
+fn fill(job: Job, replaced: &mut Vec<Extent>) {
     let mut parts = job.parts.into_iter().filter(|part| !part.is_empty());
     let mut fragments = parts.next().unwrap_or_default();
     parts.for_each(|part| fragments.extend(part));
@@ -134,11 +144,7 @@ fn build<E: Env>(cache: &Cache<E>, job: Job, replaced: &mut Vec<Extent>) {
     if job.wide.join(&mut fragments) {
         Index::sort(&mut fragments);
     }
-    replaced.clear();
     job.volume.index.build(job.shard, &mut fragments, replaced);
-    if !mutated(Mutant::LosersNotKilled) {
-        cache.mark_dead(replaced);
-    }
 }
 
 /// A volume's wide ranges: which of them is the newest of a sector.
@@ -190,6 +196,75 @@ pub(super) fn add_lost(volume: &VolumeCore, keys: &mut Keys) {
         volume.version.fetch_max(lost.version + 1, Ordering::Relaxed);
         if let Some(range) = lost.range.intersection(&whole) {
             sink.add(lost.version, Extent { range, place: Place::LOST });
+        }
+    }
+}
+
+#[cfg(all(test, feature = "sim"))]
+mod tests {
+    use super::*;
+    use crate::onmedia::VolumeDescriptor;
+    use crate::sim::Rng;
+
+    const REGIONS: u64 = 40;
+
+    fn volume() -> Arc<VolumeCore> {
+        let sectors = REGIONS * REGION_SECTORS;
+        Arc::new(VolumeCore::new(VolumeDescriptor { sectors, ..VolumeDescriptor::default() }, 0))
+    }
+
+    /// Blocks, runs, small zeros, and zeros and losses of many regions, the later the newer.
+    fn keys(rng: &mut Rng) -> Vec<Extent> {
+        let end = REGIONS * REGION_SECTORS;
+        let key = |(number, rng): (u64, &mut Rng)| {
+            let (len, zero) = match rng.below(20) {
+                0 => (rng.between(1, REGION_SECTORS * 30), true),
+                1 => (rng.between(1, 600), true),
+                2 => (rng.between(1, 512), false),
+                _ => (8, false),
+            };
+            let start = rng.below(end - len);
+            let start = if rng.below(4) > 0 { start / 8 * 8 } else { start };
+            let place = match zero && rng.below(8) == 0 {
+                true => Place::LOST,
+                false => Place { position: 1000 * (number + 1), zero, dirty: true },
+            };
+            Extent { range: SectorRange::new(start, len), place }
+        };
+        let count = rng.between(1, 300);
+        (0..count).map(|number| key((number, rng))).collect()
+    }
+
+    fn shown(index: &Index) -> Vec<Extent> {
+        let mut all = Vec::new();
+        index.for_each(|extent| all.push(extent));
+        all
+    }
+
+    #[test]
+    fn whoever_found_what_in_whatever_order_the_newest_of_each_sector_is_shown() {
+        for seed in 0..200 {
+            let mut rng = Rng::new(seed);
+            let keys = keys(&mut rng);
+            let (expected, mut lost) = (Index::new(1), Vec::new());
+            keys.iter().for_each(|key| expected.insert(*key, &mut lost));
+            let volume = volume();
+            let mut finders = [Keys::default(), Keys::default(), Keys::default()];
+            let mut numbered: Vec<_> = (1..).zip(&keys).collect();
+            while !numbered.is_empty() {
+                let (version, key) = numbered.swap_remove(rng.below(numbered.len() as u64) as usize);
+                finders[rng.below(3) as usize].of(&volume).add(version, *key);
+            }
+            let parts = finders.iter_mut().filter_map(|keys| keys.by_volume.remove(&volume.incarnation));
+            let mut replaced = Vec::new();
+            jobs_of(&volume, parts.collect()).for_each(|job| fill(job, &mut replaced));
+            assert_eq!(shown(&volume.index), shown(&expected), "seed {seed}");
+            let sums = |index: &Index| (index.extents(), index.mapped_sectors(), index.dirty_sectors());
+            assert_eq!(sums(&volume.index), sums(&expected), "seed {seed}");
+            let payload = |extents: &[Extent]| -> u64 {
+                extents.iter().filter(|e| !e.place.zero).map(|e| e.range.len).sum()
+            };
+            assert_eq!(payload(&replaced), payload(&lost), "seed {seed}");
         }
     }
 }
