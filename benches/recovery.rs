@@ -121,7 +121,7 @@ fn fill(volume: &Arc<Volume<Host>>, scale: &Scale) {
     let mut queue = VolumeDisk(volume.clone()).open_queue(0, Waker::default()).expect("a queue");
     let places = scale.extents() * 4;
     // An odd stride over a power of two visits every place once, no two neighbours together.
-    let stride = 0x9e37_79b9_7f4a_7c15 % places | 1;
+    let stride = (0x9e37_79b9_7f4a_7c15 % places) | 1;
     let mut done = Vec::new();
     for extent in 0..scale.extents() {
         let place = (u128::from(extent) * u128::from(stride) % u128::from(places)) as u64;
