@@ -90,10 +90,10 @@ fn lookups(c: &mut Criterion) {
             }
         })
     });
-    group.bench_function("index, prefetched by 16", |b| {
+    group.bench_function("index, prefetched by 32", |b| {
         b.iter(|| {
-            for _ in 0..BATCH / 16 {
-                let sectors: [u64; 16] = std::array::from_fn(|_| random.below(blocks) * BLOCK);
+            for _ in 0..BATCH / 32 {
+                let sectors: [u64; 32] = std::array::from_fn(|_| random.below(blocks) * BLOCK);
                 sectors.iter().for_each(|&sector| index.prefetch(sector));
                 for sector in sectors {
                     found.clear();

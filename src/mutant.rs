@@ -133,6 +133,7 @@ mutants! {
     DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Recovery.
     OldestWins 2 "recovery lets the oldest version win",
+    RivalsByPlace 2 "recovery lets the copy that lies highest win, whatever its version",
     ZerosForgotten 2 "recovery passes over dirty zeros",
     SequenceGapIgnored 2 "recovery does not mind missing records",
     GenerationNotChecked 2 "records of a segment's earlier life count",

@@ -14,6 +14,11 @@ pub trait Env: Send + Sync + Sized + 'static {
     type Backing: Backing;
     /// Time.
     type Clock: Clock;
+
+    /// Threads that a start may use. One, where everything has to come in the same order each time.
+    fn threads() -> usize {
+        std::thread::available_parallelism().map_or(1, |n| n.get().min(16))
+    }
 }
 
 /// Time, as the engine needs it.

@@ -213,13 +213,38 @@ impl Segment {
     /// Takes sectors for live whatever the media says: dirty keys count as they are.
     pub fn revive(&self, first: u32, n: u32) {
         let body = self.body();
-        for sector in first..first + n {
+        let mut sector = self.next_dead(first, first + n);
+        while sector < first + n {
             let (word, bit) = (sector as usize / 32, 1 << (sector % 32));
-            if body.dead[word].fetch_and(!bit, Ordering::Relaxed) & bit != 0 {
-                let revived = body.revived.get_or_init(|| zeros(body.dead.len()));
-                revived[word].fetch_or(bit, Ordering::Relaxed);
-            }
+            body.dead[word].fetch_and(!bit, Ordering::Relaxed);
+            let revived = body.revived.get_or_init(|| zeros(body.dead.len()));
+            revived[word].fetch_or(bit, Ordering::Relaxed);
+            sector = self.next_dead(sector + 1, first + n);
         }
+    }
+
+    /// The first dead sector in `[from, end)`, or `end`.
+    pub fn next_dead(&self, from: u32, end: u32) -> u32 {
+        self.next_where(from, end, |dead| dead)
+    }
+
+    /// The first sector in `[from, end)` that is not dead, or `end`.
+    pub fn next_live(&self, from: u32, end: u32) -> u32 {
+        self.next_where(from, end, |dead| !dead)
+    }
+
+    /// The first sector in `[from, end)` whose bit is set in what `bits` makes of its word, or `end`.
+    fn next_where(&self, from: u32, end: u32, bits: impl Fn(u32) -> u32) -> u32 {
+        let body = self.body();
+        let mut at = from;
+        while at < end {
+            let rest = bits(body.dead[at as usize / 32].load(Ordering::Relaxed)) >> (at % 32);
+            if rest != 0 {
+                return end.min(at + rest.trailing_zeros());
+            }
+            at = (at / 32 + 1) * 32;
+        }
+        end
     }
 
     /// Whether the sector is dead.

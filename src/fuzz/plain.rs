@@ -25,6 +25,10 @@ impl Env for Plain {
     type Pmem = PlainPmem;
     type Backing = PlainDisk;
     type Clock = PlainClock;
+
+    fn threads() -> usize {
+        1
+    }
 }
 
 /// Time in which much has passed at every look: whoever waits for a moment sees it come at once, the

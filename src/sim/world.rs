@@ -20,6 +20,10 @@ impl Env for SimEnv {
     type Pmem = SimPmem;
     type Backing = SimBacking;
     type Clock = SimClock;
+
+    fn threads() -> usize {
+        1
+    }
 }
 
 /// Time that passes when the run says so, and a little with every look.

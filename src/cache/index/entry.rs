@@ -173,6 +173,12 @@ impl Entry {
         Place { position: self.0 & POSITION_MASK, zero: self.is_zero(), dirty: self.is_dirty() }
     }
 
+    /// Decides between two entries of one version: the payload that lies higher counts, and a loss
+    /// before any payload.
+    pub fn precedence(self) -> u64 {
+        self.0 & (ZERO | POSITION_MASK)
+    }
+
     /// The part from `start` to `end`, which must be inside and not empty.
     pub fn clip(self, start: u32, end: u32) -> Entry {
         debug_assert!(self.start() <= start && start < end && end <= self.end());

@@ -26,9 +26,11 @@
 //! - a thread holds one shard, or all of them in ascending order, and then at most the directory;
 //!   nothing of the caller's runs under a lock.
 
+mod build;
 mod directory;
 mod edit;
 mod entry;
+mod hint;
 mod map;
 mod region;
 mod runs;
@@ -38,6 +40,7 @@ mod tests;
 
 use std::ops::Range;
 
+pub(crate) use build::Fragment;
 pub use entry::{Extent, POSITION_END, Place, ZERO_NAME_END};
 pub use map::ExtentMap;
 
@@ -213,9 +216,8 @@ impl Index {
     }
 
     /// Brings what a lookup of `sector` will need into the CPU's caches; a hint, and none while a
-    /// writer has the shard. Worth a call per request of a batch before the first lookup: no branch
-    /// here waits for memory, so the misses of successive calls overlap, as those of successive
-    /// lookups do not.
+    /// writer has the shard. Worth a call per request of a batch before the first lookup: the entries
+    /// are asked for and not waited for, so their misses overlap, as those of successive lookups do not.
     pub fn prefetch(&self, sector: u64) {
         let region = sector / REGION_SECTORS;
         if let Ok(table) = self.shard(region).table.try_read()

@@ -14,6 +14,7 @@ use super::REGION_SECTORS;
 use super::directory::State;
 use super::edit::{Edit, Verdict};
 use super::entry::{Entry, Extent, Place};
+use super::hint;
 use crate::units::SectorRange;
 
 /// Where the entries are. A lone entry sits where the length of the boxed slice would be.
@@ -68,6 +69,26 @@ impl Region {
         Region { store: Store::Inline(entry), count: 1, dirty }
     }
 
+    /// A region of these entries, which must be sorted, disjoint and joined.
+    pub fn of(entries: &[Entry]) -> Region {
+        Region {
+            store: store_of([entries, &[], &[]]),
+            count: entries.len() as u16,
+            dirty: sectors_dirty(entries) as u16,
+        }
+    }
+
+    /// What the region adds to the sums of an index.
+    pub fn totals(&self) -> Change {
+        let entries = self.entries();
+        Change {
+            extents: entries.len() as i64,
+            mapped: sectors(entries),
+            dirty: i64::from(self.dirty),
+            heap: self.heap_bytes(),
+        }
+    }
+
     /// Where the region belongs: zeros of one record from end to end are a run's.
     pub fn state(&self) -> State {
         match self.entries() {
@@ -79,12 +100,13 @@ impl Region {
         }
     }
 
-    /// Loads what a search for sector `at` looks at first.
+    /// Asks for what a search for sector `at` looks at first: where the entry is if entries are spread
+    /// evenly, and the line before or behind, if it is near.
     pub fn touch(&self, at: u32) {
         let entries = self.entries();
-        if let Some(entry) = entries.get(guess_of(entries.len(), at)) {
-            std::hint::black_box(entry.start());
-        }
+        let guess = guess_of(entries.len(), at);
+        let near = [guess.saturating_sub(GUESS_ERROR), (guess + GUESS_ERROR).min(entries.len().max(1) - 1)];
+        near.into_iter().filter_map(|i| entries.get(i)).for_each(hint::prefetch);
     }
 
     /// Shows the mapped pieces inside `window` in ascending order; `base` is the region's first
@@ -146,7 +168,7 @@ impl Region {
         builder.is_changed.then(|| self.splice(from, to, scratch))
     }
 
-    fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[Entry] {
         let all = match &self.store {
             Store::Inline(entry) => std::slice::from_ref(entry),
             Store::Heap(slots) => slots,
@@ -203,13 +225,7 @@ struct Builder<'a, E> {
 
 impl<E: Edit> Builder<'_, E> {
     fn push(&mut self, entry: Entry) {
-        if let Some(last) = self.entries.last_mut()
-            && let Some(joined) = last.join(entry)
-        {
-            *last = joined;
-        } else {
-            self.entries.push(entry);
-        }
+        push_entry(self.entries, entry);
     }
 
     fn piece(&mut self, old: Entry) {
@@ -229,6 +245,17 @@ impl<E: Edit> Builder<'_, E> {
             self.is_changed = true;
             self.push(Entry::new(start, end - start, place));
         }
+    }
+}
+
+/// Appends an entry, joined with the last one if it goes on from it.
+pub(super) fn push_entry(entries: &mut Vec<Entry>, entry: Entry) {
+    if let Some(last) = entries.last_mut()
+        && let Some(joined) = last.join(entry)
+    {
+        *last = joined;
+    } else {
+        entries.push(entry);
     }
 }
 
@@ -257,6 +284,10 @@ fn first_ending_after(entries: &[Entry], at: u32) -> usize {
     }
     low + entries[low..high].partition_point(is_before)
 }
+
+/// How far from the guess most entries are where not all blocks of a region are cached. More would ask
+/// for lines that nobody looks at.
+const GUESS_ERROR: usize = 4;
 
 /// Where among `count` entries sector `at` would be if they were spread evenly.
 fn guess_of(count: usize, at: u32) -> usize {

@@ -23,6 +23,10 @@ impl Env for WeaveEnv {
     type Pmem = WeavePmem;
     type Backing = WeaveBacking;
     type Clock = SimClock;
+
+    fn threads() -> usize {
+        1
+    }
 }
 
 /// A moment at which the host may die, with what was promised by then.

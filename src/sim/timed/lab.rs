@@ -31,6 +31,10 @@ impl Env for TimedEnv {
     type Pmem = PlainMemory;
     type Backing = TimedBacking;
     type Clock = VirtualClock;
+
+    fn threads() -> usize {
+        1
+    }
 }
 
 /// Time that passes when the lab says so.

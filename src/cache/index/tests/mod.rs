@@ -1,5 +1,6 @@
 //! What the index promises, against a model that is an array with a place for each sector.
 
+mod build;
 mod concurrency;
 mod footprint;
 mod model;
