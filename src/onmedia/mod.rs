@@ -24,6 +24,7 @@ mod liveness;
 mod lost;
 mod record;
 mod segment;
+mod sidecar;
 mod start;
 mod summary;
 mod superblock;
@@ -49,6 +50,7 @@ pub use record::{
     decode_record_into, encode_record, record_len,
 };
 pub use segment::{SEGMENT_MAGIC, SegmentHeader, SegmentKind, SegmentState};
+pub use sidecar::{SIDECAR_MAGIC, Sidecar};
 pub use start::{START_MAGIC, StartPage};
 pub use summary::{
     SUMMARY_MAGIC, Summary, SummaryExpect, SummaryHeader, decode_summary, decode_summary_into,
@@ -83,6 +85,7 @@ pub const STRUCTURES: &[(&str, usize, &[Field])] = &[
     ("VolumeDescriptor", VolumeDescriptor::SIZE, VolumeDescriptor::FIELDS),
     ("Tail", Tail::SIZE, Tail::FIELDS),
     ("LostRange", LostRange::SIZE, LostRange::FIELDS),
+    ("Sidecar", Sidecar::SIZE, Sidecar::FIELDS),
     ("SegmentHeader", SegmentHeader::SIZE, SegmentHeader::FIELDS),
     ("Witness", Witness::SIZE, Witness::FIELDS),
     ("LivenessFloor", LivenessFloor::SIZE, LivenessFloor::FIELDS),
