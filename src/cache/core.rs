@@ -376,7 +376,7 @@ fn begin_start<P: Pmem>(media: &Media<P>, has_failed: bool) -> Result<StartState
 }
 
 /// The kernel's identity of this boot; zeros where it has none.
-fn boot_id() -> [u8; 16] {
+pub(super) fn boot_id() -> [u8; 16] {
     static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
     *BOOT_ID.get_or_init(read_boot_id)
 }

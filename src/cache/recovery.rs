@@ -144,6 +144,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeM
         }
         let is_deleted = descriptor.state == VolumeState::Deleting;
         let volume = VolumeCore::new(descriptor, next);
+        volume.version.fetch_max(lock(&volume.descriptor).0.clean_from_version, Ordering::Relaxed);
         if is_deleted {
             if let Err(error) = cache.finish_delete(&volume) {
                 report.findings.push(format!("volume slot {slot} cannot be emptied: {error}"));
@@ -167,7 +168,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeM
                     volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
                 }
                 if !mutated(Mutant::VersionsRestart) {
-                    volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                    volume.version.fetch_max(tail.version_floor, Ordering::Relaxed);
                 }
                 *lock(&volume.tail_page) = (tail.sequence, next);
                 *lock(&volume.lost) = tail.lost;
@@ -272,7 +273,7 @@ fn take_keys<E: Env>(
 ) -> Vec<Found> {
     let segment = &cache.segments[id as usize];
     let tail = volume.tail.load(Ordering::Relaxed);
-    let sectors = volume.descriptor_sectors();
+    let (sectors, clean_from) = (volume.descriptor_sectors(), lock(&volume.descriptor).0.clean_from_version);
     let is_dirty = |key: &Key| key.kind != KeyKind::Fill && key.epoch > tail;
     segment.log_low.store(scan.log_low, Ordering::Relaxed);
     segment.payload_end.store(scan.payload_end, Ordering::Relaxed);
@@ -318,6 +319,11 @@ fn take_keys<E: Env>(
             // The disk may have lost what this was filled from: dead, durably so before the tail
             // can reach its epoch.
             cache.mark_sectors_dead(id, key.payload, key.sectors);
+        } else if key.version < clean_from && !mutated(Mutant::DroppedCleanCounts) {
+            // The operator has dropped all that was clean then.
+            if key.kind.has_payload() {
+                cache.mark_sectors_dead(id, key.payload, key.sectors);
+            }
         } else if key.kind.has_payload() {
             found.extend(live_runs(segment, key, id));
         }

@@ -15,6 +15,7 @@ use crate::backing;
 use crate::cache::{AttachError, OpenError};
 use crate::tools::drain::DrainFailure;
 use crate::tools::image::ImageError;
+use crate::tools::resolve::ResolveError;
 
 /// Why it was not done. Each is one sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,17 @@ pub enum RunError {
         /// Why.
         source: Box<DrainFailure>,
     },
+    /// A volume and its disk are no pair.
+    #[error("cache {}: {source}", .cache.display())]
+    Resolve {
+        /// The cache.
+        cache: PathBuf,
+        /// Why.
+        source: Box<ResolveError>,
+    },
+    /// A decision for several volumes at once.
+    #[error("the cache has {0}: say for which of them with --name")]
+    ResolveWhich(String),
     /// A consent for several volumes at once.
     #[error("--{0} is given for one volume at a time: say which with --name")]
     WhichVolume(&'static str),
@@ -106,6 +118,7 @@ impl RunError {
             RunError::Config(_)
             | RunError::File(_)
             | RunError::WhichVolume(_)
+            | RunError::ResolveWhich(_)
             | RunError::WhoseBacking(_) => Exit::Usage,
             _ => Exit::Failed,
         }
@@ -120,6 +133,7 @@ pub fn run(cli: &Cli) -> Exit {
         Some(Verb::Check(args)) => verbs::check(args),
         Some(Verb::Dump(args)) => verbs::dump(args),
         Some(Verb::Drain(args)) => verbs::drain(args),
+        Some(Verb::Resolve(args)) => verbs::resolve(args),
     };
     result.unwrap_or_else(|error| {
         complain(&error);

@@ -48,6 +48,8 @@ pub struct DiskState {
     pub identity: u64,
     /// Whether its write cache was lost and nobody has been told: the next flush fails.
     pub owes_error: bool,
+    /// What stands beside it; durable as soon as it is stored.
+    pub sidecar: Option<Vec<u8>>,
     durable: Vec<u64>,
     volatile: BTreeMap<u64, Vec<Version>>,
     flying: BTreeMap<u64, Flying>,
@@ -62,6 +64,7 @@ impl DiskState {
         DiskState {
             identity: 1,
             owes_error: false,
+            sidecar: None,
             durable: content,
             volatile: BTreeMap::new(),
             flying: BTreeMap::new(),

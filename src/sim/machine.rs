@@ -285,6 +285,7 @@ fn attach_options(world: &Arc<World>, number: usize, style: &Style, queues: u16)
         queues,
         queue_size: 256,
         force_identity: false,
+        sidecar: None,
         accept_loss: false,
         allow_volatile: false,
     }
