@@ -115,6 +115,7 @@ impl Bench {
                 queues: 1,
                 queue_size: 128,
                 force_identity: false,
+                sidecar: None,
                 accept_loss: false,
                 allow_volatile: true,
             })

@@ -112,6 +112,7 @@ fn attach(cache: &Arc<Cache<Host>>, dir: &Path, scale: &Scale) -> Arc<Volume<Hos
             queue_size: 128,
             force_identity: false,
             accept_loss: false,
+            sidecar: None,
             allow_volatile: true,
         })
         .expect("attaches")

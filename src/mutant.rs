@@ -129,6 +129,8 @@ mutants! {
     RoundKeepsOldPositions 5 "a round of write-back reads dirty data where it was before it was relocated",
     // Volumes and disks.
     IncarnationReused 2 "a volume gets the incarnation of one that was deleted",
+    DroppedCleanCounts 4 "clean data that the operator has dropped comes back",
+    SidecarUnannounced 3 "the sidecar says a generation that the cache has not announced",
     WrongDiskAccepted 10 "an attach takes any disk of the right size",
     DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Recovery.

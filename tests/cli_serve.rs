@@ -595,7 +595,7 @@ fn a_disk_that_is_not_the_caches_is_refused_unless_forced() {
     fs::write(&other, "other").unwrap();
     File::options().write(true).open(&other).unwrap().set_len(256 * MIB).unwrap();
     let args = ["--socket", &socket, "--cache", &cache, "--backing", &other];
-    place.refuses(&args, 1, &["disk0", "not the one", "d.img", "--force-identity"]);
+    place.refuses(&args, 1, &["disk0", "not the one", "d.img", "pcache-vhost resolve"]);
     let mut forced = args.to_vec();
     forced.push("--force-identity");
     Server::start(&place, &socket, &forced).stop();
@@ -616,7 +616,7 @@ fn a_disk_that_was_written_behind_the_cache_is_refused_unless_forced() {
     fs::write(place.path("d2.img"), "").unwrap();
     let disk = File::options().write(true).open(place.path("d.img")).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&disk, b"changed", 0).unwrap();
-    refuse_small(&place, &[], &["changed since", "--force-identity"]);
+    refuse_small(&place, &[], &["changed since", "pcache-vhost resolve"]);
     let (socket, server) = start_small(&place, &["--force-identity=disk0"]);
     assert_holds(&mut connect(&socket), 0, 1);
     server.stop();

@@ -237,7 +237,7 @@ fn drain_finds_a_disk_that_moved_and_refuses_a_strange_one() {
     let before = disks(&place);
     let rows: &[(&[&str], &[&str])] = &[
         (&[], &["disk0", "d.img"]),
-        (&["--backing", &strange], &["disk0", "--force-identity"]),
+        (&["--backing", &strange], &["disk0", "pcache-vhost resolve"]),
         (&["--backing", &small, "--force-identity"], &["33554432"]),
         (&["--name=other"], &["no volume `other`"]),
     ];

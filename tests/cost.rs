@@ -156,6 +156,7 @@ impl World {
                 queue_size: 128,
                 force_identity: false,
                 accept_loss: false,
+                sidecar: None,
                 allow_volatile: true,
             })
             .expect("attaches");

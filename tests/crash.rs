@@ -11,6 +11,8 @@
 mod damage;
 #[path = "crash/lost.rs"]
 mod lost;
+#[path = "crash/pairs.rs"]
+mod pairs;
 #[path = "crash/regressions.rs"]
 mod regressions;
 #[path = "crash/relocation.rs"]

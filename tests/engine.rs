@@ -136,6 +136,7 @@ fn attach(
             queues: 2,
             queue_size: 128,
             force_identity: false,
+            sidecar: None,
             accept_loss: false,
             allow_volatile: true,
         })

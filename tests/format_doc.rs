@@ -142,6 +142,7 @@ fn every_magic_is_these_bytes() {
         ("START_MAGIC", hex(&format::START_MAGIC.to_le_bytes())),
         ("DESCRIPTOR_MAGIC", hex(&format::DESCRIPTOR_MAGIC.to_le_bytes())),
         ("TAIL_MAGIC", hex(&format::TAIL_MAGIC.to_le_bytes())),
+        ("SIDECAR_MAGIC", hex(&format::SIDECAR_MAGIC.to_le_bytes())),
         ("SEGMENT_MAGIC", hex(&format::SEGMENT_MAGIC.to_le_bytes())),
         ("RECORD_MAGIC", hex(&format::RECORD_MAGIC.to_le_bytes())),
         ("SUMMARY_MAGIC", hex(&format::SUMMARY_MAGIC.to_le_bytes())),

@@ -10,6 +10,8 @@
 mod document;
 #[path = "mutants/instruments.rs"]
 mod instruments;
+#[path = "crash/pairs.rs"]
+mod pairs;
 #[path = "mutants/product.rs"]
 mod product;
 #[path = "mutants/rest.rs"]

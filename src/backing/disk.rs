@@ -9,21 +9,18 @@
 
 use std::fmt;
 use std::fs::{self, File, Metadata};
-use std::hash::Hasher;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
-use siphasher::sip::SipHasher13;
-
 use super::channel::DiskChannel;
 use super::error::{DiskChanged, OpenError};
 use super::file::DiskFile;
 use super::threads::Pool;
-use super::{AlignedBuf, Backing, BackingGeometry, BackingIdentity, BackingKind};
-use super::{geometry, lock, probe, usage};
+use super::{AlignedBuf, Backing, BackingGeometry, BackingIdentity, BackingKind, Traces};
+use super::{geometry, identity, lock, probe, sample, sidecar, usage};
 use crate::wake::Waker;
 
 /// Whether to go around the page cache.
@@ -106,6 +103,8 @@ pub struct Disk {
     absolute: PathBuf,
     kind: BackingKind,
     meta: Metadata,
+    /// Whether the time of its last write is of this host's clock, and not of our own making.
+    has_times: bool,
 }
 
 impl Disk {
@@ -154,8 +153,14 @@ impl Disk {
         if !options.allow_format {
             refuse_foreign_format(path, &file, geometry.size)?;
         }
-        let can_unmap = geometry.can_unmap
-            && (kind == BackingKind::BlockDevice || !options.read_only && file.can_punch(geometry.size));
+        let (can_punch, has_times) = match kind {
+            BackingKind::File if !options.read_only => {
+                identity::keep_times(file.file(), || file.can_punch(geometry.size))
+            }
+            kind => (kind == BackingKind::BlockDevice, true),
+        };
+        let has_times = has_times && kind == BackingKind::File && identity::has_local_times(file.file());
+        let can_unmap = geometry.can_unmap && can_punch;
         let geometry = BackingGeometry { can_unmap, ..geometry };
         tracing::debug!(path = %path.display(), direct, ?align, ?geometry, "disk opened");
         let core = Core {
@@ -165,7 +170,7 @@ impl Disk {
             engine: options.engine,
             told_no_ring: Once::new(),
         };
-        Ok(Self { core: Arc::new(core), path: path.clone(), absolute, kind, meta })
+        Ok(Self { core: Arc::new(core), path: path.clone(), absolute, kind, meta, has_times })
     }
 
     /// Where it was found, as given.
@@ -226,28 +231,58 @@ impl Backing for Disk {
             BackingKind::File => (self.meta.dev(), self.meta.ino()),
             BackingKind::BlockDevice => (self.meta.rdev(), 0),
         };
+        let (stable, born_ns) = match self.kind {
+            BackingKind::File => (0, identity::born_ns(&self.meta)),
+            BackingKind::BlockDevice => (identity::stable_name(self.meta.rdev()), 0),
+        };
         let path = self.path.to_string_lossy().into_owned();
-        BackingIdentity { kind: self.kind, size: self.core.geometry.size, device, inode, path }
+        BackingIdentity {
+            kind: self.kind,
+            size: self.core.geometry.size,
+            device,
+            inode,
+            stable,
+            born_ns,
+            path,
+        }
     }
 
-    /// SipHash-1-3 with a fixed key over the size and every sample with its offset.
-    ///
-    /// It is there to notice an image that was restored, reinstalled or confused with another: those
-    /// differ in partition tables, superblocks or much of their data. A lone changed block among `n`
-    /// is seen with a probability of about `62 / n`, so a disk that was written to a little behind
-    /// our back is *not* reliably noticed. Different samples collide once in 2^64.
-    fn fingerprint(&self) -> io::Result<u64> {
-        let size = self.core.geometry.size;
-        let mut hasher = SipHasher13::new_with_keys(0x7063_6163_6865_2d76, 0x686f_7374_2d66_7031);
-        hasher.write(&size.to_le_bytes());
-        let mut buf = AlignedBuf::new(SAMPLE_ENDS as usize + 4096);
-        for (offset, len) in samples(size) {
-            let sample = &mut buf[..len as usize];
-            self.core.file.read(offset, sample)?;
-            hasher.write(&offset.to_le_bytes());
-            hasher.write(sample);
+    fn fingerprint(&self, seed: u64) -> io::Result<u64> {
+        sample::fingerprint(&self.core.file, self.core.geometry.size, seed)
+    }
+
+    fn traces(&self, durable: bool) -> io::Result<Traces> {
+        match self.kind {
+            BackingKind::BlockDevice => Ok(identity::traces_of_device(self.meta.rdev())),
+            BackingKind::File if !self.has_times => Ok(Traces::default()),
+            BackingKind::File => {
+                let file = self.core.file.file();
+                if durable && !self.core.geometry.read_only {
+                    // Not `fdatasync`: that leaves the times behind.
+                    file.sync_all()?;
+                }
+                identity::traces_of_file(file)
+            }
         }
-        Ok(hasher.finish())
+    }
+
+    fn can_have_sidecar(&self) -> bool {
+        self.kind == BackingKind::File
+    }
+
+    fn read_sidecar(&self) -> io::Result<Option<Vec<u8>>> {
+        if self.can_have_sidecar() { sidecar::read(&self.absolute) } else { Ok(None) }
+    }
+
+    fn write_sidecar(&self, copy: usize, page: &[u8]) -> io::Result<()> {
+        match self.can_have_sidecar() {
+            true => sidecar::write(&self.absolute, copy as u64, page),
+            false => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    fn remove_sidecar(&self) -> io::Result<()> {
+        if self.can_have_sidecar() { sidecar::remove(&self.absolute) } else { Ok(()) }
     }
 
     fn channel(&self, waker: &Waker, depth: u32) -> io::Result<DiskChannel> {
@@ -259,23 +294,6 @@ impl fmt::Debug for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Disk").field("path", &self.path).field("geometry", &self.core.geometry).finish()
     }
-}
-
-/// Bytes sampled at the beginning and at the end.
-const SAMPLE_ENDS: u64 = 64 << 10;
-/// Blocks of 4 KiB sampled between.
-const SAMPLE_BLOCKS: u64 = 30;
-
-/// Ranges that the fingerprint reads of a disk of `size` bytes. On small disks they overlap.
-fn samples(size: u64) -> impl Iterator<Item = (u64, u64)> {
-    let ends = size.min(SAMPLE_ENDS);
-    let last = (size - ends) / 4096 * 4096;
-    let inner = (1..=SAMPLE_BLOCKS).map(move |i| {
-        // In 128 bits: a disk may have more than 2^59 bytes.
-        let at = (u128::from(size) * u128::from(i) / u128::from(SAMPLE_BLOCKS + 1)) as u64 / 4096 * 4096;
-        (at, 4096.min(size - at))
-    });
-    [(0, ends)].into_iter().chain(inner).chain([(last, size - last)])
 }
 
 /// Makes a new raw image of `size` bytes that occupies no space yet. What exists is never touched.

@@ -10,6 +10,7 @@
 //! ```text
 //!  disk     opening: usage, lock, geometry, probe        channel   one thread's queue
 //!  file     the descriptor, blocking and fine I/O        uring, threads   what moves the bytes
+//!  identity, sample, sidecar     which disk it is, and whether it is what it was
 //! ```
 //!
 //! Callers never have two overlapping writes or zeroings in flight on one disk, on whichever
@@ -21,8 +22,11 @@ mod disk;
 mod error;
 mod file;
 mod geometry;
+mod identity;
 mod lock;
 mod probe;
+mod sample;
+mod sidecar;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -33,6 +37,7 @@ pub use buffer::AlignedBuf;
 pub use channel::DiskChannel;
 pub use disk::{Direct, Disk, Engine, OpenOptions, create_allocated, create_sparse};
 pub use error::{DiskChanged, OpenError};
+pub use identity::Traces;
 
 use crate::wake::Waker;
 
@@ -65,6 +70,10 @@ pub struct BackingIdentity {
     pub device: u64,
     /// `st_ino` (file), 0 for a device.
     pub inode: u64,
+    /// A hash of the name that a device has of its own (WWN, serial number), 0 if none is known.
+    pub stable: u64,
+    /// When a file was made, nanoseconds since 1970, 0 if unknown: inode numbers are used again.
+    pub born_ns: u64,
     /// Where it was found: a hint for messages, never compared.
     pub path: String,
 }
@@ -136,12 +145,53 @@ pub trait Backing: Send + Sync + 'static {
     /// What tells it from other disks.
     fn identity(&self) -> BackingIdentity;
 
-    /// A 64-bit checksum over sampled content: first and last 64 KiB and 30 blocks of 4 KiB spread
-    /// evenly. A change that touches none of the samples is not seen. Blocking.
+    /// A 64-bit checksum over sampled content: first and last 64 KiB and, between, blocks at places
+    /// drawn from `seed` (0: those of the first version). A change that touches none of the samples
+    /// is not seen. Blocking.
     ///
     /// # Errors
     /// The disk could not be read.
-    fn fingerprint(&self) -> std::io::Result<u64>;
+    fn fingerprint(&self, seed: u64) -> std::io::Result<u64>;
+
+    /// What writing to it has left. If `durable`, a crash of the host takes nothing of that back.
+    /// Blocking. A disk without traces has the default ones.
+    ///
+    /// # Errors
+    /// The disk could not be examined or flushed.
+    fn traces(&self, durable: bool) -> std::io::Result<Traces> {
+        let _ = durable;
+        Ok(Traces::default())
+    }
+
+    /// Whether a sidecar can stand beside it.
+    fn can_have_sidecar(&self) -> bool {
+        false
+    }
+
+    /// What its sidecar holds; `None` if there is none. Blocking.
+    ///
+    /// # Errors
+    /// There is one, or something in its place, and it could not be read.
+    fn read_sidecar(&self) -> std::io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    /// Makes one of the sidecar's two copies, a page each, durable. Blocking.
+    ///
+    /// # Errors
+    /// It could not be written, or there can be none.
+    fn write_sidecar(&self, copy: usize, page: &[u8]) -> std::io::Result<()> {
+        let _ = (copy, page);
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
+    /// Removes the sidecar, durably. Blocking.
+    ///
+    /// # Errors
+    /// It could not be removed.
+    fn remove_sidecar(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 
     /// Opens a way to do I/O for one thread. Completions signal `waker`.
     ///

@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
-use super::judge::{judge_identity, judge_options};
+use super::judge::{judge_identity, judge_new, judge_options};
+use super::mismatch::Mismatch;
+use super::pair::{has_sidecar, note_identity, note_use};
 use super::redo::RedoError;
 use super::segments::State;
 use super::stream::Stream;
@@ -60,8 +62,10 @@ pub struct AttachOptions<E: Env> {
     pub queues: u16,
     /// Largest ring accepted.
     pub queue_size: u16,
-    /// Attach although the disk is not the one it was.
+    /// Attach although the disk is not the one it was: all that is cached counts.
     pub force_identity: bool,
+    /// Whether a sidecar stands beside the disk; `None` leaves it as it is.
+    pub sidecar: Option<bool>,
     /// Open for writing although dirty data was lost.
     pub accept_loss: bool,
     /// Serve write-back from media that does not survive the host.
@@ -86,7 +90,8 @@ pub enum AttachError {
     /// The disk has another size.
     #[error(
         "the disk `{path}` has {found} bytes, but volume `{name}` was made for one of {expected}: \
-         attach the right disk, or restore its size"
+         attach the right disk, restore its size, or let a volume whose disk has grown grow with it: \
+         `pcache-vhost resolve --grow`"
     )]
     SizeDiffers {
         /// The volume.
@@ -101,7 +106,7 @@ pub enum AttachError {
     /// The disk is another one.
     #[error(
         "the disk `{path}` is not the one that volume `{name}` belongs to (that was `{was}`): attach \
-         that one, or use --force-identity if this is a copy of it with the same content"
+         that one, or decide with `pcache-vhost resolve` what counts, the cache or this disk"
     )]
     OtherDisk {
         /// The volume.
@@ -113,14 +118,42 @@ pub enum AttachError {
     },
     /// The disk was written to.
     #[error(
-        "the content of `{path}` has changed since volume `{name}` was detached: cached data may be \
-         older or newer than the disk's; use --force-identity to attach anyway, the cache then wins"
+        "the content of `{path}` has changed since volume `{name}` was detached: {what}; attach the \
+         disk as it was, or decide with `pcache-vhost resolve` what counts, the cache or this disk"
     )]
     ContentChanged {
         /// The volume.
         name: String,
         /// The disk.
         path: String,
+        /// What says so.
+        what: Mismatch,
+    },
+    /// The two are not of one time.
+    #[error(
+        "the disk `{path}` and volume `{name}` do not go together: {what}; attach the pair that does, \
+         or decide with `pcache-vhost resolve` what counts, the cache or this disk"
+    )]
+    Mismatch {
+        /// The volume.
+        name: String,
+        /// The disk.
+        path: String,
+        /// What says so.
+        what: Mismatch,
+    },
+    /// Where a sidecar cannot be.
+    #[error("the disk `{0}` is a device, which has no place beside it for a sidecar: leave --sidecar away")]
+    NoPlaceForSidecar(String),
+    /// The sidecar failed.
+    #[error(
+        "the sidecar `{path}` cannot be written: {error}; mend that, or switch it off with --sidecar=false"
+    )]
+    Sidecar {
+        /// The file.
+        path: String,
+        /// Why.
+        error: std::io::Error,
     },
     /// Dirty data is lost.
     #[error(
@@ -205,6 +238,14 @@ pub enum AttachError {
     Drain(#[from] DrainError),
 }
 
+impl AttachError {
+    /// Why the disk at `path` does not go with a volume.
+    pub(super) fn mismatch(descriptor: &VolumeDescriptor, path: &str, what: Mismatch) -> Self {
+        let (name, path) = (descriptor.name_text().into_owned(), path.to_owned());
+        AttachError::Mismatch { name, path, what }
+    }
+}
+
 impl<E: Env> Cache<E> {
     /// Attaches a volume, making it first if the cache does not know its name.
     ///
@@ -242,7 +283,10 @@ impl<E: Env> Cache<E> {
             pad::<20>(&options.serial).ok_or_else(|| AttachError::BadSerial(options.serial.clone()))?;
         let core = match self.find_volume(&name) {
             Some(core) => core,
-            None => self.make_volume(&name, &identity, block)?,
+            None => {
+                judge_new(&self.media.uuid, &options)?;
+                self.make_volume(&name, &identity, block)?
+            }
         };
         if core.attached.swap(true, Ordering::SeqCst) {
             return Err(AttachError::InUse(name));
@@ -265,6 +309,7 @@ impl<E: Env> Cache<E> {
     ) -> Result<Arc<Volume<E>>, AttachError> {
         let descriptor = lock(&core.descriptor).0.clone();
         judge_identity(&descriptor, &*options.backing, identity, options)?;
+        self.judge_content(core, options)?;
         if core.damaged.load(Ordering::Relaxed) {
             if !options.accept_loss && !options.read_only {
                 return Err(AttachError::Damaged(options.name.clone()));
@@ -321,8 +366,13 @@ impl<E: Env> Cache<E> {
             options.data_crc,
             options.pass_discard,
         ));
-        self.update_descriptor(core, |d| {
-            d.fingerprint_valid = false;
+        let of_disk = |error| AttachError::Disk { path: identity.path.clone(), error };
+        let traces = options.backing.traces(true).map_err(of_disk)?;
+        let has_one = has_sidecar(&descriptor);
+        // Who only reads leaves the pair as it is.
+        let wanted = if options.read_only { has_one } else { options.sidecar.unwrap_or(has_one) };
+        let note = |d: &mut VolumeDescriptor| {
+            note_use(d, identity, &traces, self.clock.unix_ms());
             d.damaged = core.damaged.load(Ordering::Relaxed);
             // A group that was there has been applied.
             if let Some(redo) = &options.redo {
@@ -333,8 +383,11 @@ impl<E: Env> Cache<E> {
                 // Whichever copy of the next two updates is left, it says what may have happened.
                 d.order = Order::Relaxed;
             }
-            set_identity(d, identity);
-        })?;
+        };
+        match options.read_only {
+            true => self.update_descriptor(core, note)?,
+            false => self.step_pair(core, &options.backing, wanted, options.force_identity, note)?,
+        }
         let bypass_begins = options.mode.bypasses() && !core.is_clean();
         // After groups the disk may be beyond the tail: epochs below would take parts of it back.
         let strict_begins = options.order == Order::Strict && was_order != Order::Strict && !core.is_clean();
@@ -436,7 +489,7 @@ impl<E: Env> Cache<E> {
             name: pad(name).expect("the length was checked"),
             ..VolumeDescriptor::default()
         };
-        set_identity(&mut descriptor, identity);
+        note_identity(&mut descriptor, identity);
         let core = Arc::new(VolumeCore::new(descriptor, next));
         // The tail first, durably: a descriptor without one would be a damaged volume.
         for copy in 0..2 {
@@ -523,12 +576,7 @@ impl<E: Env> Cache<E> {
             // next attach takes it for another's work.
             flush(&*volume.backing).map_err(of_disk)?;
         }
-        let fingerprint = volume.backing.fingerprint().map_err(of_disk)?;
-        self.update_descriptor(&volume.core, |d| {
-            d.fingerprint = fingerprint;
-            d.fingerprint_valid = true;
-            d.redo_open = false;
-        })?;
+        self.note_rest(volume)?;
         volume.core.attached.store(false, Ordering::SeqCst);
         Ok(())
     }
@@ -554,12 +602,4 @@ fn flush<B: Backing>(backing: &B) -> std::io::Result<()> {
         channel.reap(&mut done);
     }
     done.remove(0).result
-}
-
-fn set_identity(descriptor: &mut VolumeDescriptor, identity: &BackingIdentity) {
-    descriptor.backing_kind = identity.kind as u32;
-    descriptor.backing_size = identity.size;
-    descriptor.backing_device = identity.device;
-    descriptor.backing_inode = identity.inode;
-    descriptor.path = pad_cut(&identity.path);
 }

@@ -18,9 +18,11 @@ pub mod queue;
 pub mod volume;
 pub mod worker;
 
+mod adopt;
 mod attach;
 #[cfg(feature = "sim")]
 mod audit;
+mod compare;
 mod core;
 mod delete;
 mod doubt;
@@ -30,7 +32,9 @@ mod judge;
 mod liveness;
 mod lost;
 mod media;
+mod mismatch;
 mod pacing;
+mod pair;
 mod plan;
 mod record;
 mod recovery;
@@ -44,6 +48,7 @@ mod syncer;
 #[cfg(all(test, feature = "sim", any(feature = "weave", miri)))]
 pub(crate) mod weave_tests;
 
+pub use adopt::{AdoptOptions, Unwritten};
 pub use attach::{AttachError, AttachOptions};
 #[cfg(feature = "sim")]
 pub use audit::Audit;
@@ -55,6 +60,7 @@ pub use env::{Clock, Env, SystemClock};
 pub use format::{FormatError, FormatOptions, format};
 pub use health::{Health, STALL_MS, VolumeState};
 pub use judge::{has_volume, would_attach};
+pub use mismatch::Mismatch;
 pub use recovery::RecoveryReport;
 pub use redo::{Recovered, RedoError, recover_backing};
 pub use volume::{Mode, Order, Volume, VolumeDisk};

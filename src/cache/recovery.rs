@@ -176,6 +176,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> Volume
         }
         let is_deleted = descriptor.state == VolumeState::Deleting;
         let volume = VolumeCore::new(descriptor, next);
+        volume.version.fetch_max(lock(&volume.descriptor).0.clean_from_version, Ordering::Relaxed);
         if is_deleted {
             if let Err(error) = cache.finish_delete(&volume) {
                 report.findings.push(format!("volume slot {slot} cannot be emptied: {error}"));
@@ -200,7 +201,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> Volume
                     volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
                 }
                 if !mutated(Mutant::VersionsRestart) {
-                    volume.version.store(tail.version_floor.max(1), Ordering::Relaxed);
+                    volume.version.fetch_max(tail.version_floor, Ordering::Relaxed);
                 }
                 *lock(&volume.tail_page) = (tail.sequence, next);
                 *lock(&volume.lost) = tail.lost;

@@ -18,6 +18,7 @@ use super::env::Env;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
+use super::pair::Kept;
 use super::plan::Plan;
 use super::queue::Queue;
 use super::redo::Redo;
@@ -159,6 +160,12 @@ pub(crate) struct VolumeCore {
     pub recovered_tail: Mutex<(u64, u64)>,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
+    /// What the pair of cache and disk was last noted to be.
+    pub kept: Mutex<Kept>,
+    /// Held during a step of the pair.
+    pub step: Mutex<()>,
+    /// Ends the wait of whoever keeps the pair.
+    pub keeper: Signal,
 }
 
 impl VolumeCore {
@@ -189,6 +196,9 @@ impl VolumeCore {
             kept_for: AtomicU8::new(descriptor.order as u8),
             recovered_tail: Mutex::default(),
             dirty_since: AtomicU64::new(0),
+            kept: Mutex::default(),
+            step: Mutex::default(),
+            keeper: Signal::default(),
             descriptor: Mutex::new((descriptor, next)),
         }
     }

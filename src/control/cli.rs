@@ -56,6 +56,8 @@ pub enum Verb {
     Drain(DrainArgs),
     /// Without its cache: bring a disk that was served in grouped order to the last group's end
     RecoverBacking(RecoverArgs),
+    /// Decide what counts where a cache and a backing disk do not go together
+    Resolve(ResolveArgs),
 }
 
 /// Options of serving.
@@ -70,7 +72,7 @@ pub struct ServeArgs {
     /// The volume in it.
     #[command(flatten)]
     pub volume: VolumeArgs,
-    /// Attach although the backing disk is not the one the cache belongs to
+    /// Attach although the backing disk does not go with the cache: all that is cached counts
     #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub force_identity: Vec<String>,
     /// Open a damaged volume for writing: what the cache lost stays lost
@@ -181,6 +183,10 @@ pub struct VolumeArgs {
     /// Whether a discard also frees space on the backing disk [default: pass]
     #[arg(long, value_name = "POLICY", value_enum)]
     pub discard: Option<Discard>,
+    /// Keep a file beside the backing disk, DISK.pcache, that tells a restored, exchanged or otherwise
+    /// used disk or cache; =false removes it [default: as it is]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub sidecar: Option<bool>,
     /// How long an idle queue looks for work before it sleeps, in microseconds [default: 32]
     #[arg(long, value_name = "MICROSECONDS", value_parser = value::poll_us)]
     pub poll_us: Option<u32>,
@@ -267,7 +273,7 @@ pub struct DrainArgs {
     /// Treat a cache in RAM as if it were persistent: for tests and benchmarks only
     #[arg(long)]
     pub assume_dax: bool,
-    /// Drain although the backing disk is not the one the cache belongs to
+    /// Drain although the backing disk does not go with the cache: all that is cached counts
     #[arg(long)]
     pub force_identity: bool,
     /// Drain a damaged volume: what the cache lost stays lost
@@ -298,6 +304,54 @@ pub struct RecoverArgs {
     pub log_level: LogLevel,
 }
 
+/// Options of `resolve`.
+///
+/// Without `--keep` it only says how the two stand to each other, and what is in the cache alone.
+#[derive(Args, Debug)]
+pub struct ResolveArgs {
+    /// Cache [default: cache.img in the state directory]
+    #[arg(long, value_name = "PATH", value_parser = path_parser())]
+    pub cache: Option<PathBuf>,
+    /// The volume, if there are several
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<Name>,
+    /// Backing disk of the volume [default: where it was when last served]
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser())]
+    pub backing: Option<PathBuf>,
+    /// What of the cache is to count beside the disk
+    #[arg(long, value_name = "WHAT", value_enum)]
+    pub keep: Option<KeepArg>,
+    /// Let the volume grow to the size of its disk
+    #[arg(long, requires = "keep")]
+    pub grow: bool,
+    /// With --keep=none: lose what is on no disk
+    #[arg(long, requires = "keep")]
+    pub accept_loss: bool,
+    /// With --keep=none: write down what is lost in this new file, before it is
+    #[arg(long, value_name = "FILE", requires = "keep", value_parser = path_parser())]
+    pub statement: Option<PathBuf>,
+    /// Treat a cache in RAM as if it were persistent: for tests and benchmarks only
+    #[arg(long)]
+    pub assume_dax: bool,
+    /// Where the default cache is
+    #[arg(long, value_name = "DIR", value_parser = path_parser())]
+    pub state_dir: Option<PathBuf>,
+    /// Least important events to log
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+/// What of a cache is to count.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KeepArg {
+    /// All of it: the disk has the volume's content, it was moved, copied or touched
+    All,
+    /// What is not on the disk yet, which will be written to it; what is clean is dropped
+    Dirty,
+    /// Nothing: the disk alone counts, and what was not written to it is lost
+    None,
+}
+
 /// Importance of an event.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LogLevel {
@@ -323,6 +377,7 @@ impl Cli {
             Some(Verb::Dump(args)) => args.log_level,
             Some(Verb::Drain(args)) => args.log_level,
             Some(Verb::RecoverBacking(args)) => args.log_level,
+            Some(Verb::Resolve(args)) => args.log_level,
         }
     }
 }

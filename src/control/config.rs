@@ -164,6 +164,8 @@ pub struct VolumeConfig {
     pub discard: Discard,
     /// Busy-wait of an idle queue, in microseconds.
     pub poll_us: u32,
+    /// Whether a sidecar stands beside the disk; `None` leaves it as it is.
+    pub sidecar: Option<bool>,
     /// Whether another disk than the cache belongs to is accepted.
     pub force_identity: bool,
     /// Whether the operator gives up what a damaged volume lost.
@@ -193,6 +195,7 @@ impl VolumeConfig {
             serial,
             discard: Discard::default(),
             poll_us: DEFAULT_POLL_US,
+            sidecar: None,
             force_identity: false,
             accept_loss: false,
         }
@@ -374,6 +377,7 @@ impl Config {
         config.serial = volume.serial.unwrap_or(config.serial);
         config.discard = volume.discard.unwrap_or(config.discard);
         config.poll_us = volume.poll_us.unwrap_or(config.poll_us);
+        config.sidecar = volume.sidecar;
         let consents =
             Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
         let mut config = Self::new(vec![cache], vec![config], &consents)?;
@@ -555,8 +559,9 @@ mod tests {
             "pcache-vhost --socket-path /run/s --socket-group kvm --cache /c --cache-size 2GiB \
              --segment-size 1MiB --assume-dax --allow-volatile --name web --blk-file /b \
              --backing-format raw --backing-size 8GiB --queues 4 --queue-size 64 \
-             --cache-mode writearound --order relaxed --redo /r --redo-size 32MiB --max-lag-s 60 --max-dirty 1GiB --data-crc --block-size 4096 --read-only \
-             --serial S9 --discard keep --poll-us 7 --force-identity --accept-loss=web",
+             --cache-mode writearound --order relaxed --redo /r --redo-size 32MiB --max-lag-s 60 \
+             --max-dirty 1GiB --data-crc --block-size 4096 --read-only --serial S9 --discard keep \
+             --poll-us 7 --sidecar=false --force-identity --accept-loss=web",
         )
         .unwrap();
         let cache = CacheConfig {
@@ -587,6 +592,7 @@ mod tests {
             serial: "S9".parse().unwrap(),
             discard: Discard::Keep,
             poll_us: 7,
+            sidecar: Some(false),
             force_identity: true,
             accept_loss: true,
         };

@@ -187,6 +187,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let serial = section.text("serial", str::parse)?;
     let discard = section.text("discard", value::choice)?;
     let poll_us = section.number("poll_us", value::poll_us)?;
+    let sidecar = section.choice("sidecar")?;
 
     let name = section.required("name", name)?;
     let path = section.required("socket", socket)?;
@@ -212,6 +213,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.serial = serial.unwrap_or(volume.serial);
     volume.discard = discard.unwrap_or(volume.discard);
     volume.poll_us = poll_us.unwrap_or(volume.poll_us);
+    volume.sidecar = sidecar;
     Ok(volume)
 }
 
@@ -312,8 +314,13 @@ impl<'a> Section<'a> {
     }
 
     fn flag(&mut self, key: &'static str) -> Result<bool, Fault> {
-        let Some(value) = self.get(key) else { return Ok(false) };
-        value.get_ref().as_bool().ok_or_else(|| wrong_type(key, value, "true or false"))
+        Ok(self.choice(key)?.unwrap_or(false))
+    }
+
+    /// A flag of which it matters whether it was said.
+    fn choice(&mut self, key: &'static str) -> Result<Option<bool>, Fault> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.get_ref().as_bool().map(Some).ok_or_else(|| wrong_type(key, value, "true or false"))
     }
 
     fn required<T>(&self, key: &'static str, value: Option<T>) -> Result<T, Fault> {

@@ -16,6 +16,7 @@ use crate::cache::{AttachError, OpenError};
 use crate::tools::drain::DrainFailure;
 use crate::tools::image::ImageError;
 use crate::tools::recover::RecoverError;
+use crate::tools::resolve::ResolveError;
 
 /// Why it was not done. Each is one sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +65,17 @@ pub enum RunError {
     /// A disk without its cache stays as it is.
     #[error(transparent)]
     Recover(#[from] RecoverError),
+    /// A volume and its disk are no pair.
+    #[error("cache {}: {source}", .cache.display())]
+    Resolve {
+        /// The cache.
+        cache: PathBuf,
+        /// Why.
+        source: Box<ResolveError>,
+    },
+    /// A decision for several volumes at once.
+    #[error("the cache has {0}: say for which of them with --name")]
+    ResolveWhich(String),
     /// A consent for several volumes at once.
     #[error("--{0} is given for one volume at a time: say which with --name")]
     WhichVolume(&'static str),
@@ -110,6 +122,7 @@ impl RunError {
             RunError::Config(_)
             | RunError::File(_)
             | RunError::WhichVolume(_)
+            | RunError::ResolveWhich(_)
             | RunError::WhoseBacking(_) => Exit::Usage,
             _ => Exit::Failed,
         }
@@ -125,6 +138,7 @@ pub fn run(cli: &Cli) -> Exit {
         Some(Verb::Dump(args)) => verbs::dump(args),
         Some(Verb::Drain(args)) => verbs::drain(args),
         Some(Verb::RecoverBacking(args)) => verbs::recover_backing(args),
+        Some(Verb::Resolve(args)) => verbs::resolve(args),
     };
     result.unwrap_or_else(|error| {
         complain(&error);

@@ -258,6 +258,7 @@ fn attach_options(
         queues: config.queues,
         queue_size: config.queue_size,
         force_identity: config.force_identity,
+        sidecar: config.sidecar,
         accept_loss: config.accept_loss,
         allow_volatile: cache.allow_volatile,
     }

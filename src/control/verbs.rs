@@ -1,4 +1,4 @@
-//! The offline verbs: `format`, `check`, `dump`, `drain`. What they find goes to standard output,
+//! The offline verbs: `format`, `check`, `dump`, `drain`, `resolve`. What they find goes to standard output,
 //! how far they are to standard error.
 
 use std::fmt::Write as _;
@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::announce::{self, print};
-use super::cli::{CheckArgs, DrainArgs, DumpArgs, FormatArgs, RecoverArgs};
+use super::cli::{CheckArgs, DrainArgs, DumpArgs, FormatArgs, KeepArg, RecoverArgs, ResolveArgs};
 use super::config::{self, Consents};
 use super::exit::Exit;
 use super::file;
@@ -21,6 +21,7 @@ use crate::tools::created::Created;
 use crate::tools::drain::{DrainOptions, Drained, drain as drain_volume};
 use crate::tools::image::{self, ImageError, ImageOptions, Sizing};
 use crate::tools::recover;
+use crate::tools::resolve::{self, Keep, ResolveOptions, Standing};
 use crate::units::Bytes;
 
 /// `format`: an empty cache where there was nothing, or where `--force` allows it.
@@ -137,19 +138,19 @@ pub(super) fn drain(args: &DrainArgs) -> Result<Exit, RunError> {
     Ok(Exit::Done)
 }
 
-fn drain_cache(job: &DrainJob<'_>, args: &DrainArgs) -> Result<(), RunError> {
-    let options = ImageOptions {
-        path: job.cache,
-        size: Sizing::AsFound,
-        segment_size: None,
-        assume_dax: job.assume_dax,
-    };
+/// Opens a cache that nobody serves, and recovers it.
+fn open_cache(path: &Path, assume_dax: bool) -> Result<Arc<Cache<Host>>, RunError> {
+    let options = ImageOptions { path, size: Sizing::AsFound, segment_size: None, assume_dax };
     let opened = image::open_or_create(&options, &mut Created::default())?;
-    let (cache, report) =
-        Cache::<Host>::open(opened.pmem, SystemClock::default()).map_err(of_cache(job.cache))?;
+    let (cache, report) = Cache::<Host>::open(opened.pmem, SystemClock::default()).map_err(of_cache(path))?;
     for finding in &report.findings {
-        tracing::warn!("cache {}: {finding}", job.cache.display());
+        tracing::warn!("cache {}: {finding}", path.display());
     }
+    Ok(cache)
+}
+
+fn drain_cache(job: &DrainJob<'_>, args: &DrainArgs) -> Result<(), RunError> {
+    let cache = open_cache(job.cache, job.assume_dax)?;
     let names = volumes_to_drain(&cache, args)?;
     for name in &names {
         drain_one(job, args, &cache, name)?;
@@ -233,4 +234,62 @@ pub(super) fn recover_backing(args: &RecoverArgs) -> Result<Exit, RunError> {
         )),
     }
     Ok(Exit::Done)
+}
+/// `resolve`: what counts where a cache and a disk do not go together.
+pub(super) fn resolve(args: &ResolveArgs) -> Result<Exit, RunError> {
+    let path = config::cache_path(&args.cache, &args.state_dir, state_dir())?;
+    let cache = open_cache(&path, args.assume_dax)?;
+    let name = match &args.name {
+        Some(name) => name.as_str().to_owned(),
+        None => {
+            let mut names: Vec<String> = cache.volumes().into_iter().map(|(name, _, _)| name).collect();
+            match names.len() {
+                0 => {
+                    cache.close().map_err(of_cache(&path))?;
+                    print(&format!("{}: no volume, nothing to resolve\n", path.display()));
+                    return Ok(Exit::Done);
+                }
+                1 => names.remove(0),
+                _ => return Err(RunError::ResolveWhich(names.join(", "))),
+            }
+        }
+    };
+    let options = ResolveOptions {
+        backing: args.backing.as_deref(),
+        grow: args.grow,
+        accept_loss: args.accept_loss,
+        statement: args.statement.as_deref(),
+    };
+    let failed = |source| RunError::Resolve { cache: path.clone(), source: Box::new(source) };
+    let text = match args.keep.map(keep) {
+        None => standing(&resolve::judge(&cache, &name, &options).map_err(failed)?),
+        Some(keep) => resolve::resolve(&cache, &name, keep, &options).map_err(failed)?,
+    };
+    cache.close().map_err(of_cache(&path))?;
+    print(&format!("volume  {name}: {text}\n"));
+    Ok(Exit::Done)
+}
+
+fn keep(keep: KeepArg) -> Keep {
+    match keep {
+        KeepArg::All => Keep::All,
+        KeepArg::Dirty => Keep::Dirty,
+        KeepArg::None => Keep::Nothing,
+    }
+}
+
+fn standing(standing: &Standing) -> String {
+    let dirty = standing.unwritten.dirty_bytes();
+    let (clean, dirty) = (Bytes(standing.unwritten.cached_bytes.saturating_sub(dirty)), Bytes(dirty));
+    let verdict = match &standing.against {
+        None => format!("{} goes with it", standing.path.display()),
+        Some(why) => why.to_string(),
+    };
+    format!(
+        "{verdict}\n\
+         cached  {clean} clean, {dirty} on no disk\n\
+         keep    all: the disk is as the volume left it; {clean} clean count\n\
+         keep    dirty: {dirty} will be written to the disk, all else is read from it\n\
+         keep    none: the disk alone counts; {dirty} are lost"
+    )
 }

@@ -380,6 +380,7 @@ impl Machine {
                 queues: 1,
                 queue_size: 256,
                 force_identity: choices.accept_loss,
+                sidecar: None,
                 accept_loss: choices.accept_loss,
                 allow_volatile: false,
             };

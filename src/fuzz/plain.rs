@@ -142,10 +142,11 @@ impl Backing for PlainDisk {
             device: 1,
             inode: self.number,
             path: format!("/plain/disk{}", self.number),
+            ..BackingIdentity::default()
         }
     }
 
-    fn fingerprint(&self) -> io::Result<u64> {
+    fn fingerprint(&self, _seed: u64) -> io::Result<u64> {
         Ok(u64::from(crc32fast::hash(&lock(&self.bytes))))
     }
 

@@ -25,6 +25,7 @@ mod lost;
 mod record;
 mod redo;
 mod segment;
+mod sidecar;
 mod start;
 mod summary;
 mod superblock;
@@ -53,6 +54,7 @@ pub use redo::{
     REDO_MAGIC, REDO_SAMPLES_MAX, REDO_VERSION, RedoEntry, RedoHeader, RedoKind, RedoSample, RedoState,
 };
 pub use segment::{SEGMENT_MAGIC, SegmentHeader, SegmentKind, SegmentState};
+pub use sidecar::{SIDECAR_MAGIC, Sidecar};
 pub use start::{START_MAGIC, StartPage};
 pub use summary::{
     SUMMARY_MAGIC, Summary, SummaryExpect, SummaryHeader, decode_summary, decode_summary_into,
@@ -87,6 +89,7 @@ pub const STRUCTURES: &[(&str, usize, &[Field])] = &[
     ("VolumeDescriptor", VolumeDescriptor::SIZE, VolumeDescriptor::FIELDS),
     ("Tail", Tail::SIZE, Tail::FIELDS),
     ("LostRange", LostRange::SIZE, LostRange::FIELDS),
+    ("Sidecar", Sidecar::SIZE, Sidecar::FIELDS),
     ("SegmentHeader", SegmentHeader::SIZE, SegmentHeader::FIELDS),
     ("Witness", Witness::SIZE, Witness::FIELDS),
     ("LivenessFloor", LivenessFloor::SIZE, LivenessFloor::FIELDS),

@@ -133,8 +133,38 @@ layout! {
         192 name: [u8; 64],
         /// Where the disk was found: a hint, cut if need be.
         256 path: [u8; 512],
+        /// Raised by each attach.
+        1024 attach_count: u64,
+        /// What the disk's sidecar said when last heard of; 0 if there is none.
+        1032 pair_generation: u64,
+        /// Tells two histories of one generation apart.
+        1040 pair_nonce: u64,
+        /// What it is about to say, or says already; 0 if there will be none.
+        1048 pair_next_generation: u64,
+        /// The nonce of that.
+        1056 pair_next_nonce: u64,
+        /// Where `fingerprint` looks; 0 for the places of the first version.
+        1064 fingerprint_seed: u64,
+        /// Clean keys of lower versions were dropped.
+        1072 clean_from_version: u64,
+        /// A hash of the disk's own name (WWN, serial number), 0 if it has none.
+        1080 disk_stable: u64,
+        /// When the disk's file was made, 0 if unknown; all times since 1970.
+        1088 disk_born_ns: u64,
+        /// When the disk's file was last written to, as last seen; 0 if unknown.
+        1096 disk_modified_ns: u64,
+        /// The same, as it was when last known to be durable.
+        1104 disk_settled_ns: u64,
+        /// Until when the daemon may have written to the disk.
+        1112 disk_used_until_ms: u64,
+        /// The kernel's number of this attachment of the device, 0 if it gives none.
+        1120 disk_attachment: u64,
+        /// Sectors that the kernel had counted as written; [`u64::MAX`] if it does not count.
+        1128 disk_written: u64,
+        /// The kernel's boot identity when that was so.
+        1136 disk_boot: [u8; 16],
         /// Where its redo area was found: a hint, empty without one.
-        1024 redo_path: [u8; 512],
+        1536 redo_path: [u8; 512],
     }
 }
 
@@ -191,6 +221,10 @@ impl VolumeDescriptor {
     fn judge_used(&self) -> Result<(), Corruption> {
         DESCRIPTOR.at_least("incarnation", 1, self.incarnation)?;
         DESCRIPTOR.counter("incarnation", self.incarnation)?;
+        DESCRIPTOR.counter("attach_count", self.attach_count)?;
+        DESCRIPTOR.counter("pair_generation", self.pair_generation)?;
+        DESCRIPTOR.counter("pair_next_generation", self.pair_next_generation)?;
+        DESCRIPTOR.counter("clean_from_version", self.clean_from_version)?;
         DESCRIPTOR.at_least("sectors", 1, self.sectors)?;
         DESCRIPTOR.at_most("sectors", VOLUME_SECTORS_MAX, self.sectors)?;
         let block = self.block_size;
@@ -239,6 +273,21 @@ impl Default for VolumeDescriptor {
             name: [0; 64],
             path: [0; 512],
             redo_path: [0; 512],
+            attach_count: 0,
+            pair_generation: 0,
+            pair_nonce: 0,
+            pair_next_generation: 0,
+            pair_next_nonce: 0,
+            fingerprint_seed: 0,
+            clean_from_version: 0,
+            disk_stable: 0,
+            disk_born_ns: 0,
+            disk_modified_ns: 0,
+            disk_settled_ns: 0,
+            disk_used_until_ms: 0,
+            disk_attachment: 0,
+            disk_written: 0,
+            disk_boot: [0; 16],
         }
     }
 }
@@ -381,6 +430,21 @@ mod tests {
             redo_path: pad("/srv/vm.img.redo").unwrap(),
             name: pad("vm-1").unwrap(),
             path: pad_cut("/srv/vm-1.raw"),
+            attach_count: 7,
+            pair_generation: 8,
+            pair_nonce: 9,
+            pair_next_generation: 10,
+            pair_next_nonce: 11,
+            fingerprint_seed: 12,
+            clean_from_version: 13,
+            disk_stable: 14,
+            disk_born_ns: 15,
+            disk_modified_ns: 16,
+            disk_settled_ns: 17,
+            disk_used_until_ms: 18,
+            disk_attachment: 19,
+            disk_written: 20,
+            disk_boot: [0x44; 16],
         }
     }
 
@@ -526,7 +590,7 @@ mod tests {
         assert_golden(
             &volume().encode(),
             "
-             0000: 50 43 56 56 4f 4c 55 4d 95 8b 5a 70 03 00 00 00
+             0000: 50 43 56 56 4f 4c 55 4d 88 b0 c5 3c 03 00 00 00
              0010: 04 00 00 00 00 00 00 00 11 11 11 11 11 11 11 11
              0020: 11 11 11 11 11 11 11 11 05 00 00 00 00 00 00 00
              0030: 33 33 33 33 33 33 33 33 33 33 33 33 33 33 33 33
@@ -538,6 +602,14 @@ mod tests {
              0090: 73 65 72 69 61 6c 00 00 00 00 00 00 00 00 00 00
              00c0: 76 6d 2d 31 00 00 00 00 00 00 00 00 00 00 00 00
              0100: 2f 73 72 76 2f 76 6d 2d 31 2e 72 61 77 00 00 00
+             0400: 07 00 00 00 00 00 00 00 08 00 00 00 00 00 00 00
+             0410: 09 00 00 00 00 00 00 00 0a 00 00 00 00 00 00 00
+             0420: 0b 00 00 00 00 00 00 00 0c 00 00 00 00 00 00 00
+             0430: 0d 00 00 00 00 00 00 00 0e 00 00 00 00 00 00 00
+             0440: 0f 00 00 00 00 00 00 00 10 00 00 00 00 00 00 00
+             0450: 11 00 00 00 00 00 00 00 12 00 00 00 00 00 00 00
+             0460: 13 00 00 00 00 00 00 00 14 00 00 00 00 00 00 00
+             0470: 44 44 44 44 44 44 44 44 44 44 44 44 44 44 44 44
             ",
         );
         assert_golden(

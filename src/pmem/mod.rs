@@ -174,7 +174,7 @@ pub trait Pmem: Send + Sync + 'static {
 }
 
 /// The kernel's identity of this boot; zeros where it has none.
-fn boot_id() -> [u8; 16] {
+pub(crate) fn boot_id() -> [u8; 16] {
     static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
     *BOOT_ID.get_or_init(read_boot_id)
 }

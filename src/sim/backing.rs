@@ -62,13 +62,44 @@ impl Backing for SimBacking {
             device: 1,
             inode: self.world.with(|w| w.disks[self.disk].identity),
             path: format!("/sim/disk{}", self.disk),
+            ..BackingIdentity::default()
         }
     }
 
-    fn fingerprint(&self) -> io::Result<u64> {
+    fn fingerprint(&self, _seed: u64) -> io::Result<u64> {
         let values = self.world.with(|w| w.disks[self.disk].values());
         let mix = |hash: u64, value: &u64| (hash ^ value).wrapping_mul(0x100_0000_01b3).rotate_left(9);
         Ok(values.iter().fold(0xcbf2_9ce4_8422_2325, mix))
+    }
+
+    fn can_have_sidecar(&self) -> bool {
+        true
+    }
+
+    fn read_sidecar(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.world.with(|w| w.disks[self.disk].sidecar.clone()))
+    }
+
+    fn write_sidecar(&self, copy: usize, page: &[u8]) -> io::Result<()> {
+        // A crash may come before it, and between its two halves.
+        let half = page.len() / 2;
+        for (number, part) in page.chunks(half).enumerate() {
+            let at = copy * page.len() + number * half;
+            self.world.with(|w| {
+                w.event(Event::DiskWrite);
+                let bytes = w.disks[self.disk].sidecar.get_or_insert_with(|| vec![0; 2 * page.len()]);
+                bytes[at..at + part.len()].copy_from_slice(part);
+            });
+        }
+        Ok(())
+    }
+
+    fn remove_sidecar(&self) -> io::Result<()> {
+        self.world.with(|w| {
+            w.event(Event::DiskWrite);
+            w.disks[self.disk].sidecar = None;
+        });
+        Ok(())
     }
 
     fn channel(&self, _waker: &Waker, depth: u32) -> io::Result<SimChannel> {

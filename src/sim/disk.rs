@@ -65,6 +65,8 @@ pub struct DiskState {
     book: Option<Book>,
     /// Whether its write cache was lost and nobody has been told: the next flush fails.
     pub owes_error: bool,
+    /// What stands beside it; durable as soon as it is stored.
+    pub sidecar: Option<Vec<u8>>,
     durable: Vec<u64>,
     volatile: BTreeMap<u64, Vec<Version>>,
     flying: BTreeMap<u64, Flying>,
@@ -80,6 +82,7 @@ impl DiskState {
             identity: 1,
             book: None,
             owes_error: false,
+            sidecar: None,
             durable: content,
             volatile: BTreeMap::new(),
             flying: BTreeMap::new(),

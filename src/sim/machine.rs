@@ -294,6 +294,7 @@ fn attach_options(
         queues,
         queue_size: 256,
         force_identity: false,
+        sidecar: None,
         accept_loss: false,
         allow_volatile: false,
     }

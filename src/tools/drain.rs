@@ -12,10 +12,10 @@ use super::created::Created;
 use super::disk::{self, DiskOptions};
 use super::image::Sizing;
 use super::redo::{self, RedoOptions};
-use crate::backing::{self, Backing};
+use crate::backing::{self, Backing, Disk};
 use crate::cache::worker::{DrainError, DrainProgress};
 use crate::cache::{AttachError, AttachOptions, Cache};
-use crate::onmedia::unpad;
+use crate::onmedia::{DiscardPolicy, VolumeDescriptor, unpad};
 
 /// What the operator said about one volume.
 #[derive(Clone, Copy, Debug, Default)]
@@ -114,21 +114,10 @@ pub fn drain(
     let redo = redo::open_or_create(&wanted, &mut Created::default())
         .map_err(|source| DrainFailure::Disk { name: name.into(), source })?;
     let volume = cache.attach_to_drain(AttachOptions {
-        name: name.into(),
-        backing: disk,
-        mode: descriptor.mode,
-        order: descriptor.order,
         redo,
-        data_crc: descriptor.data_crc,
-        pass_discard: descriptor.discard == crate::onmedia::DiscardPolicy::Pass,
-        read_only: false,
-        serial: String::from_utf8_lossy(unpad(&descriptor.serial)).into_owned(),
-        block_size: Some(descriptor.block_size),
-        queues: 1,
-        queue_size: 128,
         force_identity: options.force_identity,
         accept_loss: options.accept_loss,
-        allow_volatile: true,
+        ..volume_options(&descriptor, disk)
     })?;
     let mut bytes = 0;
     volume
@@ -140,4 +129,26 @@ pub fn drain(
     cache.detach(&volume)?;
     cache.forgive().map_err(AttachError::from)?;
     Ok(Drained::Done { backing: path.into(), bytes, lost_sectors: volume.counters().lost_sectors })
+}
+
+/// How a volume is attached when nobody serves it: as it was when last served.
+pub(super) fn volume_options(descriptor: &VolumeDescriptor, backing: Arc<Disk>) -> AttachOptions<Host> {
+    AttachOptions {
+        name: descriptor.name_text().into_owned(),
+        backing,
+        mode: descriptor.mode,
+        order: descriptor.order,
+        redo: None,
+        data_crc: descriptor.data_crc,
+        pass_discard: descriptor.discard == DiscardPolicy::Pass,
+        read_only: false,
+        serial: String::from_utf8_lossy(unpad(&descriptor.serial)).into_owned(),
+        block_size: Some(descriptor.block_size),
+        queues: 1,
+        queue_size: 128,
+        force_identity: false,
+        sidecar: None,
+        accept_loss: false,
+        allow_volatile: true,
+    }
 }

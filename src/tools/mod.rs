@@ -1,5 +1,5 @@
 //! What can be done with a cache that nobody serves, and what serving it begins with: look, make,
-//! open, check, dump, drain.
+//! open, check, dump, drain, resolve.
 //!
 //! Each takes plain values and returns what it found; the words around it are `control`'s.
 
@@ -9,6 +9,7 @@ pub mod drain;
 pub mod image;
 pub mod recover;
 pub mod redo;
+pub mod resolve;
 pub mod signature;
 
 use crate::backing::Disk;

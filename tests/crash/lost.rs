@@ -318,6 +318,7 @@ fn open(scene: &Scene, mode: Mode, accept_loss: bool) -> Result<Arc<Volume<SimEn
         queues: 1,
         queue_size: 256,
         force_identity: false,
+        sidecar: None,
         accept_loss,
         allow_volatile: false,
     })

@@ -29,6 +29,7 @@ fn options(world: &Arc<World>) -> AttachOptions<SimEnv> {
         queues: 1,
         queue_size: 256,
         force_identity: false,
+        sidecar: None,
         accept_loss: false,
         allow_volatile: false,
     }

@@ -8,7 +8,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{rest, starts, stories};
+use super::{pairs, rest, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -49,6 +49,8 @@ impl Instrument {
             | M::SequenceGapIgnored
             | M::WitnessIgnored => ("damage at rest", Rest),
             M::DescriptorNewestOverwritten | M::StartPageNewestOverwritten => ("torn starts", Starts),
+            M::SidecarUnannounced => ("story of a pair", Story(pairs::steps_of_a_pair)),
+            M::DroppedCleanCounts => ("story of another disk", Story(pairs::dropped_clean_data)),
             M::FillOutlivesDiskCache => {
                 ("story of a fill", Story(stories::a_fill_and_the_disk_that_loses_its_bytes))
             }

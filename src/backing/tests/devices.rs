@@ -39,7 +39,7 @@ fn a_block_device_is_opened_with_its_own_block_sizes() {
             assert_eq!(identity.kind, BackingKind::BlockDevice);
             assert_eq!((identity.device, identity.inode), (fs::metadata(&device.path).unwrap().rdev(), 0));
             disk.still_same().unwrap();
-            disk.fingerprint().unwrap();
+            disk.fingerprint(0).unwrap();
 
             let mut channel = disk.channel(&Waker::default(), 8).unwrap();
             write(&mut channel, 0, filled(1 << 20, 0xC3)).unwrap();

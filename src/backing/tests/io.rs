@@ -452,7 +452,7 @@ fn a_fingerprint_sees_its_samples_and_does_not_depend_on_the_way() {
             let path = dir.path().join("disk.img");
             fs::write(&path, &content).unwrap();
             let options = OpenOptions { engine, direct, ..patient(&path) };
-            seen.push(Disk::open(&options).unwrap().fingerprint().unwrap());
+            seen.push(Disk::open(&options).unwrap().fingerprint(0).unwrap());
         }
     }
     // The value is kept in caches: it may never change between versions.
@@ -462,7 +462,7 @@ fn a_fingerprint_sees_its_samples_and_does_not_depend_on_the_way() {
     let path = dir.path().join("disk.img");
     let fingerprint = |content: &[u8]| {
         fs::write(&path, content).unwrap();
-        Disk::open(&patient(&path)).unwrap().fingerprint().unwrap()
+        Disk::open(&patient(&path)).unwrap().fingerprint(0).unwrap()
     };
     let middle_sample = (content.len() as u64 * 15 / 31) as usize / 4096 * 4096;
     for (at, changes) in [

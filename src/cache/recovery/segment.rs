@@ -142,7 +142,7 @@ fn note_log(segment: &Segment, scan: &Scan) {
 fn take_keys<E: Env>(cache: &Cache<E>, id: u32, volume: &VolumeCore, scan: &Scan, keys: &mut Keys) {
     let segment = &cache.segments[id as usize];
     let tail = volume.tail.load(Ordering::Relaxed);
-    let sectors = volume.descriptor_sectors();
+    let (sectors, clean_from) = (volume.descriptor_sectors(), lock(&volume.descriptor).0.clean_from_version);
     let is_dirty = |key: &Key| key.kind != KeyKind::Fill && key.epoch > tail;
     note_log(segment, scan);
     segment.key_count.store(scan.keys.len() as u32, Ordering::Relaxed);
@@ -180,6 +180,11 @@ fn take_keys<E: Env>(cache: &Cache<E>, id: u32, volume: &VolumeCore, scan: &Scan
             // The disk may have lost what this was filled from: dead, durably so before the tail
             // can reach its epoch.
             cache.mark_sectors_dead(id, key.payload, key.sectors);
+        } else if key.version < clean_from && !mutated(Mutant::DroppedCleanCounts) {
+            // The operator has dropped all that was clean then.
+            if key.kind.has_payload() {
+                cache.mark_sectors_dead(id, key.payload, key.sectors);
+            }
         } else if key.kind.has_payload() {
             let place = cache.media.place(id, key, false);
             for run in live_runs(segment, key, place) {

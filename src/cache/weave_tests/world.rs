@@ -134,8 +134,8 @@ impl Backing for WeaveBacking {
         self.inner.identity()
     }
 
-    fn fingerprint(&self) -> std::io::Result<u64> {
-        self.inner.fingerprint()
+    fn fingerprint(&self, seed: u64) -> std::io::Result<u64> {
+        self.inner.fingerprint(seed)
     }
 
     fn channel(&self, waker: &Waker, depth: u32) -> std::io::Result<WeaveChannel> {
@@ -237,6 +237,7 @@ impl Bench {
                 queues,
                 queue_size: 256,
                 force_identity: false,
+                sidecar: None,
                 accept_loss: false,
                 allow_volatile: false,
             })

@@ -22,6 +22,7 @@ pub(crate) use writeback::{Wishes, Writeback};
 
 use super::core::Cache;
 use super::env::{Clock, Env};
+use super::pair::KEEP_MS;
 use super::volume::Volume;
 use crate::sync::thread::{self, JoinHandle};
 
@@ -124,6 +125,7 @@ impl<E: Env> Volume<E> {
                 break Err(DrainError::Failed(worker.last_error().to_owned()));
             }
             progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
+            self.cache.keep_pair(self);
             match worker.step() {
                 Progress::Did => {}
                 Progress::Waiting => {
@@ -144,6 +146,8 @@ impl<E: Env> Volume<E> {
 pub struct Workers<E: Env> {
     cache: Arc<Cache<E>>,
     threads: Vec<JoinHandle<()>>,
+    /// Nobody waits long for these: what they write stands beside disks, which may hang.
+    keepers: Vec<JoinHandle<()>>,
 }
 
 impl<E: Env> Workers<E> {
@@ -153,7 +157,7 @@ impl<E: Env> Workers<E> {
     /// The kernel refused a thread; those already started are ended.
     pub fn spawn(cache: &Arc<Cache<E>>, volumes: &[Arc<Volume<E>>]) -> std::io::Result<Workers<E>> {
         cache.stopping.store(false, Ordering::SeqCst);
-        let mut workers = Workers { cache: cache.clone(), threads: Vec::new() };
+        let mut workers = Workers { cache: cache.clone(), threads: Vec::new(), keepers: Vec::new() };
         cache.syncer.rearm();
         let c = cache.clone();
         workers.add("pcache-sync", move || c.syncer.run(&*c.media.pmem))?;
@@ -173,6 +177,12 @@ impl<E: Env> Workers<E> {
             let volume = volume.clone();
             let name: String = format!("pcache-wb-{}", volume.name).chars().take(15).collect();
             workers.add(&name, move || run_writeback(volume))?;
+        }
+        for volume in volumes {
+            let volume = volume.clone();
+            let name: String = format!("pcache-id-{}", volume.name).chars().take(15).collect();
+            let keeper = thread::Builder::new().name(name).spawn(move || run_keeper(&volume))?;
+            workers.keepers.push(keeper);
         }
         Ok(workers)
     }
@@ -202,6 +212,14 @@ fn run_writeback<E: Env>(volume: Arc<Volume<E>>) {
     worker.leave();
 }
 
+/// Keeps what the next start needs to recognise the disk.
+fn run_keeper<E: Env>(volume: &Volume<E>) {
+    while !volume.cache.stopping.load(Ordering::SeqCst) {
+        volume.cache.keep_pair(volume);
+        volume.core.keeper.wait(Duration::from_millis(KEEP_MS / 4));
+    }
+}
+
 impl<E: Env> Cache<E> {
     /// Logs what has changed in the states of its volumes.
     fn watch_volumes(&self) {
@@ -220,11 +238,21 @@ impl<E: Env> Drop for Workers<E> {
         self.cache.housekeeper.raise();
         for volume in self.cache.all_volumes() {
             volume.writeback.raise();
+            volume.keeper.raise();
         }
         // The syncer last: the others may wait for it.
         let syncer = (!self.threads.is_empty()).then(|| self.threads.remove(0));
         for thread in self.threads.drain(..) {
             drop(thread.join());
+        }
+        let patience = Instant::now() + STOP_PATIENCE;
+        for keeper in self.keepers.drain(..) {
+            while !keeper.is_finished() && Instant::now() < patience {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if keeper.is_finished() {
+                drop(keeper.join());
+            }
         }
         self.cache.syncer.stop();
         if let Some(syncer) = syncer {

@@ -309,10 +309,11 @@ impl Backing for TimedBacking {
             device: 1,
             inode: 1,
             path: "/timed/disk".to_owned(),
+            ..BackingIdentity::default()
         }
     }
 
-    fn fingerprint(&self) -> io::Result<u64> {
+    fn fingerprint(&self, _seed: u64) -> io::Result<u64> {
         Ok(1)
     }
 

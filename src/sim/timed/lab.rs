@@ -194,6 +194,7 @@ impl Lab {
                 queues: 1,
                 queue_size: 256,
                 force_identity: false,
+                sidecar: None,
                 accept_loss: false,
                 allow_volatile: false,
             })
