@@ -58,6 +58,12 @@ counters! {
     pace_waits,
     /// Operations of queues that the backing disk failed.
     disk_errors,
+    /// Operations of queues tried again because the backing disk failed them.
+    disk_retries,
+    /// Requests ended with an error because the backing disk owed them for too long.
+    deadline_errors,
+    /// Writes turned away because the backing disk fails and the policy says so.
+    turned_away,
     /// Records committed.
     records,
     /// Sectors filled after a miss.

@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
+use super::failing::{Alarm, Policy};
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
@@ -59,6 +60,8 @@ pub(crate) struct QueueShared {
     pub tally: Tally,
     /// What the disk owes it.
     pub owed: Owed,
+    /// When it wants to be woken whatever happens.
+    pub alarm: Alarm,
 }
 
 impl QueueShared {
@@ -72,6 +75,7 @@ impl QueueShared {
             purse: Purse::default(),
             tally: Tally::default(),
             owed: Owed::default(),
+            alarm: Alarm::default(),
         }
     }
 
@@ -151,6 +155,8 @@ pub(crate) struct VolumeCore {
     pub tally: Tally,
     /// What its state is judged by.
     pub facts: Facts,
+    /// What its guest sees of a disk that fails.
+    pub policy: Policy,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
 }
@@ -180,6 +186,7 @@ impl VolumeCore {
             attached: AtomicBool::new(false),
             tally: Tally::default(),
             facts: Facts::default(),
+            policy: Policy::default(),
             dirty_since: AtomicU64::new(0),
             descriptor: Mutex::new((descriptor, next)),
         }

@@ -159,6 +159,10 @@ pub trait DiskQueue<B: Buffer>: Send {
     /// Says that the thread is about to sleep and holds nothing.
     fn park(&mut self);
 
+    /// Ends requests that wait for a failing disk to work again, with an error: the queue is to stop,
+    /// and nobody would submit them again.
+    fn give_up(&mut self) {}
+
     /// Ends the queue without waiting for a disk that does not answer. Requests not yet handed out
     /// never will be; each has taken effect, or will, or never will, and whoever submits one again
     /// on another queue of this disk finds that in order. Their buffers are not touched any more.

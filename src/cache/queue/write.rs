@@ -119,7 +119,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 Attempt::Paced if self.wait_for_allowance() => {}
                 Attempt::Paced => break,
                 Attempt::NoSpace if self.wait_for_space() => {}
-                Attempt::NoSpace => break,
+                Attempt::NoSpace => {
+                    if self.volume.gives_up_on_space() {
+                        self.fail_gathered();
+                    }
+                    break;
+                }
             }
             self.complete_committed();
         }
@@ -153,7 +158,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
     }
 
-    fn fail_gathered(&mut self) {
+    pub(super) fn fail_gathered(&mut self) {
         while let Some(gathered) = self.gather.pop_front() {
             self.complete(gathered.slot, Status::IoError);
         }

@@ -215,7 +215,7 @@ impl<E: Env> Writeback<E> {
         let (volume, error) = (&self.volume.name, &failure.cause);
         tracing::warn!(volume, failures = self.failures, retry_ms = delay, error, "write-back failed");
         self.last_error.clone_from(error);
-        self.volume.core.facts.writeback_failed(failure, self.failures, now, self.retry_at_ms);
+        self.volume.core.writeback_failed(failure, self.failures, now, self.retry_at_ms);
         self.volume.core.pacer.end_round(false);
         Progress::Idle
     }
@@ -497,7 +497,7 @@ impl<E: Env> Writeback<E> {
             core.dirty_since.store(cache.clock.now_ms().max(1), Ordering::Relaxed);
         }
         if std::mem::take(&mut self.failures) > 0 {
-            core.facts.writeback_recovered();
+            core.writeback_recovered();
         }
         cache.housekeeper.raise();
         Progress::Did
