@@ -93,6 +93,11 @@ mutants! {
     // Disks that fail.
     FailedFlushRetried 6 "a FLUSH that the disk failed is tried again until it succeeds",
     LateWriteForgotten 7 "what overlaps a write that is late goes to the disk beside it",
+    // Scrubbing.
+    ScrubBelieves 3 "scrubbing does not look at checksums",
+    ScrubDropsDirty 3 "scrubbing drops damaged dirty data like clean",
+    HealedBeforeDurable 4 "scrubbing tells of a drop before it is durable",
+    ScrubUnpaced 12 "scrubbing reads as fast as it can",
     // Write-back.
     DiskWriteErrorIgnored 6 "write-back does not look whether a write to the disk failed",
     DiskFlushErrorIgnored 6 "write-back does not look whether a flush of the disk failed",

@@ -14,6 +14,7 @@ use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
 use super::recovery::{self, RecoveryReport};
+use super::scrub::Scrub;
 use super::segments::{Segment, State};
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
@@ -97,6 +98,7 @@ pub struct Cache<E: Env> {
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
     pub(crate) stopping: AtomicBool,
+    pub(crate) scrub: Scrub,
     /// Milliseconds since 1970 at the housekeeper's last step: what records carry, for messages.
     pub(crate) recent_ms: AtomicU64,
     /// Clean segments at the last look for victims.
@@ -148,6 +150,7 @@ impl<E: Env> Cache<E> {
             volumes: RwLock::default(),
             start: Mutex::new(start),
             stopping: AtomicBool::new(false),
+            scrub: Scrub::default(),
             recent_ms: AtomicU64::new(now_ms),
             clean_count: AtomicUsize::new(0),
             free: Mutex::default(),

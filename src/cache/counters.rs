@@ -90,6 +90,12 @@ counters! {
     relocated_sectors,
     /// Of these, dirty ones.
     relocated_dirty_sectors,
+    /// Sectors read by scrubbing.
+    scrubbed_sectors,
+    /// Damaged clean sectors dropped by scrubbing, durably: the disk has them.
+    scrub_healed_sectors,
+    /// Damaged dirty sectors found by scrubbing: write-back lists them as lost.
+    scrub_dirty_sectors,
     /// Dirty bytes now.
     dirty_bytes,
     /// Bytes mapped by the index now.

@@ -9,6 +9,7 @@ mod pieces;
 mod pinned;
 mod relocate;
 mod retry;
+mod scrub;
 mod victims;
 mod writeback;
 
