@@ -97,7 +97,7 @@ mutants! {
     ScrubBelieves 3 "scrubbing does not look at checksums",
     ScrubDropsDirty 3 "scrubbing drops damaged dirty data like clean",
     HealedBeforeDurable 4 "scrubbing tells of a drop before it is durable",
-    ScrubUnpaced 12 "scrubbing reads as fast as it can",
+    ScrubUnpaced 12 "scrubbing reads sixteen times as fast as it may",
     // Write-back.
     DiskWriteErrorIgnored 6 "write-back does not look whether a write to the disk failed",
     DiskFlushErrorIgnored 6 "write-back does not look whether a flush of the disk failed",

@@ -103,6 +103,8 @@ pub struct Cache<E: Env> {
     pub(crate) recent_ms: AtomicU64,
     /// Clean segments at the last look for victims.
     pub(crate) clean_count: AtomicUsize,
+    /// Whether reclaim found nothing that it could free, at its last look.
+    pub(crate) is_exhausted: AtomicBool,
     free: Mutex<VecDeque<u32>>,
     free_count: AtomicUsize,
     /// Full, not yet sealed.
@@ -153,6 +155,7 @@ impl<E: Env> Cache<E> {
             scrub: Scrub::default(),
             recent_ms: AtomicU64::new(now_ms),
             clean_count: AtomicUsize::new(0),
+            is_exhausted: AtomicBool::new(false),
             free: Mutex::default(),
             free_count: AtomicUsize::new(0),
             full: Mutex::default(),

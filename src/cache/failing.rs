@@ -106,15 +106,18 @@ impl Policy {
         self.guest_failed_ms.store(now_ms + 1, Ordering::Relaxed);
     }
 
+    /// Whether the disk takes nothing that write-back has for it.
+    fn takes_nothing(&self) -> bool {
+        self.is_writeback_failing.load(Ordering::Relaxed) || self.is_stalled.load(Ordering::Relaxed)
+    }
+
     /// Whether the disk fails, as far as anybody can know: what nobody asks of it cannot fail.
     pub fn is_failing(&self, now_ms: impl FnOnce() -> u64) -> bool {
         let guest_failed = || match self.guest_failed_ms.load(Ordering::Relaxed) {
             0 => false,
             at => now_ms() < at + FAILED_GUEST_MS,
         };
-        self.is_writeback_failing.load(Ordering::Relaxed)
-            || self.is_stalled.load(Ordering::Relaxed)
-            || guest_failed()
+        self.takes_nothing() || guest_failed()
     }
 }
 
@@ -241,7 +244,7 @@ impl<E: Env> Volume<E> {
     /// Whether a write that finds no space is not to wait for any: there will be none soon.
     pub(crate) fn gives_up_on_space(&self) -> bool {
         let policy = &self.core.policy;
-        policy.on_error() != OnBackingError::Wait && policy.is_failing(|| self.cache.clock.now_ms())
+        policy.on_error() != OnBackingError::Wait && policy.takes_nothing()
     }
 }
 

@@ -40,6 +40,10 @@ pub struct Scenario {
     pub write_percent: u64,
     /// Whether write-back gets few steps: dirty data then pins segments for long.
     pub is_disk_slow: bool,
+    /// Whether what a failing disk owes waits for it.
+    pub waits: bool,
+    /// Whether the cache is scrubbed all the time.
+    pub is_scrubbed: bool,
 }
 
 impl Scenario {
@@ -64,6 +68,8 @@ impl Scenario {
         } as u32;
         let meta = (2 + 2 * volumes as u64) * 4096;
         let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
+        // Dice of their own.
+        let mut apart = Rng::new(seed ^ 0x0dd5);
         let simple = rng.chance(1, 2);
         let styles = (0..volumes).map(|_| if simple { Style::strict() } else { Style::random(&mut rng) });
         let styles = styles.collect();
@@ -83,6 +89,8 @@ impl Scenario {
             housekeeping: rng.pick(&[0, 0, 4, 10]),
             write_percent: rng.pick(&[50, 50, 20]),
             is_disk_slow: rng.chance(1, 4),
+            waits: apart.chance(1, 2),
+            is_scrubbed: apart.chance(1, 3),
         }
     }
 }

@@ -325,7 +325,7 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         if taken > 0 {
             self.queue.commit();
         }
-        if taken > 0 || self.queue.pending() > 0 {
+        if taken > 0 || self.queue.is_busy() {
             self.queue.poll(&mut self.done);
         }
         let finished = !self.done.is_empty();

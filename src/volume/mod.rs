@@ -156,6 +156,11 @@ pub trait DiskQueue<B: Buffer>: Send {
     /// Requests submitted and not yet handed out by `poll`.
     fn pending(&self) -> usize;
 
+    /// Whether `poll` may find something to do, also where no request waits for it.
+    fn is_busy(&self) -> bool {
+        self.pending() > 0
+    }
+
     /// Says that the thread is about to sleep and holds nothing.
     fn park(&mut self);
 

@@ -7,7 +7,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{rest, starts, stories};
+use super::{failing, rest, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -51,6 +51,12 @@ impl Instrument {
             M::FillOutlivesDiskCache => {
                 ("story of a fill", Story(stories::a_fill_and_the_disk_that_loses_its_bytes))
             }
+            M::FailedFlushRetried => ("story of a failed FLUSH", Story(failing::a_flush_that_failed)),
+            M::LateWriteForgotten => ("story of a late write", Story(failing::a_late_write)),
+            M::ScrubBelieves => ("story of rot", Story(failing::damage_that_nobody_reads)),
+            M::ScrubDropsDirty => ("story of dirty rot", Story(failing::damage_to_dirty_data)),
+            M::HealedBeforeDurable => ("story of a healing", Story(failing::a_healing_that_does_not_last)),
+            M::ScrubUnpaced => ("story of haste", Story(failing::a_scrub_in_haste)),
             M::RefusedRecordPublished => {
                 ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
             }

@@ -44,6 +44,8 @@ pub(crate) struct Io<E: Env> {
     completions: Vec<Completion>,
     spare: Vec<AlignedBuf>,
     submitted: Submitted,
+    /// Operations out that nobody waits for.
+    late_count: u32,
     /// Failed, to be tried again.
     pub parked: Vec<Parked>,
 }
@@ -58,6 +60,7 @@ impl<E: Env> Default for Io<E> {
             completions: Vec::new(),
             spare: Vec::new(),
             submitted: Submitted::default(),
+            late_count: 0,
             parked: Vec::new(),
         }
     }
@@ -141,7 +144,9 @@ impl<E: Env> Io<E> {
     pub fn purpose(&mut self, token: u64) -> (Purpose, u32) {
         self.free.push(token as u32);
         self.submitted.end(token as u32);
-        self.purposes[token as usize].take().expect("an operation completes once")
+        let ended = self.purposes[token as usize].take().expect("an operation completes once");
+        self.late_count -= u32::from(matches!(ended.0, Purpose::Late { .. }));
+        ended
     }
 
     /// Every purpose whose operation has not completed.
@@ -170,7 +175,7 @@ impl<E: Env> Io<E> {
 
     /// Whether operations are out that nobody waits for.
     pub fn has_late(&self) -> bool {
-        (0..self.purposes.len() as u32).any(|token| self.is_late(token))
+        self.late_count > 0
     }
 
     /// Takes the purpose of an operation, which becomes nobody's. With it, whether the disk has it: one
@@ -186,7 +191,10 @@ impl<E: Env> Io<E> {
                 self.submitted.end(token);
                 self.free.push(token);
             }
-            None => self.purposes[token as usize] = Some((Purpose::Late { bypass: None }, 0)),
+            None => {
+                self.late_count += 1;
+                self.purposes[token as usize] = Some((Purpose::Late { bypass: None }, 0));
+            }
         }
         Some((purpose, waiting.is_none()))
     }

@@ -299,6 +299,10 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         self.slots.used + self.done.len()
     }
 
+    fn is_busy(&self) -> bool {
+        self.pending() > 0 || self.io.has_late()
+    }
+
     fn park(&mut self) {
         self.leave();
         // A flush of this core's stores is ordered by nobody else's fence.

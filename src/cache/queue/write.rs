@@ -117,10 +117,16 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             match attempt {
                 Attempt::Progress => committed = true,
                 Attempt::Paced if self.wait_for_allowance() => {}
-                Attempt::Paced => break,
+                Attempt::Paced => {
+                    if self.volume.core.is_out_of_room() && self.volume.gives_up_on_space() {
+                        self.fail_gathered();
+                    }
+                    break;
+                }
                 Attempt::NoSpace if self.wait_for_space() => {}
                 Attempt::NoSpace => {
-                    if self.volume.gives_up_on_space() {
+                    let is_exhausted = self.volume.cache.is_exhausted.load(Ordering::SeqCst);
+                    if is_exhausted && self.volume.gives_up_on_space() {
                         self.fail_gathered();
                     }
                     break;

@@ -219,6 +219,7 @@ impl<E: Env> Housekeeper<E> {
         }
         let victims = self.pick((target - free).min(BATCH));
         if !victims.is_empty() {
+            self.cache.is_exhausted.store(false, Ordering::SeqCst);
             self.stage = Stage::Emptying(victims.into(), Vec::new());
             return Progress::Did;
         }
@@ -228,6 +229,10 @@ impl<E: Env> Housekeeper<E> {
         let has_moved = self.relocates && self.move_pinned();
         if has_moved || free == 0 && self.close_idle_streams() {
             return Progress::Did;
+        }
+        if free == 0 && self.sealing.is_none() && !self.cache.is_exhausted.swap(true, Ordering::SeqCst) {
+            // Those who must not wait for a disk that fails have to know.
+            self.cache.all_volumes().iter().for_each(|v| v.wake_waiting());
         }
         Progress::Idle
     }

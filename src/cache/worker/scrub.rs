@@ -21,7 +21,7 @@
 //! - No more is read than the rate allows, a quarter of it while guests are at work, and none while the
 //!   housekeeper has anything else to do.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use super::super::core::{Cache, load_start};
@@ -50,6 +50,8 @@ const LOOK: u64 = 4096;
 const BURST_MS: u64 = 400;
 /// From the start to the first pass at the latest: who starts has other things to read.
 const FIRST_MS: u64 = 600_000;
+/// How long a guest counts as at work after a request.
+const BUSY_MS: u64 = 1000;
 /// Part of the rate while guests are at work.
 const SHARE_WHILE_BUSY: u64 = 4;
 
@@ -79,7 +81,10 @@ pub(super) struct Scrubber<E: Env> {
     raised_ms: u64,
     /// Requests of guests at the last look.
     requests: u64,
+    busy_until_ms: u64,
     healing: Option<Healing>,
+    /// Where dirty damage was found in this pass, and in the last one: each is told once.
+    told: [HashSet<u64>; 2],
     /// Damaged segments, for reclaim.
     pub damaged: Vec<u32>,
 }
@@ -93,7 +98,9 @@ impl<E: Env> Scrubber<E> {
             budget: 0,
             raised_ms: 0,
             requests: 0,
+            busy_until_ms: 0,
             healing: None,
+            told: Default::default(),
             damaged: Vec::new(),
         }
     }
@@ -135,14 +142,15 @@ impl<E: Env> Scrubber<E> {
         }
         let elapsed_ms = now_ms.saturating_sub(self.raised_ms).min(BURST_MS);
         let requests = self.requests_so_far();
-        let is_busy = std::mem::replace(&mut self.requests, requests) != requests;
-        let rate = options.bytes_per_s / if is_busy { SHARE_WHILE_BUSY } else { 1 };
-        self.raised_ms = now_ms;
-        if !mutated(Mutant::ScrubUnpaced) {
-            let earned = (rate * elapsed_ms / 1000) as i64;
-            self.budget = (self.budget + earned).min((rate * BURST_MS / 1000) as i64);
+        if std::mem::replace(&mut self.requests, requests) != requests {
+            self.busy_until_ms = now_ms + BUSY_MS;
         }
-        self.budget > 0 || mutated(Mutant::ScrubUnpaced)
+        let rate = options.bytes_per_s / if now_ms < self.busy_until_ms { SHARE_WHILE_BUSY } else { 1 };
+        self.raised_ms = now_ms;
+        let rate = rate * if mutated(Mutant::ScrubUnpaced) { 16 } else { 1 };
+        let earned = (rate * elapsed_ms / 1000) as i64;
+        self.budget = (self.budget + earned).min((rate * BURST_MS / 1000) as i64);
+        self.budget > 0
     }
 
     fn requests_so_far(&self) -> u64 {
@@ -153,6 +161,8 @@ impl<E: Env> Scrubber<E> {
 
     fn begin(&mut self, now_ms: u64) -> u64 {
         self.began_ms = now_ms;
+        self.told.swap(0, 1);
+        self.told[0].clear();
         self.cache.scrub.running.store(1, Ordering::Relaxed);
         let volumes = self.cache.all_volumes().iter().map(|v| v.incarnation).collect();
         self.pass = Pass::Data(volumes, 0);
@@ -219,9 +229,12 @@ impl<E: Env> Scrubber<E> {
     }
 
     /// Deals with an extent of which something is damaged. Returns how many clean sectors were dropped.
-    fn judge(&self, volume: &Arc<VolumeCore>, extent: Extent) -> u64 {
+    fn judge(&mut self, volume: &Arc<VolumeCore>, extent: Extent) -> u64 {
         let mut dropped = 0;
-        for part in self.cache.checked_parts(extent).into_iter().filter(|part| self.is_bad(part)) {
+        for part in self.cache.checked_parts(extent) {
+            if !self.is_bad(&part) {
+                continue;
+            }
             // As it is shown now: what was dirty may be clean by now, never the other way round.
             let mut shown = Vec::new();
             volume.index.lookup(part.range, &mut shown);
@@ -243,12 +256,13 @@ impl<E: Env> Scrubber<E> {
     }
 
     /// Dirty data is damaged: the next round of write-back says so durably.
-    fn call_write_back(&self, volume: &VolumeCore, extent: &Extent) {
-        tracing::error!(
-            volume = volume.descriptor_name(), range = %extent.range,
-            "scrub: dirty data is damaged: these sectors answer with an error"
-        );
-        add(&volume.tally.scrub_dirty_sectors, extent.range.len);
+    fn call_write_back(&mut self, volume: &VolumeCore, extent: &Extent) {
+        let position = extent.place.position;
+        if self.told[0].insert(position) && !self.told[1].contains(&position) {
+            let (volume_name, range) = (volume.descriptor_name(), extent.range);
+            tracing::error!(volume = volume_name, %range, "scrub: dirty data is damaged: these sectors answer with an error");
+            add(&volume.tally.scrub_dirty_sectors, range.len);
+        }
         volume.damage_seen.store(true, Ordering::Relaxed);
         volume.writeback.raise();
     }
@@ -291,7 +305,7 @@ impl<E: Env> Scrubber<E> {
         if is_damaged {
             self.note_metadata(&format!("segment {id}: a copy of its header"));
             self.note_healed(
-                cache.write_header(id, |h| *h = SegmentHeader { sequence: h.sequence, ..header.clone() }),
+                cache.write_header(id, |h| *h = SegmentHeader { sequence: h.sequence, ..header }),
             );
         }
         let mut read = u64::from(header.summary_len);
