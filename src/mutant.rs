@@ -102,6 +102,14 @@ mutants! {
     FillOutlivesDiskCache 6 "a fill counts although the disk may lose the bytes it came from",
     DamagedDirtyReadFromDisk 3 "a damaged dirty block is answered with the disk's older bytes",
     HitNotVerified 2 "a hit is answered without a look at its checksum",
+    // Disks that fail.
+    FailedFlushRetried 6 "a FLUSH that the disk failed is tried again until it succeeds",
+    LateWriteForgotten 7 "what overlaps a write that is late goes to the disk beside it",
+    // Scrubbing.
+    ScrubBelieves 3 "scrubbing does not look at checksums",
+    ScrubDropsDirty 3 "scrubbing drops damaged dirty data like clean",
+    HealedBeforeDurable 4 "scrubbing tells of a drop before it is durable",
+    ScrubUnpaced 12 "scrubbing reads sixteen times as fast as it may",
     // Write-back.
     DiskWriteErrorIgnored 6 "write-back does not look whether a write to the disk failed",
     DiskFlushErrorIgnored 6 "write-back does not look whether a flush of the disk failed",

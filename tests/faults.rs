@@ -103,6 +103,11 @@ impl Rig {
         Daemon::counter(&line, name).unwrap_or_else(|| panic!("no {name} in {line}"))
     }
 
+    /// The state's line as it is now.
+    fn wait_status(&self, volume: &str) -> String {
+        self.daemon.wait_status(&format!("status volume={volume} "), SOON)
+    }
+
     fn wait_state(&self, volume: &str, state: &str) -> String {
         self.daemon.wait_status(&format!("status volume={volume} state={state}"), SOON)
     }
@@ -194,7 +199,7 @@ fn a_flush_that_failed_once_costs_nothing_although_linux_says_so_only_once() {
 
 #[test]
 fn a_read_the_disk_fails_is_an_error_and_one_the_cache_has_is_not() {
-    let Some(mut rig) = Rig::new("") else { return };
+    let Some(mut rig) = Rig::new("on_backing_error = \"error\"") else { return };
     rig.write_some(100);
     rig.bad.write_at(0, 8, 8);
     rig.bad.quiesce();
@@ -216,6 +221,87 @@ fn a_read_the_disk_fails_is_an_error_and_one_the_cache_has_is_not() {
     rig.disk.set(Faults::default());
     assert_eq!(rig.bad.client.execute(&Request::read(COLD, 4096)).status, OK, "the disk is asked again");
     rig.wait_state("bad", "ok");
+    rig.disks_alone_agree();
+}
+
+/// Longest time from the disk's return until everything is well again: write-back's longest delay.
+const RESUMED: Duration = Duration::from_secs(45);
+
+#[test]
+fn twenty_seconds_of_eio_under_load_cost_the_guest_no_error_and_everything_goes_on_by_itself() {
+    let Some(mut rig) = Rig::new("") else { return };
+    rig.bad.run(500);
+    rig.disk.set(Faults::all(libc::EIO));
+    let begun = Instant::now();
+    // Reads, writes and flushes, of the cache and of the disk; a request that fails fails the test. Misses
+    // stay out until the disk works.
+    let mut done = 0;
+    while begun.elapsed() < Duration::from_secs(20) {
+        let (sector, sectors) = (rig.bad.rng.below(COLD - 64), rig.bad.rng.between(1, 64));
+        let out = rig.bad.client.outstanding();
+        if out < 40 && rig.bad.rng.below(4) == 0 {
+            rig.bad.read_at(0, sector, sectors);
+        } else if out < 60 {
+            rig.bad.write_at(1, sector, sectors);
+            done += 1;
+        }
+        rig.bad.poll();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let status = rig.wait_state("bad", "degraded");
+    assert!(rig.counter("bad", "writeback_errors") > 0, "{status}");
+    assert_eq!(rig.counter("bad", "errors"), 0, "no request has failed");
+    rig.next_door(500);
+    rig.disk.set(Faults::default());
+    let back = Instant::now();
+    while rig.bad.poll() > 0 {
+        assert!(back.elapsed() < RESUMED, "what waited goes on by itself");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    eprintln!("{done} writes in 20 s of EIO, all that waited ended after {:?}", back.elapsed());
+    while !rig.wait_status("bad").contains("state=ok") {
+        assert!(back.elapsed() < RESUMED, "the state says so");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert!(rig.counter("bad", "disk_retries") > 0);
+    rig.disks_alone_agree();
+}
+
+#[test]
+fn writes_are_turned_away_while_the_disk_fails_if_the_volume_says_so() {
+    let Some(mut rig) = Rig::new("on_backing_error = \"read_only\"") else { return };
+    rig.write_some(100);
+    rig.bad.write_at(0, 8, 8);
+    rig.bad.quiesce();
+    rig.disk.set(Faults::all(libc::EIO));
+    assert_eq!(rig.bad.client.execute(&Request::read(COLD, 4096)).status, IOERR);
+    let write = Request::write(COLD, vec![7; 4096]);
+    assert_eq!(rig.bad.client.execute(&write).status, IOERR, "the disk fails");
+    rig.bad.read_at(0, 8, 8);
+    rig.bad.quiesce();
+    let status = rig.wait_state("bad", "degraded");
+    assert!(status.contains("turned away"), "{status}");
+    rig.disk.set(Faults::default());
+    rig.wait_state("bad", "ok");
+    assert_eq!(rig.bad.client.execute(&Request::read(COLD, 4096)).status, OK);
+    rig.write_some(100);
+    rig.disks_alone_agree();
+}
+
+#[test]
+fn a_request_that_the_disk_owes_for_too_long_ends_with_an_error_if_the_volume_says_so() {
+    let Some(mut rig) = Rig::new("on_backing_error = \"error\"\nbacking_timeout_s = 2") else { return };
+    rig.write_some(100);
+    rig.disk.set(Faults::hang());
+    let begun = Instant::now();
+    assert_eq!(rig.bad.client.execute(&Request::read(COLD, 4096)).status, IOERR);
+    let took = begun.elapsed();
+    assert!((Duration::from_secs(2)..Duration::from_secs(10)).contains(&took), "{took:?}");
+    rig.wait_state("bad", "stalled");
+    rig.next_door(200);
+    rig.disk.release();
+    rig.wait_state("bad", "ok");
+    assert_eq!(rig.bad.client.execute(&Request::read(COLD, 4096)).status, OK);
     rig.disks_alone_agree();
 }
 

@@ -8,6 +8,8 @@
 
 #[path = "mutants/document.rs"]
 mod document;
+#[path = "mutants/failing.rs"]
+mod failing;
 #[path = "mutants/instruments.rs"]
 mod instruments;
 #[path = "crash/pairs.rs"]

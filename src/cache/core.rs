@@ -15,6 +15,7 @@ use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
 use super::recovery::{self, RecoveryReport};
+use super::scrub::Scrub;
 use super::segments::{Segment, State};
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
@@ -98,10 +99,13 @@ pub struct Cache<E: Env> {
     pub(crate) start_counter: u64,
     pub(crate) start: Mutex<StartState>,
     pub(crate) stopping: AtomicBool,
+    pub(crate) scrub: Scrub,
     /// Milliseconds since 1970 at the housekeeper's last step: what records carry, for messages.
     pub(crate) recent_ms: AtomicU64,
     /// Clean segments at the last look for victims.
     pub(crate) clean_count: AtomicUsize,
+    /// Whether reclaim found nothing that it could free, at its last look.
+    pub(crate) is_exhausted: AtomicBool,
     free: Mutex<VecDeque<u32>>,
     free_count: AtomicUsize,
     /// Full, not yet sealed.
@@ -149,8 +153,10 @@ impl<E: Env> Cache<E> {
             volumes: RwLock::default(),
             start: Mutex::new(start),
             stopping: AtomicBool::new(false),
+            scrub: Scrub::default(),
             recent_ms: AtomicU64::new(now_ms),
             clean_count: AtomicUsize::new(0),
+            is_exhausted: AtomicBool::new(false),
             free: Mutex::default(),
             free_count: AtomicUsize::new(0),
             full: Mutex::default(),

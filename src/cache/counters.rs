@@ -58,6 +58,12 @@ counters! {
     pace_waits,
     /// Operations of queues that the backing disk failed.
     disk_errors,
+    /// Operations of queues tried again because the backing disk failed them.
+    disk_retries,
+    /// Requests ended with an error because the backing disk owed them for too long.
+    deadline_errors,
+    /// Writes turned away because the backing disk fails and the policy says so.
+    turned_away,
     /// Records committed.
     records,
     /// Sectors filled after a miss.
@@ -92,6 +98,12 @@ counters! {
     relocated_sectors,
     /// Of these, dirty ones.
     relocated_dirty_sectors,
+    /// Sectors read by scrubbing.
+    scrubbed_sectors,
+    /// Damaged clean sectors dropped by scrubbing, durably: the disk has them.
+    scrub_healed_sectors,
+    /// Damaged dirty sectors found by scrubbing: write-back lists them as lost.
+    scrub_dirty_sectors,
     /// Dirty bytes now.
     dirty_bytes,
     /// Bytes mapped by the index now.

@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use super::env::{Clock, Env};
+use super::failing::OnBackingError;
 use super::lost;
 use super::stripes::lock;
 use super::volume::{Volume, VolumeCore};
@@ -30,7 +31,7 @@ use crate::backing::Op;
 pub const STALL_MS: u64 = 5000;
 /// How long a guest's failed operation counts: without traffic nobody can know whether it would
 /// succeed now, and one bad sector among good ones must not make the state flicker.
-const FAILED_GUEST_MS: u64 = 10_000;
+pub(super) const FAILED_GUEST_MS: u64 = 10_000;
 
 /// See the module's head. From good to bad.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -82,6 +83,8 @@ pub struct Health {
 pub(crate) struct Failure {
     pub cause: String,
     advice: &'static str,
+    /// Whether the disk is what failed.
+    pub is_of_disk: bool,
 }
 
 impl Failure {
@@ -99,30 +102,31 @@ impl Failure {
             }
             _ => "mend the disk; nothing is lost, and write-back goes on by itself",
         };
-        Self { cause: format!("the disk failed {what}: {error}"), advice }
+        Self { cause: format!("the disk failed {what}: {error}"), advice, is_of_disk: true }
     }
 
     /// No way to the disk could be opened.
     pub fn resources(error: &std::io::Error) -> Self {
         let advice = "see to memory and limits of this process; write-back goes on by itself";
-        Self { cause: format!("cannot open a channel to the disk: {error}"), advice }
+        Self { cause: format!("cannot open a channel to the disk: {error}"), advice, is_of_disk: true }
     }
 
     /// A group in the redo area cannot be made, or brought to the disk.
     pub fn applying(cause: String) -> Self {
         let advice = "mend the redo area or the disk; nothing is lost, and write-back goes on by itself";
-        Self { cause, advice }
+        Self { cause, advice, is_of_disk: true }
     }
 
     /// The cache's media failed.
     pub fn media(cause: String) -> Self {
-        Self { cause, advice: "see the host's log about the cache's device; `check` it when stopped" }
+        let advice = "see the host's log about the cache's device; `check` it when stopped";
+        Self { cause, advice, is_of_disk: false }
     }
 
     /// What is dirty cannot be read back.
     pub fn damage(cause: String) -> Self {
         let advice = "stop, see `check`, then `drain --accept-loss`: what is damaged is lost, the rest not";
-        Self { cause, advice }
+        Self { cause, advice, is_of_disk: false }
     }
 }
 
@@ -167,6 +171,20 @@ impl Submitted {
     /// It has ended.
     pub fn end(&mut self, token: u32) {
         self.out[token as usize] = None;
+    }
+
+    /// When the oldest operation out that passes the test was submitted.
+    pub fn find_oldest(&self, test: impl Fn(u32) -> bool) -> Option<u64> {
+        let is_it =
+            |&&(number, token, _): &&(u64, u32, u64)| self.out[token as usize] == Some(number) && test(token);
+        self.order.iter().find(is_it).map(|&(_, _, ms)| ms)
+    }
+
+    /// The operations out that were submitted at `since_ms` or before.
+    pub fn out_since(&self, since_ms: u64) -> Vec<u32> {
+        let old = self.order.iter().take_while(|(_, _, ms)| *ms <= since_ms);
+        let is_out = |(number, token, _): &&(u64, u32, u64)| self.out[*token as usize] == Some(*number);
+        old.filter(is_out).map(|&(_, token, _)| token).collect()
     }
 
     /// When the oldest operation out was submitted.
@@ -262,19 +280,23 @@ impl VolumeCore {
         {
             health.be(VolumeState::Degraded, since(*first), failure.clone());
         }
-        let queues = self.queues.get().into_iter().flatten().filter_map(|q| q.owed.since_ms());
-        let others = [self.facts.writeback.since_ms(), self.facts.left.since_ms()];
-        let owed = queues.chain(others.into_iter().flatten()).min().map_or(0, since);
-        if owed >= STALL_MS || self.facts.left_behind() > 0 {
+        let owed = self.owed_ms(now_ms);
+        if owed >= self.policy.stall_ms() || self.facts.left_behind() > 0 {
             let cause = format!("the disk has not answered for {} s", owed / 1000);
             let advice = "see the host's log about the disk; cached data is served, nothing is lost";
-            health.be(VolumeState::Stalled, owed, Failure { cause, advice });
+            health.be(VolumeState::Stalled, owed, Failure { cause, advice, is_of_disk: true });
+        }
+        if self.policy.on_error() == OnBackingError::ReadOnly
+            && health.state != VolumeState::Ok
+            && self.policy.is_failing(|| now_ms)
+        {
+            health.cause.push_str("; guest writes are turned away until it works");
         }
         let lost = lock(&self.lost);
         if !lost.is_empty() {
             let advice =
                 "see `check`; overwrite or restore these sectors, or give them up with --accept-loss";
-            let failure = Failure { cause: lost::summary(&lost), advice };
+            let failure = Failure { cause: lost::summary(&lost), advice, is_of_disk: false };
             health.be(VolumeState::LostData, told(VolumeState::LostData), failure);
         }
         if self.damaged.load(Ordering::Relaxed) {
@@ -284,13 +306,23 @@ impl VolumeCore {
         if cache_failed {
             let cause = "the cache could not be made durable: it takes no more writes".to_owned();
             let advice = "stop, `drain`, replace the cache's device and `format` it";
-            health.be(VolumeState::Failed, told(VolumeState::Failed), Failure { cause, advice });
+            let failure = Failure { cause, advice, is_of_disk: false };
+            health.be(VolumeState::Failed, told(VolumeState::Failed), failure);
         }
         health
     }
 
+    /// For how long the disk has owed its oldest answer.
+    pub(super) fn owed_ms(&self, now_ms: u64) -> u64 {
+        let queues = self.queues.get().into_iter().flatten().filter_map(|q| q.owed.since_ms());
+        let others = [self.facts.writeback.since_ms(), self.facts.left.since_ms()];
+        queues.chain(others.into_iter().flatten()).min().map_or(0, |ms| now_ms.saturating_sub(ms))
+    }
+
     /// Judges the facts and logs a state that differs from the last one.
     pub(crate) fn watch(&self, cache_failed: bool, now_ms: u64) {
+        self.look_for_stall(now_ms);
+        self.ring_alarms(now_ms);
         let health = self.health(cache_failed, now_ms);
         let mut failures = lock(&self.facts.failures);
         if failures.told.0 == health.state {
@@ -314,7 +346,7 @@ impl VolumeCore {
 }
 
 impl Health {
-    fn be(&mut self, state: VolumeState, for_ms: u64, Failure { cause, advice }: Failure) {
+    fn be(&mut self, state: VolumeState, for_ms: u64, Failure { cause, advice, .. }: Failure) {
         (self.state, self.for_ms, self.cause, self.advice) = (state, for_ms, cause, advice);
     }
 }

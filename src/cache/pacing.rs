@@ -98,6 +98,8 @@ struct State {
 #[derive(Debug, Default)]
 pub(crate) struct Pacer {
     is_paced: AtomicBool,
+    /// Whether the volume has taken all of its room.
+    is_out_of_room: AtomicBool,
     /// Bytes of segments held, for the other volumes to see.
     used: AtomicU64,
     state: Mutex<State>,
@@ -211,6 +213,11 @@ impl VolumeCore {
         }
         let budget = self.queue(q).purse.budget.load(Ordering::Relaxed);
         u32::try_from(budget.max(0)).unwrap_or(u32::MAX)
+    }
+
+    /// Whether the volume has taken all of its room: only its disk can give it any.
+    pub fn is_out_of_room(&self) -> bool {
+        self.pacer.is_out_of_room.load(Ordering::Relaxed)
     }
 
     /// Whether writes wait for the disk.
@@ -412,7 +419,9 @@ impl<E: Env> Volume<E> {
             }
             let level = self.limit(room, rate) as i64 - unsettled.saturating_sub(settling) as i64;
             // Without a disk that takes anything there is nothing to keep pace with.
-            let rest = if is_idle { room as i64 - used as i64 } else { i64::MIN };
+            let left = room as i64 - used as i64;
+            core.pacer.is_out_of_room.store(left <= 0, Ordering::Relaxed);
+            let rest = if is_idle { left } else { i64::MIN };
             (level.max(evenly).max(rest), has_moved)
         };
         let is_paced = allowed < (core.stream_count() * self.cache.segment_capacity()) as i64;

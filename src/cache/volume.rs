@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
+use super::failing::{Alarm, Policy};
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
@@ -62,6 +63,8 @@ pub(crate) struct QueueShared {
     pub tally: Tally,
     /// What the disk owes it.
     pub owed: Owed,
+    /// When it wants to be woken whatever happens.
+    pub alarm: Alarm,
 }
 
 impl QueueShared {
@@ -75,6 +78,7 @@ impl QueueShared {
             purse: Purse::default(),
             tally: Tally::default(),
             owed: Owed::default(),
+            alarm: Alarm::default(),
         }
     }
 
@@ -158,6 +162,8 @@ pub(crate) struct VolumeCore {
     pub kept_for: AtomicU8,
     /// The tail that recovery found, and when it had moved there, in ms since 1970.
     pub recovered_tail: Mutex<(u64, u64)>,
+    /// What its guest sees of a disk that fails.
+    pub policy: Policy,
     /// When the oldest dirty data that is not yet being written back came, in clock ms; 0: none.
     pub dirty_since: AtomicU64,
     /// What the pair of cache and disk was last noted to be.
@@ -195,6 +201,7 @@ impl VolumeCore {
             facts: Facts::default(),
             kept_for: AtomicU8::new(descriptor.order as u8),
             recovered_tail: Mutex::default(),
+            policy: Policy::default(),
             dirty_since: AtomicU64::new(0),
             kept: Mutex::default(),
             step: Mutex::default(),

@@ -8,7 +8,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use super::config::{Endpoint, VolumeConfig};
-use crate::cache::{Health, VolumeState};
+use crate::cache::{Health, ScrubStatus, VolumeState};
 use crate::pmem::MediaClass;
 use crate::units::Bytes;
 
@@ -90,6 +90,20 @@ pub fn status(name: &str, health: &Health) -> String {
         out.push_str(&format!(" for_s={}{retry} cause=\"{cause}\" do=\"{advice}\"", for_ms / 1000));
     }
     out
+}
+
+/// What scrubbing has done in a cache, on one line.
+pub fn scrub(cache: usize, status: &ScrubStatus) -> String {
+    let ScrubStatus { passes, last_pass_unix_ms, last_pass_ms, is_running, bytes, .. } = status;
+    format!(
+        "scrub cache={cache} running={} passes={passes} last_pass_unix_s={} last_pass_s={} bytes={bytes} \
+         metadata_damaged={} metadata_healed={}",
+        u8::from(*is_running),
+        last_pass_unix_ms / 1000,
+        last_pass_ms / 1000,
+        status.metadata_damaged,
+        status.metadata_healed
+    )
 }
 
 /// Writes text to standard output. A closed one is nobody's loss: the log says the same.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::config::{BackingFormat, Discard, Mode, Order};
+use super::config::{BackingFormat, Discard, Mode, OnBackingError, Order};
 use super::value::{self, Name, Serial, SocketPath, ValueError};
 
 const EXIT_STATUS: &str = "\
@@ -106,6 +106,12 @@ pub struct CacheArgs {
     /// Allow write-back with a cache that does not survive the host
     #[arg(long)]
     pub allow_volatile: bool,
+    /// How fast the cache is scrubbed for damage, in MiB a second; 0 for not at all [default: 32]
+    #[arg(long, value_name = "MIB", value_parser = value::scrub_mib_s)]
+    pub scrub_mib_s: Option<u32>,
+    /// Hours from one scrub to the next [default: 24]
+    #[arg(long, value_name = "HOURS", value_parser = value::scrub_interval_h)]
+    pub scrub_interval_h: Option<u32>,
     /// Where the default cache and disk are [default: /var/lib/pcache-vhost for root, else
     /// $XDG_STATE_HOME/pcache-vhost]
     #[arg(long, value_name = "DIR", value_parser = path_parser())]
@@ -187,6 +193,13 @@ pub struct VolumeArgs {
     /// used disk or cache; =false removes it [default: as it is]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub sidecar: Option<bool>,
+    /// What becomes of requests that need the backing disk while it fails [default: wait]
+    #[arg(long, value_name = "POLICY", value_enum)]
+    pub on_backing_error: Option<OnBackingError>,
+    /// Seconds after which a backing disk that does not answer has failed, for `error` and
+    /// `read_only`; 0 for never [default: 30]
+    #[arg(long, value_name = "SECONDS", value_parser = value::timeout_s)]
+    pub backing_timeout_s: Option<u32>,
     /// How long an idle queue looks for work before it sleeps, in microseconds [default: 32]
     #[arg(long, value_name = "MICROSECONDS", value_parser = value::poll_us)]
     pub poll_us: Option<u32>,

@@ -24,6 +24,12 @@ pub const DEFAULT_QUEUES: u16 = 256;
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Busy-wait unless told: about one round trip of a guest's vCPU, so that depth 1 seldom sleeps.
 pub const DEFAULT_POLL_US: u32 = 32;
+/// Seconds until a disk that does not answer has failed, unless told: what Linux gives a disk.
+pub const DEFAULT_BACKING_TIMEOUT_S: u32 = 30;
+/// Scrubbing unless told, in MiB a second: a hundredth of what memory gives, a TiB in nine hours.
+pub const DEFAULT_SCRUB_MIB_S: u32 = 32;
+/// Hours from one scrub to the next unless told.
+pub const DEFAULT_SCRUB_INTERVAL_H: u32 = 24;
 /// Name of the volume, and of the cache, when there is only one and it was given none.
 pub const DEFAULT_VOLUME: &str = "disk0";
 
@@ -66,6 +72,19 @@ pub enum Discard {
     Keep,
 }
 
+/// What becomes of requests that need the backing disk while it fails.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnBackingError {
+    /// They wait, and are tried again until it works
+    #[default]
+    Wait,
+    /// They end with an error, and so do writes once space has run out
+    Error,
+    /// They end with an error, and so does every write
+    #[value(name = "read_only", alias = "read-only")]
+    ReadOnly,
+}
+
 /// How the backing disk is to be read.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackingFormat {
@@ -88,6 +107,10 @@ pub struct CacheConfig {
     pub assume_dax: bool,
     /// Whether write-back is allowed on media that do not survive the host.
     pub allow_volatile: bool,
+    /// Scrubbing in MiB a second, 0 for none.
+    pub scrub_mib_s: u32,
+    /// Hours from one scrub to the next.
+    pub scrub_interval_h: u32,
 }
 
 /// Where a front end finds a volume.
@@ -162,6 +185,10 @@ pub struct VolumeConfig {
     pub serial: Serial,
     /// What a discard does behind the cache.
     pub discard: Discard,
+    /// What becomes of requests that need the disk while it fails.
+    pub on_backing_error: OnBackingError,
+    /// Seconds until a disk that does not answer has failed, 0 for never.
+    pub backing_timeout_s: u32,
     /// Busy-wait of an idle queue, in microseconds.
     pub poll_us: u32,
     /// Whether a sidecar stands beside the disk; `None` leaves it as it is.
@@ -194,6 +221,8 @@ impl VolumeConfig {
             read_only: false,
             serial,
             discard: Discard::default(),
+            on_backing_error: OnBackingError::default(),
+            backing_timeout_s: DEFAULT_BACKING_TIMEOUT_S,
             poll_us: DEFAULT_POLL_US,
             sidecar: None,
             force_identity: false,
@@ -354,6 +383,8 @@ impl Config {
             segment_size: cache.segment_size,
             assume_dax: cache.assume_dax,
             allow_volatile: cache.allow_volatile,
+            scrub_mib_s: cache.scrub_mib_s.unwrap_or(DEFAULT_SCRUB_MIB_S),
+            scrub_interval_h: cache.scrub_interval_h.unwrap_or(DEFAULT_SCRUB_INTERVAL_H),
         };
         let disk_default = volume.backing.is_none().then_some(DEFAULT_DISK_SIZE);
         let backing = BackingConfig {
@@ -376,6 +407,8 @@ impl Config {
         config.read_only = volume.read_only;
         config.serial = volume.serial.unwrap_or(config.serial);
         config.discard = volume.discard.unwrap_or(config.discard);
+        config.on_backing_error = volume.on_backing_error.unwrap_or(config.on_backing_error);
+        config.backing_timeout_s = volume.backing_timeout_s.unwrap_or(config.backing_timeout_s);
         config.poll_us = volume.poll_us.unwrap_or(config.poll_us);
         config.sidecar = volume.sidecar;
         let consents =
@@ -561,7 +594,8 @@ mod tests {
              --backing-format raw --backing-size 8GiB --queues 4 --queue-size 64 \
              --cache-mode writearound --order relaxed --redo /r --redo-size 32MiB --max-lag-s 60 \
              --max-dirty 1GiB --data-crc --block-size 4096 --read-only --serial S9 --discard keep \
-             --poll-us 7 --sidecar=false --force-identity --accept-loss=web",
+             --poll-us 7 --sidecar=false --force-identity --accept-loss=web \
+             --on-backing-error read_only --backing-timeout-s 9 --scrub-mib-s 5 --scrub-interval-h 6",
         )
         .unwrap();
         let cache = CacheConfig {
@@ -571,6 +605,8 @@ mod tests {
             segment_size: Some(1 << 20),
             assume_dax: true,
             allow_volatile: true,
+            scrub_mib_s: 5,
+            scrub_interval_h: 6,
         };
         let path = "/run/s".parse().unwrap();
         let volume = VolumeConfig {
@@ -591,6 +627,8 @@ mod tests {
             read_only: true,
             serial: "S9".parse().unwrap(),
             discard: Discard::Keep,
+            on_backing_error: OnBackingError::ReadOnly,
+            backing_timeout_s: 9,
             poll_us: 7,
             sidecar: Some(false),
             force_identity: true,

@@ -11,7 +11,8 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::config::{
-    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, Endpoint, VolumeConfig,
+    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, DEFAULT_SCRUB_INTERVAL_H,
+    DEFAULT_SCRUB_MIB_S, Endpoint, VolumeConfig,
 };
 use super::suggest;
 use super::value::{self, Name, ValueError};
@@ -157,11 +158,24 @@ fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
     let segment_size = section.size("segment_size", value::segment_size)?;
     let assume_dax = section.flag("assume_dax")?;
     let allow_volatile = section.flag("allow_volatile")?;
+    let scrub_mib_s = section.number("scrub_mib_s", value::scrub_mib_s)?;
+    let scrub_interval_h = section.number("scrub_interval_h", value::scrub_interval_h)?;
     let name = section.required("name", name)?;
     let path = section.required("path", path)?;
     section.finish()?;
     let size = size.map_or(Sizing::AsFound, Sizing::Exactly);
-    Ok(CacheConfig { name, path, size, segment_size, assume_dax, allow_volatile })
+    let scrub_mib_s = scrub_mib_s.unwrap_or(DEFAULT_SCRUB_MIB_S);
+    let scrub_interval_h = scrub_interval_h.unwrap_or(DEFAULT_SCRUB_INTERVAL_H);
+    Ok(CacheConfig {
+        name,
+        path,
+        size,
+        segment_size,
+        assume_dax,
+        allow_volatile,
+        scrub_mib_s,
+        scrub_interval_h,
+    })
 }
 
 fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConfig, Fault> {
@@ -186,6 +200,8 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let read_only = section.flag("read_only")?;
     let serial = section.text("serial", str::parse)?;
     let discard = section.text("discard", value::choice)?;
+    let on_backing_error = section.text("on_backing_error", value::choice)?;
+    let backing_timeout_s = section.number("backing_timeout_s", value::timeout_s)?;
     let poll_us = section.number("poll_us", value::poll_us)?;
     let sidecar = section.choice("sidecar")?;
 
@@ -212,6 +228,8 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.read_only = read_only;
     volume.serial = serial.unwrap_or(volume.serial);
     volume.discard = discard.unwrap_or(volume.discard);
+    volume.on_backing_error = on_backing_error.unwrap_or(volume.on_backing_error);
+    volume.backing_timeout_s = backing_timeout_s.unwrap_or(volume.backing_timeout_s);
     volume.poll_us = poll_us.unwrap_or(volume.poll_us);
     volume.sidecar = sidecar;
     Ok(volume)
@@ -375,6 +393,8 @@ size = "64GiB"
 segment_size = "16MiB"
 assume_dax = true
 allow_volatile = true
+scrub_mib_s = 7
+scrub_interval_h = 8
 
 [[volume]]
 name = "web"
@@ -394,6 +414,8 @@ block_size = 4096
 read_only = true
 serial = "WEB-1"
 discard = "keep"
+on_backing_error = "error"
+backing_timeout_s = 0
 poll_us = 0x10
 
 [[volume]]
@@ -408,12 +430,13 @@ backing = "/dev/vg/db"
 
     #[test]
     fn every_key_reaches_its_field() {
-        use super::super::config::{Discard, Mode, Order};
+        use super::super::config::{Discard, Mode, OnBackingError, Order};
         let config = read(WHOLE).unwrap();
         let cache = &config.caches()[0];
         assert_eq!((cache.name.as_str(), cache.size), ("pmem", Sizing::Exactly(64 << 30)));
         assert_eq!(cache.segment_size, Some(16 << 20));
         assert!(cache.assume_dax && cache.allow_volatile);
+        assert_eq!((cache.scrub_mib_s, cache.scrub_interval_h), (7, 8));
         let web = &config.volumes()[0];
         let endpoint =
             Endpoint::socket("/run/pcache/web.sock".parse().unwrap(), Some(0o640), Some("kvm".into()));
@@ -422,6 +445,7 @@ backing = "/dev/vg/db"
         assert_eq!(web.backing, backing);
         assert_eq!((web.queues, web.queue_size, web.poll_us), (4, 64, 16));
         assert_eq!((web.mode, web.order, web.discard), (Mode::Writethrough, Order::Relaxed, Discard::Keep));
+        assert_eq!((web.on_backing_error, web.backing_timeout_s), (OnBackingError::Error, 0));
         assert!(web.data_crc && web.read_only);
         assert_eq!((web.block_size, web.serial), (Some(4096), "WEB-1".parse().unwrap()));
         let db = &config.volumes()[1];

@@ -23,7 +23,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::announce::{self, CacheLine, VolumeLine};
-use super::config::{CacheConfig, Config, Discard, Mode, Order, VolumeConfig};
+use super::config::{CacheConfig, Config, Discard, Mode, OnBackingError, Order, VolumeConfig};
 use super::exit::Exit;
 use super::log;
 use super::run::{RunError, of_cache};
@@ -33,7 +33,9 @@ use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::volume::VolumeDisk;
 use crate::cache::worker::Workers;
-use crate::cache::{self, AttachOptions, Cache, RecoveryReport, SystemClock, Volume, VolumeState};
+use crate::cache::{
+    self, AttachOptions, Cache, RecoveryReport, ScrubOptions, SystemClock, Volume, VolumeState,
+};
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
 use crate::tools::created::Created;
@@ -171,6 +173,8 @@ fn open_all<'a>(
     for (config, options, is_new) in wanted {
         let on = &caches[config.cache];
         let volume = on.cache.attach(options).map_err(RunError::attach(on.config, config))?;
+        let timeout_ms = u64::from(config.backing_timeout_s) * 1000;
+        volume.set_on_backing_error(on_backing_error(config.on_backing_error), timeout_ms);
         if config.read_only && !volume.is_clean() {
             tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
         }
@@ -195,6 +199,10 @@ fn open_cache(config: &CacheConfig, image: Image) -> Result<OpenCache<'_>, RunEr
     let (cache, report) =
         Cache::open(Arc::clone(&image.pmem), SystemClock::default()).map_err(of_cache(&config.path))?;
     log_opened(config, &image.pmem, &report);
+    cache.set_scrub(ScrubOptions {
+        bytes_per_s: u64::from(config.scrub_mib_s) << 20,
+        interval_ms: u64::from(config.scrub_interval_h) * 3_600_000,
+    });
     Ok(OpenCache { config, pmem: image.pmem, cache, is_new: image.is_new })
 }
 
@@ -365,7 +373,11 @@ fn wait(signals: &mut Signals, volumes: &[OpenVolume<'_>]) -> Result<Exit, RunEr
 }
 
 fn show_counters(volumes: &[OpenVolume<'_>]) {
-    for OpenVolume { config, volume, .. } in volumes {
+    for (n, OpenVolume { config, volume, .. }) in volumes.iter().enumerate() {
+        if volumes[..n].iter().all(|other| other.config.cache != config.cache) {
+            let status = volume.cache().scrub_status();
+            log::asked_for(&announce::scrub(config.cache, &status));
+        }
         log::asked_for(&announce::status(config.name.as_str(), &volume.health()));
         let mut line = format!("counters volume={}", config.name);
         for (name, value) in volume.counters().fields() {
@@ -425,6 +437,14 @@ fn mode(mode: Mode) -> cache::Mode {
         Mode::Writearound => cache::Mode::Writearound,
         Mode::Readonly => cache::Mode::Readonly,
         Mode::Passthrough => cache::Mode::Passthrough,
+    }
+}
+
+fn on_backing_error(policy: OnBackingError) -> cache::OnBackingError {
+    match policy {
+        OnBackingError::Wait => cache::OnBackingError::Wait,
+        OnBackingError::Error => cache::OnBackingError::Error,
+        OnBackingError::ReadOnly => cache::OnBackingError::ReadOnly,
     }
 }
 

@@ -242,6 +242,30 @@ pub fn max_lag_s(text: &str) -> Result<u32, ValueError> {
     Ok(whole(text, 1, 86_400)? as u32)
 }
 
+/// Seconds until a disk that does not answer has failed.
+///
+/// # Errors
+/// Not a number from 0 to a day.
+pub fn timeout_s(text: &str) -> Result<u32, ValueError> {
+    Ok(whole(text, 0, 86_400)? as u32)
+}
+
+/// MiB a second to scrub.
+///
+/// # Errors
+/// Not a number from 0 to a million.
+pub fn scrub_mib_s(text: &str) -> Result<u32, ValueError> {
+    Ok(whole(text, 0, 1_000_000)? as u32)
+}
+
+/// Hours from one scrub to the next.
+///
+/// # Errors
+/// Not a number from 0 (one after the other) to a year.
+pub fn scrub_interval_h(text: &str) -> Result<u32, ValueError> {
+    Ok(whole(text, 0, 8784)? as u32)
+}
+
 fn whole(text: &str, min: u64, max: u64) -> Result<u64, ValueError> {
     match text.parse::<u64>() {
         Ok(number) if (min..=max).contains(&number) => Ok(number),

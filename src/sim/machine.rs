@@ -181,6 +181,7 @@ impl Machine {
     /// Asks a queue for what has completed.
     pub fn poll(&mut self, volume: usize, queue: usize) -> Vec<Done<SimBuffer>> {
         self.act_as_queue(volume, queue);
+        self.stepper.watch();
         let mut done = Vec::new();
         self.served[volume].queues[queue].poll(&mut done);
         done

@@ -42,6 +42,10 @@ pub struct Scenario {
     pub is_disk_slow: bool,
     /// Sectors of each volume's redo area: with few, epochs go in parts.
     pub redo_sectors: u64,
+    /// Whether what a failing disk owes waits for it.
+    pub waits: bool,
+    /// Whether the cache is scrubbed all the time.
+    pub is_scrubbed: bool,
 }
 
 impl Scenario {
@@ -66,6 +70,8 @@ impl Scenario {
         } as u32;
         let meta = (2 + 2 * volumes as u64) * 4096;
         let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
+        // Dice of their own.
+        let mut apart = Rng::new(seed ^ 0x0dd5);
         let simple = rng.chance(1, 2);
         let plain = Style { order: rng.pick(&[Order::Strict, Order::Grouped]), ..Style::strict() };
         let styles = (0..volumes).map(|_| if simple { plain } else { Style::random(&mut rng) });
@@ -87,6 +93,8 @@ impl Scenario {
             write_percent: rng.pick(&[50, 50, 20]),
             is_disk_slow: rng.chance(1, 4),
             redo_sectors: 48 + u64::from(segment_size) / 16 / 512 + rng.pick(&[0, 24, 400]),
+            waits: apart.chance(1, 2),
+            is_scrubbed: apart.chance(1, 3),
         }
     }
 }

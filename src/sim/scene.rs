@@ -92,6 +92,27 @@ impl Scene {
         );
     }
 
+    /// Submits a request and lets 20 s pass with everything at work; how it ended, if it did.
+    pub fn request_in_time(&mut self, kind: RequestKind, sector: u64, data: SimBuffer) -> Option<Status> {
+        let tag = self.submit(kind, sector, data);
+        for _ in 0..200 {
+            self.machine.clock.advance(100);
+            self.machine.step_all();
+            if let Some(done) = self.machine.poll(0, 0).into_iter().find(|d| d.tag == tag) {
+                return Some(done.status);
+            }
+        }
+        None
+    }
+
+    /// Lets everything but the guest do so many steps.
+    pub fn work(&mut self, steps: u32) {
+        for _ in 0..steps {
+            self.machine.clock.advance(10);
+            self.machine.step_all();
+        }
+    }
+
     /// Writes `count` sectors as write `value`.
     pub fn write(&mut self, first: u64, count: u64, value: u64) {
         let data = SimBuffer::of_write(0, first, count, value);

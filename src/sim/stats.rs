@@ -107,6 +107,10 @@ stats! {
     writeback_errors,
     /// Times a write waited for space.
     space_waits,
+    /// Operations of a guest tried again after the disk had failed them.
+    disk_retries,
+    /// Sectors scrubbed.
+    scrubbed,
     /// Audits of what the cache counts against what there is.
     audits,
     /// Requests submitted again to the next daemon.

@@ -273,6 +273,9 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
                 continue;
             }
             if stopping {
+                if stop.patience().is_none() {
+                    self.queue.give_up();
+                }
                 let waited = *waited.get_or_insert_with(Instant::now);
                 let left = stop.patience().map(|patience| patience.saturating_sub(waited.elapsed()));
                 if self.queue.pending() == 0 || left.is_some_and(|left| left.is_zero()) {
@@ -322,7 +325,7 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         if taken > 0 {
             self.queue.commit();
         }
-        if taken > 0 || self.queue.pending() > 0 {
+        if taken > 0 || self.queue.is_busy() {
             self.queue.poll(&mut self.done);
         }
         let finished = !self.done.is_empty();

@@ -156,8 +156,17 @@ pub trait DiskQueue<B: Buffer>: Send {
     /// Requests submitted and not yet handed out by `poll`.
     fn pending(&self) -> usize;
 
+    /// Whether `poll` may find something to do, also where no request waits for it.
+    fn is_busy(&self) -> bool {
+        self.pending() > 0
+    }
+
     /// Says that the thread is about to sleep and holds nothing.
     fn park(&mut self);
+
+    /// Ends requests that wait for a failing disk to work again, with an error: the queue is to stop,
+    /// and nobody would submit them again.
+    fn give_up(&mut self) {}
 
     /// Ends the queue without waiting for a disk that does not answer. Requests not yet handed out
     /// never will be; each has taken effect, or will, or never will, and whoever submits one again

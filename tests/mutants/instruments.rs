@@ -8,7 +8,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{pairs, rest, starts, stories};
+use super::{failing, pairs, rest, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -60,6 +60,12 @@ impl Instrument {
             M::RelocatedUnverified => {
                 ("story of a rotten block", Story(stories::a_block_that_rots_before_it_is_relocated))
             }
+            M::FailedFlushRetried => ("story of a failed FLUSH", Story(failing::a_flush_that_failed)),
+            M::LateWriteForgotten => ("story of a late write", Story(failing::a_late_write)),
+            M::ScrubBelieves => ("story of rot", Story(failing::damage_that_nobody_reads)),
+            M::ScrubDropsDirty => ("story of dirty rot", Story(failing::damage_to_dirty_data)),
+            M::HealedBeforeDurable => ("story of a healing", Story(failing::a_healing_that_does_not_last)),
+            M::ScrubUnpaced => ("story of haste", Story(failing::a_scrub_in_haste)),
             M::RefusedRecordPublished => {
                 ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
             }

@@ -11,7 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 
 use super::super::counters::add;
-use super::super::env::Env;
+use super::super::env::{Clock, Env};
 use super::super::record::EXTENT_SECTORS_MAX;
 use super::super::stripes::Ticket;
 use super::super::volume::Mode;
@@ -45,8 +45,12 @@ struct Bypass {
 #[derive(Default)]
 pub(crate) struct Bypasses {
     under_way: HashMap<u32, Bypass>,
-    /// Waiting for an overlapping one to end.
-    blocked: VecDeque<Gathered>,
+    /// Waiting for an overlapping one to end, and since when.
+    blocked: VecDeque<(u64, Gathered)>,
+    /// Ended for the guest while the disk had operations of them: how many, and the registration that
+    /// lasts until they have ended.
+    late: HashMap<u64, (u32, Ticket, SectorRange)>,
+    lates: u64,
 }
 
 impl Bypasses {
@@ -57,25 +61,73 @@ impl Bypasses {
     /// Takes the registrations of those that have operations with the disk.
     pub fn take_under_way(&mut self) -> Vec<(Ticket, SectorRange)> {
         let under_way = self.under_way.extract_if(|_, bypass| bypass.left > 0);
-        under_way.map(|(_, bypass)| (bypass.ticket, bypass.range)).collect()
+        let under_way = under_way.map(|(_, bypass)| (bypass.ticket, bypass.range));
+        under_way.chain(self.late.drain().map(|(_, (_, ticket, range))| (ticket, range))).collect()
+    }
+
+    /// Since when the oldest of the blocked ones has waited.
+    pub fn oldest_blocked_ms(&self) -> Option<u64> {
+        self.blocked.iter().map(|(since, _)| *since).min()
+    }
+
+    /// Takes the requests that have been blocked since `since_ms` or longer.
+    pub fn take_blocked(&mut self, since_ms: u64) -> Vec<u32> {
+        let (taken, kept): (VecDeque<_>, _) =
+            self.blocked.drain(..).partition(|(since, _): &(u64, Gathered)| *since <= since_ms);
+        self.blocked = kept;
+        taken.into_iter().map(|(_, gathered)| gathered.slot).collect()
+    }
+
+    /// A name for the next that becomes late.
+    pub fn next_late(&mut self) -> u64 {
+        self.lates += 1;
+        self.lates
+    }
+
+    /// The guest waits for it no longer, but the disk has `out` operations of it. Without any its
+    /// registration is given back.
+    pub fn make_late(&mut self, slot: u32, name: u64, out: u32) -> Option<(Ticket, SectorRange)> {
+        let Bypass { ticket, range, .. } = self.under_way.remove(&slot).expect("under way");
+        if out == 0 {
+            return Some((ticket, range));
+        }
+        self.late.insert(name, (out, ticket, range));
+        None
+    }
+
+    /// One of its operations has ended. With the last its registration is given back.
+    pub fn late_ended(&mut self, name: u64) -> Option<(Ticket, SectorRange)> {
+        let (out, ticket, range) = self.late.get_mut(&name)?;
+        *out -= 1;
+        let ended = (*out == 0).then_some((*ticket, *range));
+        if ended.is_some() {
+            self.late.remove(&name);
+        }
+        ended
     }
 }
 
 impl<E: Env, B: Buffer> Queue<E, B> {
     pub(super) fn start_bypasses(&mut self) {
         let blocked = std::mem::take(&mut self.bypass.blocked);
-        for gathered in blocked.into_iter().chain(std::mem::take(&mut self.gather)) {
-            self.start_bypass(gathered);
+        for (since, gathered) in blocked {
+            self.start_bypass(gathered, Some(since));
+        }
+        for gathered in std::mem::take(&mut self.gather) {
+            self.start_bypass(gathered, None);
         }
     }
 
-    fn start_bypass(&mut self, gathered: Gathered) {
+    fn start_bypass(&mut self, gathered: Gathered, blocked_since: Option<u64>) {
         let (slot, range) = (gathered.slot, gathered.range);
         let core = &self.volume.core;
         let Some(ticket) = core.stripes.bypass(range, &mut self.scratch.stripes) else {
-            self.bypass.blocked.push_back(gathered);
-            let shared = self.shared();
-            shared.waiting.store(true, Ordering::SeqCst);
+            let since = blocked_since.unwrap_or_else(|| self.volume.cache.clock.now_ms());
+            self.bypass.blocked.push_back((since, gathered));
+            self.shared().waiting.store(true, Ordering::SeqCst);
+            if self.volume.core.policy.deadline_ms().is_some() && !self.shared().alarm.is_set() {
+                self.set_alarm();
+            }
             return;
         };
         let version = core.version.fetch_add(1, Ordering::SeqCst);
@@ -224,6 +276,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
         for (_, bypass) in self.bypass.under_way.drain() {
             self.volume.core.stripes.remove(bypass.ticket, bypass.range);
+        }
+        for (_, (_, ticket, range)) in self.bypass.late.drain() {
+            self.volume.core.stripes.remove(ticket, range);
         }
         for fill in self.fills.drain(..) {
             if let Some(registered) = fill.registered {

@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::ghost;
-use super::super::health::{Failure, Submitted};
+use super::super::health::Submitted;
 use super::super::stripes::Ticket;
 use super::Queue;
+use super::parked::Parked;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::units::SectorRange;
 use crate::volume::Buffer;
@@ -30,17 +30,24 @@ pub(crate) enum Purpose {
     BypassFlush { slot: u32 },
     /// A guest's FLUSH.
     Flush { slot: u32 },
+    /// Nobody's any more: the guest was answered. `bypass` names the registration that lasts with it.
+    Late { bypass: Option<u64> },
 }
 
 pub(crate) struct Io<E: Env> {
     channel: Option<<E::Backing as Backing>::Channel>,
-    purposes: Vec<Option<Purpose>>,
+    /// By token; with the tries that failed before.
+    purposes: Vec<Option<(Purpose, u32)>>,
     free: Vec<u32>,
     /// Not yet accepted by the channel.
     backlog: VecDeque<(u64, Op)>,
     completions: Vec<Completion>,
     spare: Vec<AlignedBuf>,
     submitted: Submitted,
+    /// Operations out that nobody waits for.
+    late_count: u32,
+    /// Failed, to be tried again.
+    pub parked: Vec<Parked>,
 }
 
 impl<E: Env> Default for Io<E> {
@@ -53,6 +60,8 @@ impl<E: Env> Default for Io<E> {
             completions: Vec::new(),
             spare: Vec::new(),
             submitted: Submitted::default(),
+            late_count: 0,
+            parked: Vec::new(),
         }
     }
 }
@@ -61,7 +70,7 @@ impl<E: Env> Io<E> {
     /// Starts an operation.
     ///
     /// # Errors
-    /// The channel could not be opened; the purpose comes back.
+    /// The channel could not be opened; purpose and operation come back.
     fn submit(
         &mut self,
         now_ms: u64,
@@ -69,13 +78,14 @@ impl<E: Env> Io<E> {
         waker: &Waker,
         purpose: Purpose,
         op: Op,
-    ) -> Result<(), Purpose> {
+        tries: u32,
+    ) -> Result<(), (Purpose, Op)> {
         if self.channel.is_none() {
             match backing.channel(waker, DEPTH) {
                 Ok(channel) => self.channel = Some(channel),
                 Err(error) => {
                     tracing::error!(%error, "cannot open a channel to the backing disk");
-                    return Err(purpose);
+                    return Err((purpose, op));
                 }
             }
         }
@@ -86,7 +96,7 @@ impl<E: Env> Io<E> {
                 (self.purposes.len() - 1) as u32
             }
         };
-        self.purposes[token as usize] = Some(purpose);
+        self.purposes[token as usize] = Some((purpose, tries));
         self.submitted.begin(token, now_ms);
         self.backlog.push_back((u64::from(token), op));
         self.push_backlog();
@@ -130,17 +140,76 @@ impl<E: Env> Io<E> {
         self.completions = completions;
     }
 
-    pub fn purpose(&mut self, token: u64) -> Purpose {
+    /// What an operation that has ended was for, and the tries that failed before.
+    pub fn purpose(&mut self, token: u64) -> (Purpose, u32) {
         self.free.push(token as u32);
         self.submitted.end(token as u32);
-        self.purposes[token as usize].take().expect("an operation completes once")
+        let ended = self.purposes[token as usize].take().expect("an operation completes once");
+        self.late_count -= u32::from(matches!(ended.0, Purpose::Late { .. }));
+        ended
     }
 
     /// Every purpose whose operation has not completed.
     pub fn drain_purposes(&mut self) -> Vec<Purpose> {
         self.backlog.clear();
         self.channel = None;
-        self.purposes.drain(..).flatten().collect()
+        let parked = self.parked.drain(..).map(Parked::into_purpose);
+        self.purposes.drain(..).flatten().map(|(purpose, _)| purpose).chain(parked).collect()
+    }
+
+    /// Since when the guest has waited for its oldest operation.
+    pub fn oldest_owed_ms(&self) -> Option<u64> {
+        self.submitted.find_oldest(|token| !self.is_late(token))
+    }
+
+    /// What the guest has waited for since `since_ms` or longer.
+    pub fn owed_since(&self, since_ms: u64) -> Vec<u32> {
+        let mut tokens = self.submitted.out_since(since_ms);
+        tokens.retain(|&token| !self.is_late(token));
+        tokens
+    }
+
+    fn is_late(&self, token: u32) -> bool {
+        matches!(self.purposes[token as usize], Some((Purpose::Late { .. }, _)))
+    }
+
+    /// Whether operations are out that nobody waits for.
+    pub fn has_late(&self) -> bool {
+        self.late_count > 0
+    }
+
+    /// Takes the purpose of an operation, which becomes nobody's. With it, whether the disk has it: one
+    /// that waits for its turn is withdrawn. `None` if it is nobody's already, or was withdrawn.
+    pub fn make_late(&mut self, token: u32) -> Option<(Purpose, bool)> {
+        if self.is_late(token) {
+            return None;
+        }
+        let (purpose, _) = self.purposes[token as usize].take()?;
+        let waiting = self.backlog.iter().position(|(t, _)| *t == u64::from(token));
+        match waiting.and_then(|at| self.backlog.remove(at)) {
+            Some(_) => {
+                self.submitted.end(token);
+                self.free.push(token);
+            }
+            None => {
+                self.late_count += 1;
+                self.purposes[token as usize] = Some((Purpose::Late { bypass: None }, 0));
+            }
+        }
+        Some((purpose, waiting.is_none()))
+    }
+
+    /// Ties a late operation to the registration that lasts with it.
+    pub fn name_late(&mut self, token: u32, name: u64) {
+        self.purposes[token as usize] = Some((Purpose::Late { bypass: Some(name) }, 0));
+    }
+
+    /// The operations of a write around the cache.
+    pub fn tokens_of_bypass(&self, slot: u32) -> Vec<u32> {
+        let is_of =
+            |p: &Option<(Purpose, u32)>| matches!(p, Some((Purpose::Bypass { slot: s }, _)) if *s == slot);
+        let all = self.purposes.iter().enumerate();
+        all.filter(|(_, p)| is_of(p)).map(|(token, _)| token as u32).collect()
     }
 
     /// A buffer of `len` bytes with any content.
@@ -168,9 +237,20 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     /// # Errors
     /// No way to the disk could be opened; the purpose comes back.
     pub(super) fn submit_io(&mut self, purpose: Purpose, op: Op) -> Result<(), Purpose> {
+        self.submit_try(purpose, op, 0).map_err(|(purpose, _)| purpose)
+    }
+
+    /// Starts an operation, or one that has failed so many times.
+    ///
+    /// # Errors
+    /// No way to the disk could be opened; purpose and operation come back.
+    pub(super) fn submit_try(&mut self, purpose: Purpose, op: Op, tries: u32) -> Result<(), (Purpose, Op)> {
         let now_ms = self.volume.cache.clock.now_ms();
-        self.io.submit(now_ms, &self.volume.backing, &self.waker, purpose, op)?;
+        self.io.submit(now_ms, &self.volume.backing, &self.waker, purpose, op, tries)?;
         self.note_owed();
+        if self.volume.core.policy.deadline_ms().is_some() && !self.shared().alarm.is_set() {
+            self.set_alarm();
+        }
         Ok(())
     }
 
@@ -202,29 +282,30 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let mut completions = self.io.reap();
         let any = !completions.is_empty();
         for completion in completions.drain(..) {
-            let purpose = self.io.purpose(completion.token);
-            let ok = match &completion.result {
-                Ok(()) => true,
+            let (purpose, tries) = self.io.purpose(completion.token);
+            match &completion.result {
+                Ok(()) => self.io_ended(purpose, completion.op, true),
                 Err(error) => {
-                    // A guest must not be able to fill the log: the volume's state says it once.
-                    tracing::debug!(volume = self.volume.name, %error, ?purpose, "the backing disk failed");
-                    add(&self.shared().tally.disk_errors, 1);
-                    let now_ms = self.volume.cache.clock.now_ms();
-                    let failure = Failure::disk(&completion.op, error);
-                    self.volume.core.facts.guest_failed(failure, now_ms);
-                    false
+                    if let Some((purpose, op)) = self.take_failure(purpose, tries, completion.op, error) {
+                        self.io_ended(purpose, op, false);
+                    }
                 }
-            };
-            match purpose {
-                Purpose::Miss { slot, range, fill } => self.miss_done(slot, range, fill, completion.op, ok),
-                Purpose::Bypass { slot } => self.bypass_written(slot, completion.op, ok),
-                Purpose::BypassFlush { slot } => self.bypass_flushed(slot, ok),
-                Purpose::Flush { slot } => self.part_done(slot, ok),
             }
         }
         self.io.recycle_list(completions);
         if any {
             self.note_owed();
+        }
+    }
+
+    /// An operation has ended for good.
+    pub(super) fn io_ended(&mut self, purpose: Purpose, op: Op, ok: bool) {
+        match purpose {
+            Purpose::Miss { slot, range, fill } => self.miss_done(slot, range, fill, op, ok),
+            Purpose::Bypass { slot } => self.bypass_written(slot, op, ok),
+            Purpose::BypassFlush { slot } => self.bypass_flushed(slot, ok),
+            Purpose::Flush { slot } => self.part_done(slot, ok),
+            Purpose::Late { bypass } => self.late_ended(bypass),
         }
     }
 

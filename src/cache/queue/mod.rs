@@ -13,6 +13,7 @@
 mod bypass;
 mod fill;
 mod io;
+mod parked;
 mod read;
 mod write;
 
@@ -264,7 +265,7 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
             self.enter();
             return self.start_read(slot, range);
         }
-        if self.volume.config.read_only {
+        if self.volume.config.read_only || self.volume.turns_away(self.index) {
             return self.complete(slot, Status::IoError);
         }
         self.gather_write(slot, range, kind);
@@ -285,6 +286,7 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
 
     fn poll(&mut self, done: &mut Vec<Done<B>>) {
         self.reap();
+        self.hear_alarm();
         self.poll_sync();
         if !self.gather.is_empty() || !self.fills.is_empty() || self.bypass.is_blocked() {
             self.commit();
@@ -297,10 +299,18 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         self.slots.used + self.done.len()
     }
 
+    fn is_busy(&self) -> bool {
+        self.pending() > 0 || self.io.has_late()
+    }
+
     fn park(&mut self) {
         self.leave();
         // A flush of this core's stores is ordered by nobody else's fence.
         crate::pmem::Pmem::fence(&*self.volume.cache.media.pmem);
+    }
+
+    fn give_up(&mut self) {
+        self.give_up_waiting();
     }
 
     fn leave_behind(mut self) {
@@ -310,10 +320,15 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
 
 impl<E: Env, B: Buffer> Drop for Queue<E, B> {
     fn drop(&mut self) {
+        if self.io.has_late() {
+            // Nobody waits for them; the end of the channel would.
+            self.leave_io();
+        }
         self.abandon();
         self.leave();
         let shared = self.shared();
         shared.owed.set(None);
+        shared.alarm.set(None);
         *lock(&shared.waker) = Waker::default();
         shared.waiting.store(false, Ordering::SeqCst);
         shared.taken.store(false, Ordering::SeqCst);

@@ -167,9 +167,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let (volume, range) = (&self.volume.name, extent.range);
         if !extent.place.dirty || mutated(Mutant::DamagedDirtyReadFromDisk) {
             tracing::warn!(volume, %range, %error, "a clean cached copy is damaged: reading the disk instead");
-            let mut removed = Vec::new();
-            self.volume.core.index.remove_if(*extent, &mut removed);
-            self.volume.cache.mark_dead(&removed);
+            self.volume.cache.drop_damaged(&self.volume.core, *extent);
             return Hit::ReadAgain;
         }
         tracing::error!(volume, %range, %error, "dirty data is damaged: these sectors answer with an error");

@@ -122,9 +122,20 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             match attempt {
                 Attempt::Progress => committed = true,
                 Attempt::Paced if self.wait_for_allowance() => {}
-                Attempt::Paced => break,
+                Attempt::Paced => {
+                    if self.volume.core.is_out_of_room() && self.volume.gives_up_on_space() {
+                        self.fail_gathered();
+                    }
+                    break;
+                }
                 Attempt::NoSpace if self.wait_for_space() => {}
-                Attempt::NoSpace => break,
+                Attempt::NoSpace => {
+                    let is_exhausted = self.volume.cache.is_exhausted.load(Ordering::SeqCst);
+                    if is_exhausted && self.volume.gives_up_on_space() {
+                        self.fail_gathered();
+                    }
+                    break;
+                }
             }
             self.complete_committed();
         }
@@ -158,7 +169,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
     }
 
-    fn fail_gathered(&mut self) {
+    pub(super) fn fail_gathered(&mut self) {
         while let Some(gathered) = self.gather.pop_front() {
             self.complete(gathered.slot, Status::IoError);
         }

@@ -30,6 +30,7 @@ use super::super::syncer::{Durable, Outcome};
 use super::super::volume::VolumeCore;
 use super::Progress;
 use super::relocate::Relocator;
+use super::scrub::Scrubber;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{SegmentHeader, SegmentState};
 use crate::pmem::Pmem;
@@ -51,6 +52,7 @@ enum Stage {
 pub(crate) struct Housekeeper<E: Env> {
     pub(super) cache: Arc<Cache<E>>,
     pub(super) relocator: Relocator<E>,
+    scrubber: Scrubber<E>,
     /// Whether anything is relocated; otherwise clean data is dropped, first in first out.
     pub(super) relocates: bool,
     /// Victims looked for so far.
@@ -67,6 +69,7 @@ impl<E: Env> Housekeeper<E> {
     pub fn new(cache: Arc<Cache<E>>) -> Self {
         Self {
             relocator: Relocator::new(cache.clone()),
+            scrubber: Scrubber::new(cache.clone()),
             relocates: true,
             turn: 0,
             cache,
@@ -90,6 +93,7 @@ impl<E: Env> Housekeeper<E> {
         match std::mem::replace(&mut self.stage, Stage::Idle) {
             Stage::Idle => match self.choose() {
                 Progress::Idle if self.sealing.is_some() => Progress::Waiting,
+                Progress::Idle => self.scrub(),
                 progress => progress,
             },
             Stage::Emptying(full, empty) => self.empty_one(full, empty),
@@ -192,6 +196,18 @@ impl<E: Env> Housekeeper<E> {
         lock(&cache.sealed).push_back(id);
     }
 
+    /// Nothing else is to be done.
+    fn scrub(&mut self) -> Progress {
+        while let Some(id) = self.scrubber.damaged.pop() {
+            if self.take(id) {
+                add(&self.cache.scrub.metadata_healed, 1);
+                self.stage = Stage::Emptying(VecDeque::from([id]), Vec::new());
+                return Progress::Did;
+            }
+        }
+        self.scrubber.step()
+    }
+
     /// Takes victims if free segments run low.
     fn choose(&mut self) -> Progress {
         let (free, target) = (self.cache.free_segments(), self.cache.free_target());
@@ -203,6 +219,7 @@ impl<E: Env> Housekeeper<E> {
         }
         let victims = self.pick((target - free).min(BATCH));
         if !victims.is_empty() {
+            self.cache.is_exhausted.store(false, Ordering::SeqCst);
             self.stage = Stage::Emptying(victims.into(), Vec::new());
             return Progress::Did;
         }
@@ -212,6 +229,10 @@ impl<E: Env> Housekeeper<E> {
         let has_moved = self.relocates && self.move_pinned();
         if has_moved || free == 0 && self.close_idle_streams() {
             return Progress::Did;
+        }
+        if free == 0 && self.sealing.is_none() && !self.cache.is_exhausted.swap(true, Ordering::SeqCst) {
+            // Those who must not wait for a disk that fails have to know.
+            self.cache.all_volumes().iter().for_each(|v| v.wake_waiting());
         }
         Progress::Idle
     }

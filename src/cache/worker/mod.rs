@@ -9,6 +9,7 @@ mod pieces;
 mod pinned;
 mod relocate;
 mod retry;
+mod scrub;
 mod victims;
 mod writeback;
 
@@ -17,6 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 pub(crate) use housekeeper::Housekeeper;
+pub(crate) use retry::delay_within;
 pub use writeback::OrderError;
 pub(crate) use writeback::{Wishes, Writeback};
 
@@ -58,6 +60,17 @@ impl<E: Env> Stepper<E> {
     /// compare with.
     pub fn relocate(&mut self, on: bool) {
         self.housekeeper.relocates = on;
+    }
+
+    /// Wakes queues whose time has come, and looks for disks that owe an answer for too long.
+    pub fn watch(&self) {
+        let volumes = self.cache.all_volumes();
+        // Where nothing waits for it nobody looks at the clock.
+        if volumes.iter().any(|v| v.has_alarms() || v.policy.deadline_ms().is_some()) {
+            let now_ms = self.cache.clock.now_ms();
+            volumes.iter().for_each(|v| v.look_for_stall(now_ms));
+            volumes.iter().for_each(|v| v.ring_alarms(now_ms));
+        }
     }
 
     /// One `sync` if any is asked for; says whether it ran.

@@ -58,17 +58,33 @@ impl<E: Env> Housekeeper<E> {
         }
         sealed.retain(|id| !victims.contains(id) && !spared.contains(id));
         sealed.extend(&spared);
-        for &id in &victims {
-            let segment = &cache.segments[id as usize];
-            segment.set_state(State::Reclaiming);
-            if let Some(volume) = cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
-                // Nothing dirty is left in it, so write-back has no business there any more.
-                let mut dirty = lock(&volume.dirty);
-                dirty.drained.remove(&id);
-                dirty.known.retain(|&(_, other), _| other != id);
-            }
-        }
+        drop(sealed);
+        victims.iter().for_each(|&id| self.begin_reclaim(id));
         victims
+    }
+
+    /// Takes one segment off the list, if it is on it and clean.
+    pub(super) fn take(&mut self, id: u32) -> bool {
+        let mut sealed = lock(&self.cache.sealed);
+        let at = sealed.iter().position(|&other| other == id).filter(|_| self.is_clean(id));
+        let is_taken = at.and_then(|at| sealed.remove(at)).is_some();
+        drop(sealed);
+        if is_taken {
+            self.begin_reclaim(id);
+        }
+        is_taken
+    }
+
+    fn begin_reclaim(&self, id: u32) {
+        let cache = &self.cache;
+        let segment = &cache.segments[id as usize];
+        segment.set_state(State::Reclaiming);
+        if let Some(volume) = cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
+            // Nothing dirty is left in it, so write-back has no business there any more.
+            let mut dirty = lock(&volume.dirty);
+            dirty.drained.remove(&id);
+            dirty.known.retain(|&(_, other), _| other != id);
+        }
     }
 
     fn is_clean(&self, id: u32) -> bool {

@@ -249,7 +249,7 @@ impl<E: Env> Writeback<E> {
         let (volume, error) = (&self.volume.name, &failure.cause);
         tracing::warn!(volume, failures = self.failures, retry_ms = delay, error, "write-back failed");
         self.last_error.clone_from(error);
-        self.volume.core.facts.writeback_failed(failure, self.failures, now, self.retry_at_ms);
+        self.volume.core.writeback_failed(failure, self.failures, now, self.retry_at_ms);
         self.volume.core.pacer.end_round(false);
         Progress::Idle
     }
@@ -550,7 +550,7 @@ impl<E: Env> Writeback<E> {
     /// A round has succeeded.
     fn recovered(&mut self) {
         if std::mem::take(&mut self.failures) > 0 {
-            self.volume.core.facts.writeback_recovered();
+            self.volume.core.writeback_recovered();
         }
     }
 }

@@ -10,7 +10,7 @@ use super::super::rng::Rng;
 use super::super::world::{Faults, Snapshot};
 use super::between::Left;
 use super::{Run, UnderWay};
-use crate::cache::{Mode, Order};
+use crate::cache::{Mode, OnBackingError, Order, ScrubOptions};
 
 /// Rounds of everything after which a request counts as hung.
 const ROUNDS_MAX: u32 = 20_000;
@@ -43,6 +43,11 @@ impl Run {
                 self.oracles[volume].is_ordered = true;
             }
         }
+        let policy = if self.scenario.waits { OnBackingError::Wait } else { OnBackingError::Error };
+        let bytes_per_s = if self.scenario.is_scrubbed { 1 << 30 } else { 0 };
+        let machine = self.machine.as_ref().expect("a life has a machine");
+        machine.served.iter().for_each(|s| s.volume.set_on_backing_error(policy, 0));
+        machine.cache.set_scrub(ScrubOptions { bytes_per_s, interval_ms: 0 });
         let text = format!("life begins: {:?}, faults {faults:?}", self.styles);
         self.note(|| text);
     }
@@ -205,6 +210,8 @@ impl Run {
             self.stats.writeback_errors += c.writeback_errors;
             self.stats.groups += c.groups;
             self.stats.space_waits += c.space_waits;
+            self.stats.disk_retries += c.disk_retries;
+            self.stats.scrubbed += c.scrubbed_sectors;
         }
         self.stats.steps = self.step;
         let deeds = self.world.with(|w| std::mem::take(&mut w.deeds));

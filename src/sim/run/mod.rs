@@ -491,6 +491,8 @@ impl Run {
         let UnderWay { kind, first, count, is_gone, is_held, .. } = *under_way;
         let faults = self.world.with(|w| w.faults);
         let needs_disk = self.styles[volume].mode != Mode::Writeback || kind == RequestKind::Read;
+        // Where nobody waits for the disk, what finds no space needs it as well.
+        let needs_disk = needs_disk || (!self.scenario.waits && kind != RequestKind::Flush);
         let by_disk = needs_disk && !is_held && (self.forgives || faults.may_fail_requests());
         if is_gone || by_disk || faults.sync_failed {
             return Ok(());

@@ -119,7 +119,8 @@ impl TimedDisk {
 
     /// When the next operation ends.
     pub fn next_event(&self) -> Option<u64> {
-        self.state().events.peek().map(|e| e.0)
+        let state = self.state();
+        if state.faults.hung != 0 { None } else { state.events.peek().map(|e| e.0) }
     }
 
     /// A channel of `depth` operations.
@@ -242,6 +243,9 @@ impl Channel for TimedChannel {
     fn reap(&mut self, done: &mut Vec<Completion>) {
         let now = self.disk.clock.us();
         let mut state = self.disk.state();
+        if state.faults.hung != 0 {
+            return;
+        }
         while state.events.peek().is_some_and(|e| e.0 <= now) {
             state.events.pop();
         }

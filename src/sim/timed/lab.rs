@@ -71,6 +71,16 @@ impl Clock for VirtualClock {
 pub struct PlainMemory(Mutex<Vec<u8>>);
 
 impl PlainMemory {
+    /// So many zeros.
+    pub fn zeros(len: usize) -> PlainMemory {
+        PlainMemory(Mutex::new(vec![0; len]))
+    }
+
+    /// Damages what is stored at `at`.
+    pub fn corrupt(&self, at: u64, change: impl FnOnce(&mut [u8])) {
+        self.with(|b| change(&mut b[at as usize..]));
+    }
+
     fn with<T>(&self, f: impl FnOnce(&mut Vec<u8>) -> T) -> T {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }

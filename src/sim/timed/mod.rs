@@ -7,6 +7,7 @@
 //! ```text
 //!  disk   TimedDisk: when operations end, what it holds, what was written
 //!  lab    Lab: cache, volume, queue and workers of the product, and the loop that lets time pass
+//!  fleet  Fleet: several volumes with guests that compare, and disks that fail
 //!  guest  what is asked for: random writes, barriers, a trace
 //!  trail  when requests ended and how long they took: rates by window, percentiles
 //! ```
@@ -15,11 +16,13 @@
 //! that never waits for its disk is fast and not infinitely so.
 
 mod disk;
+mod fleet;
 mod guest;
 mod lab;
 mod trail;
 
 pub use disk::{DiskModel, TimedBacking, TimedDisk, Written};
+pub use fleet::{Fleet, Member, Seen};
 pub use guest::{Ask, Guest, RandomWrites};
-pub use lab::{Lab, RedoPlace, Setup, TimedEnv, run_bare};
+pub use lab::{Lab, PlainMemory, RedoPlace, Setup, TimedEnv, VirtualClock, run_bare};
 pub use trail::Trail;
