@@ -108,6 +108,7 @@ impl Bench {
                 order: Order::Relaxed,
                 data_crc: true,
                 pass_discard: true,
+                reads: Default::default(),
                 read_only: false,
                 serial: String::new(),
                 block_size: None,

@@ -129,6 +129,7 @@ fn attach(
             order: setup.order,
             data_crc: true,
             pass_discard: true,
+            reads: Default::default(),
             read_only: false,
             serial: "serial".to_owned(),
             block_size: None,

@@ -17,7 +17,7 @@ use super::env::Env;
 use super::index::{Extent, Place};
 use super::lost;
 use super::scan::Scan;
-use super::segments::State;
+use super::segments::{Class, State};
 use super::stripes::lock;
 use super::volume::{Cursor, VolumeCore};
 use crate::mutant::{Mutant, if_mutated, mutated};
@@ -94,6 +94,7 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
             continue;
         }
         segment.begin(&cache.media.geometry, header.incarnation, header.generation, header.start_counter);
+        segment.set_class(Class::of_stream(header.stream));
         report.segments_used += 1;
         if let Some(volume) = volumes.get(&header.incarnation) {
             let scan = scan_segment(cache, id, &header, volume, &mut report);
@@ -104,6 +105,10 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
         sealed.push((segment.max_version.load(Ordering::Relaxed), id));
     }
     sealed.sort_unstable();
+    for (age, (_, id)) in sealed.iter().enumerate() {
+        cache.segments[*id as usize].born.store(age as u64, Ordering::Relaxed);
+    }
+    cache.opened.store(sealed.len() as u64, Ordering::Relaxed);
     lock(&cache.sealed).extend(sealed.into_iter().map(|(_, id)| id));
     for volume in volumes.values() {
         let mut keys = found.remove(&volume.incarnation).unwrap_or_default();
@@ -143,7 +148,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> BTreeM
             continue;
         }
         let is_deleted = descriptor.state == VolumeState::Deleting;
-        let volume = VolumeCore::new(descriptor, next);
+        let volume = VolumeCore::new(descriptor, next, cache.segments.len());
         if is_deleted {
             if let Err(error) = cache.finish_delete(&volume) {
                 report.findings.push(format!("volume slot {slot} cannot be emptied: {error}"));

@@ -223,6 +223,7 @@ fn attach_options(cache: &CacheConfig, config: &VolumeConfig, backing: Arc<Disk>
         order: order(config.order),
         data_crc: config.data_crc,
         pass_discard: config.discard == Discard::Pass,
+        reads: Default::default(),
         read_only: config.read_only,
         serial: config.serial.as_str().into(),
         block_size: config.block_size,

@@ -373,6 +373,7 @@ impl Machine {
                 order: choices.orders[number],
                 data_crc: number == 0,
                 pass_discard: true,
+                reads: Default::default(),
                 read_only: choices.read_only,
                 serial: String::from("fuzz"),
                 block_size: None,

@@ -279,6 +279,7 @@ fn attach_options(world: &Arc<World>, number: usize, style: &Style, queues: u16)
         order: style.order,
         data_crc: true,
         pass_discard: style.pass_discard,
+        reads: Default::default(),
         read_only: false,
         serial: format!("sim{number}"),
         block_size: None,

@@ -106,6 +106,7 @@ pub fn drain(
         order: descriptor.order,
         data_crc: descriptor.data_crc,
         pass_discard: descriptor.discard == crate::onmedia::DiscardPolicy::Pass,
+        reads: Default::default(),
         read_only: false,
         serial: String::from_utf8_lossy(unpad(&descriptor.serial)).into_owned(),
         block_size: Some(descriptor.block_size),

@@ -21,6 +21,7 @@ fn options(world: &Arc<World>) -> AttachOptions<SimEnv> {
         order: STYLE.order,
         data_crc: true,
         pass_discard: false,
+        reads: Default::default(),
         read_only: false,
         serial: String::new(),
         block_size: None,

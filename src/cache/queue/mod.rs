@@ -14,6 +14,7 @@ mod bypass;
 mod fill;
 mod io;
 mod read;
+mod sequential;
 mod write;
 
 use std::collections::VecDeque;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use self::fill::Fill;
 use self::io::Io;
 pub(crate) use self::read::{HitError, Reader};
+use self::sequential::Sequential;
 use self::write::{Gathered, Scratch};
 use super::counters::add;
 use super::env::Env;
@@ -100,6 +102,7 @@ pub struct Queue<E: Env, B: Buffer> {
     pub(crate) scratch: Scratch,
     pub(crate) found: Vec<Extent>,
     pub(crate) gaps: Vec<SectorRange>,
+    sequential: Sequential,
     done: Vec<Done<B>>,
     inside: bool,
 }
@@ -124,6 +127,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             scratch: Scratch::new(),
             found: Vec::new(),
             gaps: Vec::new(),
+            sequential: Sequential::default(),
             done: Vec::new(),
             inside: false,
             volume,

@@ -226,6 +226,7 @@ impl Bench {
                 order: style.order,
                 data_crc: true,
                 pass_discard: style.pass_discard,
+                reads: Default::default(),
                 read_only: false,
                 serial: "sim0".into(),
                 block_size: None,
