@@ -24,6 +24,8 @@ pub const DEFAULT_QUEUES: u16 = 256;
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Busy-wait unless told: about one round trip of a guest's vCPU, so that depth 1 seldom sleeps.
 pub const DEFAULT_POLL_US: u32 = 32;
+/// Bytes read in one go before what follows is no longer cached.
+pub const DEFAULT_SEQUENTIAL_CUTOFF: u64 = 4 << 20;
 /// Name of the volume, and of the cache, when there is only one and it was given none.
 pub const DEFAULT_VOLUME: &str = "disk0";
 
@@ -51,6 +53,18 @@ pub enum Order {
     Strict,
     /// By address, newest only: faster, and the disk alone is nothing without the cache
     Relaxed,
+}
+
+/// Which reads become cached.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Admission {
+    /// All; what is not read again soon gives way first
+    #[default]
+    Adaptive,
+    /// What is missed twice: fewer writes to the cache
+    SecondMiss,
+    /// None: the cache holds writes alone
+    Never,
 }
 
 /// What a discard does on the backing disk.
@@ -151,6 +165,10 @@ pub struct VolumeConfig {
     pub serial: Serial,
     /// What a discard does behind the cache.
     pub discard: Discard,
+    /// Which reads become cached.
+    pub admission: Admission,
+    /// Bytes read in one go from which on they are not cached, 0 for never.
+    pub sequential_cutoff: u64,
     /// Busy-wait of an idle queue, in microseconds.
     pub poll_us: u32,
     /// Whether another disk than the cache belongs to is accepted.
@@ -177,6 +195,8 @@ impl VolumeConfig {
             read_only: false,
             serial,
             discard: Discard::default(),
+            admission: Admission::default(),
+            sequential_cutoff: DEFAULT_SEQUENTIAL_CUTOFF,
             poll_us: DEFAULT_POLL_US,
             force_identity: false,
             accept_loss: false,
@@ -354,6 +374,8 @@ impl Config {
         config.read_only = volume.read_only;
         config.serial = volume.serial.unwrap_or(config.serial);
         config.discard = volume.discard.unwrap_or(config.discard);
+        config.admission = volume.admission.unwrap_or(config.admission);
+        config.sequential_cutoff = volume.sequential_cutoff.unwrap_or(config.sequential_cutoff);
         config.poll_us = volume.poll_us.unwrap_or(config.poll_us);
         let consents =
             Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
@@ -537,7 +559,7 @@ mod tests {
              --segment-size 1MiB --assume-dax --allow-volatile --name web --blk-file /b \
              --backing-format raw --backing-size 8GiB --queues 4 --queue-size 64 \
              --cache-mode writearound --order relaxed --data-crc --block-size 4096 --read-only \
-             --serial S9 --discard keep --poll-us 7 --force-identity --accept-loss=web",
+             --serial S9 --discard keep --admission second-miss --sequential-cutoff 1MiB --poll-us 7 --force-identity --accept-loss=web",
         )
         .unwrap();
         let cache = CacheConfig {
@@ -563,6 +585,8 @@ mod tests {
             read_only: true,
             serial: "S9".parse().unwrap(),
             discard: Discard::Keep,
+            admission: Admission::SecondMiss,
+            sequential_cutoff: 1 << 20,
             poll_us: 7,
             force_identity: true,
             accept_loss: true,

@@ -182,6 +182,8 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let read_only = section.flag("read_only")?;
     let serial = section.text("serial", str::parse)?;
     let discard = section.text("discard", value::choice)?;
+    let admission = section.text("admission", value::choice)?;
+    let cutoff = section.size("sequential_cutoff", value::sequential_cutoff)?;
     let poll_us = section.number("poll_us", value::poll_us)?;
 
     let name = section.required("name", name)?;
@@ -203,6 +205,8 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.read_only = read_only;
     volume.serial = serial.unwrap_or(volume.serial);
     volume.discard = discard.unwrap_or(volume.discard);
+    volume.admission = admission.unwrap_or(volume.admission);
+    volume.sequential_cutoff = cutoff.unwrap_or(volume.sequential_cutoff);
     volume.poll_us = poll_us.unwrap_or(volume.poll_us);
     Ok(volume)
 }
@@ -379,6 +383,8 @@ block_size = 4096
 read_only = true
 serial = "WEB-1"
 discard = "keep"
+admission = "never"
+sequential_cutoff = "0"
 poll_us = 0x10
 
 [[volume]]
@@ -393,7 +399,7 @@ backing = "/dev/vg/db"
 
     #[test]
     fn every_key_reaches_its_field() {
-        use super::super::config::{Discard, Mode, Order};
+        use super::super::config::{Admission, Discard, Mode, Order};
         let config = read(WHOLE).unwrap();
         let cache = &config.caches()[0];
         assert_eq!((cache.name.as_str(), cache.size), ("pmem", Sizing::Exactly(64 << 30)));
@@ -407,6 +413,7 @@ backing = "/dev/vg/db"
         assert_eq!(web.backing, backing);
         assert_eq!((web.queues, web.queue_size, web.poll_us), (4, 64, 16));
         assert_eq!((web.mode, web.order, web.discard), (Mode::Writethrough, Order::Relaxed, Discard::Keep));
+        assert_eq!((web.admission, web.sequential_cutoff), (Admission::Never, 0));
         assert!(web.data_crc && web.read_only);
         assert_eq!((web.block_size, web.serial), (Some(4096), "WEB-1".parse().unwrap()));
         let db = &config.volumes()[1];

@@ -23,7 +23,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::announce::{self, CacheLine, VolumeLine};
-use super::config::{CacheConfig, Config, Discard, Mode, Order, VolumeConfig};
+use super::config::{Admission, CacheConfig, Config, Discard, Mode, Order, VolumeConfig};
 use super::exit::Exit;
 use super::log;
 use super::run::{RunError, of_cache};
@@ -33,7 +33,9 @@ use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::volume::VolumeDisk;
 use crate::cache::worker::Workers;
-use crate::cache::{self, AttachOptions, Cache, RecoveryReport, SystemClock, Volume, VolumeState};
+use crate::cache::{
+    self, AttachOptions, Cache, ReadPolicy, RecoveryReport, SystemClock, Volume, VolumeState,
+};
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
 use crate::tools::created::Created;
@@ -223,7 +225,10 @@ fn attach_options(cache: &CacheConfig, config: &VolumeConfig, backing: Arc<Disk>
         order: order(config.order),
         data_crc: config.data_crc,
         pass_discard: config.discard == Discard::Pass,
-        reads: Default::default(),
+        reads: ReadPolicy {
+            admission: admission(config.admission),
+            sequential_cutoff: config.sequential_cutoff,
+        },
         read_only: config.read_only,
         serial: config.serial.as_str().into(),
         block_size: config.block_size,
@@ -396,6 +401,14 @@ fn mode(mode: Mode) -> cache::Mode {
         Mode::Writearound => cache::Mode::Writearound,
         Mode::Readonly => cache::Mode::Readonly,
         Mode::Passthrough => cache::Mode::Passthrough,
+    }
+}
+
+fn admission(admission: Admission) -> cache::Admission {
+    match admission {
+        Admission::Adaptive => cache::Admission::Adaptive,
+        Admission::SecondMiss => cache::Admission::SecondMiss,
+        Admission::Never => cache::Admission::Never,
     }
 }
 
