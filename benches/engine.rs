@@ -109,6 +109,7 @@ impl Bench {
                 redo: None,
                 data_crc: true,
                 pass_discard: true,
+                reads: Default::default(),
                 read_only: false,
                 serial: String::new(),
                 block_size: None,

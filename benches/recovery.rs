@@ -113,6 +113,7 @@ fn attach(cache: &Arc<Cache<Host>>, dir: &Path, scale: &Scale) -> Arc<Volume<Hos
             force_identity: false,
             accept_loss: false,
             sidecar: None,
+            reads: Default::default(),
             allow_volatile: true,
         })
         .expect("attaches")

@@ -157,6 +157,7 @@ impl World {
                 force_identity: false,
                 accept_loss: false,
                 sidecar: None,
+                reads: Default::default(),
                 allow_volatile: true,
             })
             .expect("attaches");

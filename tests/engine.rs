@@ -130,6 +130,7 @@ fn attach(
             redo: None,
             data_crc: true,
             pass_discard: true,
+            reads: Default::default(),
             read_only: false,
             serial: "serial".to_owned(),
             block_size: None,

@@ -25,7 +25,7 @@ use super::segments::State;
 use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
-use super::volume::{Mode, Order, QueueShared, Volume, VolumeCore};
+use super::volume::{Mode, Order, QueueShared, ReadPolicy, Volume, VolumeCore};
 use super::worker::DrainError;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
 use crate::mutant::{Mutant, mutated};
@@ -34,6 +34,9 @@ use crate::pmem::{MediaClass, MediaError, Pmem};
 use crate::sync::Mutex;
 use crate::volume::DiskConfig;
 use crate::wake::Waker;
+
+/// Segments for each volume from which on those of reads are parted from those of writes.
+const PARTED_MIN: usize = 20;
 
 /// How a volume is attached.
 pub struct AttachOptions<E: Env> {
@@ -52,6 +55,8 @@ pub struct AttachOptions<E: Env> {
     pub data_crc: bool,
     /// Whether discards give space back on the disk.
     pub pass_discard: bool,
+    /// Which reads become cached.
+    pub reads: ReadPolicy,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// What GET_ID answers.
@@ -333,6 +338,9 @@ impl<E: Env> Cache<E> {
         let is_first = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect()).is_ok();
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
         _ = core.streams.set((0..streams).map(|_| Mutex::new(Stream::default())).collect());
+        if self.parts_reads() {
+            _ = core.fill_streams.set([Mutex::default(), Mutex::default()]);
+        }
         for (id, segment) in self.segments.iter().enumerate().filter(|_| is_first) {
             let max_epoch = segment.max_epoch.load(Ordering::Relaxed);
             if segment.owner.load(Ordering::Relaxed) == core.incarnation
@@ -365,6 +373,7 @@ impl<E: Env> Cache<E> {
             was_order,
             options.data_crc,
             options.pass_discard,
+            options.reads,
         ));
         let of_disk = |error| AttachError::Disk { path: identity.path.clone(), error };
         let traces = options.backing.traces(true).map_err(of_disk)?;
@@ -430,6 +439,12 @@ impl<E: Env> Cache<E> {
         Ok(())
     }
 
+    /// Whether there are segments enough that what a volume reads has its own: two more are open then.
+    fn parts_reads(&self) -> bool {
+        let attached = self.all_volumes().iter().filter(|v| v.attached.load(Ordering::Relaxed)).count();
+        self.segments.len() >= PARTED_MIN * attached.max(1)
+    }
+
     pub(crate) fn find_volume(&self, name: &str) -> Option<Arc<VolumeCore>> {
         self.all_volumes().into_iter().find(|v| unpad(&lock(&v.descriptor).0.name) == name.as_bytes())
     }
@@ -490,7 +505,7 @@ impl<E: Env> Cache<E> {
             ..VolumeDescriptor::default()
         };
         note_identity(&mut descriptor, identity);
-        let core = Arc::new(VolumeCore::new(descriptor, next));
+        let core = Arc::new(VolumeCore::new(descriptor, next, self.segments.len()));
         // The tail first, durably: a descriptor without one would be a damaged volume.
         for copy in 0..2 {
             self.write_tail(&core, copy, 0)?;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::doubt;
 use super::env::{Clock, Env};
+use super::evicted::Evicted;
 use super::format::has_small_segments;
 use super::liveness::Liveness;
 use super::media::Media;
@@ -92,6 +93,10 @@ pub struct Cache<E: Env> {
     pub(crate) clock: E::Clock,
     pub(crate) segments: Box<[Segment]>,
     pub(crate) liveness: Liveness,
+    /// What reclaim has dropped lately.
+    pub(crate) evicted: Evicted,
+    /// Segments opened so far: the time by which ages are told.
+    pub(crate) opened: AtomicU64,
     pub(crate) syncer: Syncer,
     pub(crate) housekeeper: Signal,
     /// Volumes by incarnation, attached or not.
@@ -142,6 +147,7 @@ impl<E: Env> Cache<E> {
         let start = begin_start(&media, has_failed)?;
         let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
         let now_ms = clock.unix_ms();
+        let capacity = u64::from(media.geometry.segment_size) * u64::from(media.geometry.segment_count);
         let mut cache = Cache {
             syncer: Syncer::new(class).marking(media.geometry.sync_mark()),
             start_counter: start.page.start_counter,
@@ -149,6 +155,8 @@ impl<E: Env> Cache<E> {
             clock,
             segments,
             liveness: Liveness::default(),
+            evicted: Evicted::new(capacity / 512),
+            opened: AtomicU64::new(0),
             housekeeper: Signal::default(),
             volumes: RwLock::default(),
             start: Mutex::new(start),
@@ -212,8 +220,8 @@ impl<E: Env> Cache<E> {
     /// Free segments that reclaim keeps in hand.
     pub(crate) fn free_target(&self) -> usize {
         // Enough that opening never waits for reclaim at a steady rate, without idling the cache:
-        // one in 16, at least 3 and at most 64 (1 GiB).
-        (self.segments.len() / 16).clamp(3, 64)
+        // one in 32, at least 3 and at most 64 (1 GiB).
+        (self.segments.len() / 32).clamp(3, 64)
     }
 
     pub(crate) fn add_free(&self, id: u32) {

@@ -68,6 +68,9 @@ counters! {
     records,
     /// Sectors filled after a miss.
     fill_sectors,
+    /// Sectors read from the disk that were not to be cached: read in one go beyond the cutoff, or not
+    /// admitted.
+    unadmitted_sectors,
     /// Fills dropped because something overlapped, or there was no space.
     fills_dropped,
     /// Times a write had to wait for space.

@@ -364,7 +364,7 @@ mod tests {
     use crate::onmedia::VolumeDescriptor;
 
     fn core() -> VolumeCore {
-        VolumeCore::new(VolumeDescriptor::default(), 0)
+        VolumeCore::new(VolumeDescriptor::default(), 0, 1)
     }
 
     fn eio() -> Failure {

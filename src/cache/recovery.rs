@@ -132,6 +132,10 @@ fn list_segments<E: Env>(cache: &Cache<E>, segments: Vec<segment::Found>, report
         }
     }
     sealed.sort_unstable();
+    for (age, (_, id)) in sealed.iter().enumerate() {
+        cache.segments[*id as usize].born.store(age as u64, Ordering::Relaxed);
+    }
+    cache.opened.store(sealed.len() as u64, Ordering::Relaxed);
     lock(&cache.sealed).extend(sealed.into_iter().map(|(_, id)| id));
 }
 
@@ -175,7 +179,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> Volume
             continue;
         }
         let is_deleted = descriptor.state == VolumeState::Deleting;
-        let volume = VolumeCore::new(descriptor, next);
+        let volume = VolumeCore::new(descriptor, next, cache.segments.len());
         volume.version.fetch_max(lock(&volume.descriptor).0.clean_from_version, Ordering::Relaxed);
         if is_deleted {
             if let Err(error) = cache.finish_delete(&volume) {

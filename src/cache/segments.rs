@@ -6,7 +6,7 @@
 //! - A checksum is stored before the key it belongs to is published, and not changed until the
 //!   segment has been freed, which waits for every reader.
 //! - A segment has at most one writer: the stream that opened it, until it is full.
-//! - `read` bits are evidence, not truth: they may be lost, and a new life begins without any.
+//! - Heat is evidence, not truth: it may be lost, and a new life begins without any.
 
 use std::sync::OnceLock;
 
@@ -48,6 +48,46 @@ impl State {
     }
 }
 
+/// What a segment was filled with. Data of one class dies, and is worth keeping, alike: reclaim
+/// weighs segments by it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Class {
+    /// What guests wrote; and what they read, where a cache is too small to part the two.
+    Written,
+    /// What was read for the first time in a while.
+    Probation,
+    /// What was read again and again: missed soon after it was evicted, or kept by reclaim.
+    Proven,
+}
+
+impl Class {
+    /// How many there are.
+    pub const COUNT: usize = 3;
+
+    /// A number below [`Class::COUNT`].
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// The number that stands for the stream in a segment's header. Those of writes are counted from 0.
+    pub fn stream(self, queue: u16) -> u16 {
+        match self {
+            Class::Written => queue,
+            Class::Probation => u16::MAX - 1,
+            Class::Proven => u16::MAX,
+        }
+    }
+
+    /// The class of what a stream has filled.
+    pub fn of_stream(stream: u16) -> Class {
+        match stream {
+            u16::MAX => Class::Proven,
+            s if s == u16::MAX - 1 => Class::Probation,
+            _ => Class::Written,
+        }
+    }
+}
+
 /// One segment.
 #[derive(Default)]
 pub(crate) struct Segment {
@@ -78,6 +118,10 @@ pub(crate) struct Segment {
     pub dead_count: AtomicU32,
     /// Whether its floor says on the media that every clean key is dead: its words need no writing.
     pub is_buried: AtomicBool,
+    /// What it holds, as [`Class::code`] has it.
+    class: AtomicU8,
+    /// Segments that the cache had opened when this one was: its age is what has been since.
+    pub born: AtomicU64,
     body: OnceLock<Body>,
 }
 
@@ -109,9 +153,13 @@ impl Body {
 struct Marks {
     /// The block's sectors have checksums of their own.
     packed: AtomicU32,
-    /// A guest has read from the block since it was written, or since reclaim last passed.
-    read: AtomicU32,
+    /// How often guests have read from the block since it was written, less what reclaim took off in
+    /// passing: the n-th word has those read at least n + 1 times. Reads are counted that far.
+    heat: [AtomicU32; HEAT_MAX as usize],
 }
+
+/// Reads of one block that are told apart.
+pub(crate) const HEAT_MAX: u8 = 3;
 
 fn zeros(n: usize) -> Box<[AtomicU32]> {
     (0..n).map(|_| AtomicU32::new(0)).collect()
@@ -144,7 +192,7 @@ impl Segment {
         }
         for marks in &body.marks {
             marks.packed.store(0, Ordering::Relaxed);
-            marks.read.store(0, Ordering::Relaxed);
+            marks.heat.iter().for_each(|level| level.store(0, Ordering::Relaxed));
         }
         self.owner.store(owner, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Relaxed);
@@ -296,38 +344,65 @@ impl Segment {
         (!packed).then(|| body.blocks[block as usize].load(Ordering::Relaxed))
     }
 
-    /// Notes that a guest has read `sectors` from `first` on. On the hit path: a load, and a store
-    /// only the first time.
+    /// What it holds.
+    pub fn class(&self) -> Class {
+        match self.class.load(Ordering::Relaxed) {
+            0 => Class::Written,
+            1 => Class::Probation,
+            _ => Class::Proven,
+        }
+    }
+
+    /// Says what it holds.
+    pub fn set_class(&self, class: Class) {
+        self.class.store(class.code(), Ordering::Relaxed);
+    }
+
+    /// Notes that a guest has read `sectors` from `first` on. On the hit path: a load and a store, and
+    /// after a few reads a load only.
     pub fn note_read(&self, first: u32, sectors: u32) {
         let marks = &self.body().marks;
         for block in first / 8..=(first + sectors - 1) / 8 {
-            let (word, bit) = (&marks[block as usize / 32].read, 1 << (block % 32));
-            if word.load(Ordering::Relaxed) & bit == 0 {
-                word.fetch_or(bit, Ordering::Relaxed);
+            let (heat, bit) = (&marks[block as usize / 32].heat, 1 << (block % 32));
+            if let Some(level) = heat.iter().find(|level| level.load(Ordering::Relaxed) & bit == 0) {
+                level.fetch_or(bit, Ordering::Relaxed);
             }
         }
     }
 
-    /// Whether a guest has read from the sector's block.
-    pub fn is_read(&self, sector: u32) -> bool {
+    /// How often guests have read from the sector's block, as far as it is counted.
+    pub fn heat(&self, sector: u32) -> u8 {
         let block = sector / 8;
-        self.body().marks[block as usize / 32].read.load(Ordering::Relaxed) & (1 << (block % 32)) != 0
+        let heat = &self.body().marks[block as usize / 32].heat;
+        let is_set = |level: &&AtomicU32| level.load(Ordering::Relaxed) & 1 << (block % 32) != 0;
+        heat.iter().take_while(is_set).count() as u8
     }
 
-    /// Forgets what was read: it must be read again to count.
-    pub fn forget_reads(&self) {
-        for marks in &self.body().marks {
-            marks.read.store(0, Ordering::Relaxed);
+    /// Makes a block as hot as it was elsewhere.
+    pub fn warm(&self, sector: u32, heat: u8) {
+        let block = sector / 8;
+        for level in &self.body().marks[block as usize / 32].heat[..heat.into()] {
+            level.fetch_or(1 << (block % 32), Ordering::Relaxed);
         }
     }
 
-    /// At most how many sectors of it are live and were read: packed space that was never used
-    /// counts as live.
-    pub fn hot_sectors(&self) -> u32 {
+    /// Takes one read off each block: it must be read again to stay as hot.
+    pub fn cool(&self) {
+        for marks in &self.body().marks {
+            for level in 0..HEAT_MAX as usize {
+                let next = marks.heat.get(level + 1).map_or(0, |next| next.load(Ordering::Relaxed));
+                marks.heat[level].store(next, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// At most how many sectors of it are live and were read at least `least` times: packed space that
+    /// was never used counts as live.
+    pub fn hot_sectors(&self, least: u8) -> u32 {
         let body = self.body();
         let mut hot = 0;
         for (marks, dead) in body.marks.iter().zip(body.dead.chunks(8)) {
-            let mut read = marks.read.load(Ordering::Relaxed);
+            let mut read = marks.heat[usize::from(least.clamp(1, HEAT_MAX)) - 1].load(Ordering::Relaxed);
             while read != 0 {
                 let block = read.trailing_zeros();
                 read &= read - 1;
@@ -382,21 +457,37 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_and_lives_is_hot_until_it_is_forgotten() {
+    fn what_was_read_and_lives_is_hot_until_it_has_cooled() {
         let segment = segment();
-        assert_eq!(segment.hot_sectors(), 0);
+        assert_eq!(segment.hot_sectors(1), 0);
         segment.note_read(7, 2);
         segment.note_read(8, 8);
-        assert!(segment.is_read(0) && segment.is_read(15) && !segment.is_read(16));
-        assert_eq!(segment.hot_sectors(), 16);
+        assert_eq!((segment.heat(0), segment.heat(15), segment.heat(16)), (1, 2, 0));
+        assert_eq!((segment.hot_sectors(1), segment.hot_sectors(2), segment.hot_sectors(3)), (16, 8, 0));
         segment.mark_dead(4, 8);
         segment.note_read(127, 1);
-        assert_eq!(segment.hot_sectors(), 8 + 8);
-        segment.forget_reads();
-        assert_eq!((segment.hot_sectors(), segment.is_read(7)), (0, false));
-        segment.note_read(33, 1);
+        assert_eq!(segment.hot_sectors(1), 8 + 8);
+        (0..9).for_each(|_| segment.note_read(20, 1));
+        assert_eq!(segment.heat(23), HEAT_MAX);
+        for left in (0..HEAT_MAX).rev() {
+            segment.cool();
+            assert_eq!(segment.heat(20), left);
+        }
+        assert_eq!(segment.hot_sectors(1), 0);
+        segment.warm(33, 2);
+        assert_eq!(segment.heat(33), 2);
         segment.begin(&Geometry::custom(16 << 10, 64 << 10, 4, 1).unwrap(), 1, 2, 1);
-        assert_eq!(segment.hot_sectors(), 0);
+        assert_eq!(segment.hot_sectors(1), 0);
+    }
+
+    #[test]
+    fn a_class_is_known_by_the_number_of_its_stream() {
+        for class in [Class::Written, Class::Probation, Class::Proven] {
+            assert_eq!(Class::of_stream(class.stream(7)), class);
+            let segment = segment();
+            segment.set_class(class);
+            assert_eq!(segment.class(), class);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::core::Cache;
 use super::env::Env;
 use super::media::Media;
 use super::record::Draft;
-use super::segments::{Segment, State};
+use super::segments::{Class, Segment, State};
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
@@ -214,6 +214,8 @@ impl<E: Env> Cache<E> {
             segment.set_state(State::Bad);
             return None;
         }
+        segment.set_class(Class::of_stream(stream));
+        segment.born.store(self.opened.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         segment.set_state(State::Open);
         Some(Open {
             id,

@@ -23,6 +23,8 @@ use super::pair::Kept;
 use super::plan::Plan;
 use super::queue::Queue;
 use super::redo::Redo;
+use super::reuse::Reuse;
+use super::segments::Class;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use super::worker::Wishes;
@@ -44,6 +46,33 @@ impl Mode {
     /// Whether a miss becomes cached.
     pub fn fills(self) -> bool {
         matches!(self, Mode::Writeback | Mode::Writethrough | Mode::Writearound)
+    }
+}
+
+/// Which reads become cached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Admission {
+    /// All, on probation: what is not read again gives way first.
+    #[default]
+    Adaptive,
+    /// What was missed before, not long ago: half the media's wear, and the second read is slow.
+    SecondMiss,
+    /// None: the cache holds writes alone.
+    Never,
+}
+
+/// What the cache does with reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ReadPolicy {
+    /// Which become cached.
+    pub admission: Admission,
+    /// Bytes that are read in one go before what follows is no longer cached; 0 for no limit.
+    pub sequential_cutoff: u64,
+}
+
+impl Default for ReadPolicy {
+    fn default() -> Self {
+        Self { admission: Admission::Adaptive, sequential_cutoff: 4 << 20 }
     }
 }
 
@@ -151,6 +180,11 @@ pub(crate) struct VolumeCore {
     pub damaged: AtomicBool,
     pub queues: OnceLock<Box<[QueueShared]>>,
     pub streams: OnceLock<Box<[Mutex<Stream>]>>,
+    /// Of what is read: on probation, and proven. None where the cache is too small to part them from
+    /// what is written.
+    pub fill_streams: OnceLock<[Mutex<Stream>; 2]>,
+    /// How soon it reads again what the cache has of it.
+    pub reuse: Reuse,
     pub writeback: Signal,
     pub pacer: Pacer,
     pub attached: AtomicBool,
@@ -175,7 +209,8 @@ pub(crate) struct VolumeCore {
 }
 
 impl VolumeCore {
-    pub fn new(descriptor: VolumeDescriptor, next: usize) -> Self {
+    /// On a cache of so many segments.
+    pub fn new(descriptor: VolumeDescriptor, next: usize, segments: usize) -> Self {
         Self {
             incarnation: descriptor.incarnation,
             slot: descriptor.slot,
@@ -194,6 +229,8 @@ impl VolumeCore {
             plan: Mutex::default(),
             queues: OnceLock::new(),
             streams: OnceLock::new(),
+            fill_streams: OnceLock::new(),
+            reuse: Reuse::new(segments),
             writeback: Signal::default(),
             pacer: Pacer::default(),
             attached: AtomicBool::new(false),
@@ -273,6 +310,17 @@ impl VolumeCore {
         &streams[q as usize % streams.len()]
     }
 
+    /// The stream that takes what is read, if it is not that of the writes.
+    pub fn fill_stream(&self, class: Class) -> Option<&Mutex<Stream>> {
+        self.fill_streams.get().map(|streams| &streams[usize::from(class == Class::Proven)])
+    }
+
+    /// Every stream there is.
+    pub fn all_streams(&self) -> impl Iterator<Item = &Mutex<Stream>> {
+        let of_writes = self.streams.get().into_iter().flatten();
+        of_writes.chain(self.fill_streams.get().into_iter().flatten())
+    }
+
     /// Wakes every queue that waits for space or for a bypass.
     pub fn wake_waiting(&self) {
         for shared in self.queues.get().into_iter().flatten() {
@@ -334,6 +382,7 @@ pub struct Volume<E: Env> {
     pub(crate) data_crc: bool,
     /// Whether discards give space back on the disk.
     pub(crate) pass_discard: bool,
+    pub(crate) reads: ReadPolicy,
     write_cache: AtomicBool,
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
@@ -353,6 +402,7 @@ impl<E: Env> Volume<E> {
         order: Order,
         data_crc: bool,
         pass_discard: bool,
+        reads: ReadPolicy,
     ) -> Self {
         Self {
             cache,
@@ -365,6 +415,7 @@ impl<E: Env> Volume<E> {
             order: AtomicU8::new(order as u8),
             data_crc,
             pass_discard,
+            reads,
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
             wishes: Wishes::default(),

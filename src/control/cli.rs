@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::config::{BackingFormat, Discard, Mode, OnBackingError, Order};
+use super::config::{Admission, BackingFormat, Discard, Mode, OnBackingError, Order};
 use super::value::{self, Name, Serial, SocketPath, ValueError};
 
 const EXIT_STATUS: &str = "\
@@ -200,6 +200,13 @@ pub struct VolumeArgs {
     /// `read_only`; 0 for never [default: 30]
     #[arg(long, value_name = "SECONDS", value_parser = value::timeout_s)]
     pub backing_timeout_s: Option<u32>,
+    /// Which reads become cached [default: adaptive]
+    #[arg(long, value_name = "POLICY", value_enum)]
+    pub admission: Option<Admission>,
+    /// How much is read in one go before what follows is not cached any more, 0 for no limit
+    /// [default: 4MiB]
+    #[arg(long, value_name = "SIZE", value_parser = value::sequential_cutoff)]
+    pub sequential_cutoff: Option<u64>,
     /// How long an idle queue looks for work before it sleeps, in microseconds [default: 32]
     #[arg(long, value_name = "MICROSECONDS", value_parser = value::poll_us)]
     pub poll_us: Option<u32>,

@@ -30,6 +30,8 @@ pub const DEFAULT_BACKING_TIMEOUT_S: u32 = 30;
 pub const DEFAULT_SCRUB_MIB_S: u32 = 32;
 /// Hours from one scrub to the next unless told.
 pub const DEFAULT_SCRUB_INTERVAL_H: u32 = 24;
+/// Bytes read in one go before what follows is no longer cached.
+pub const DEFAULT_SEQUENTIAL_CUTOFF: u64 = 4 << 20;
 /// Name of the volume, and of the cache, when there is only one and it was given none.
 pub const DEFAULT_VOLUME: &str = "disk0";
 
@@ -60,6 +62,18 @@ pub enum Order {
     Grouped,
     /// By address, newest only: faster, and the disk alone is nothing without the cache
     Relaxed,
+}
+
+/// Which reads become cached.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Admission {
+    /// All; what is not read again soon gives way first
+    #[default]
+    Adaptive,
+    /// What is missed twice: fewer writes to the cache
+    SecondMiss,
+    /// None: the cache holds writes alone
+    Never,
 }
 
 /// What a discard does on the backing disk.
@@ -189,6 +203,10 @@ pub struct VolumeConfig {
     pub on_backing_error: OnBackingError,
     /// Seconds until a disk that does not answer has failed, 0 for never.
     pub backing_timeout_s: u32,
+    /// Which reads become cached.
+    pub admission: Admission,
+    /// Bytes read in one go from which on they are not cached, 0 for never.
+    pub sequential_cutoff: u64,
     /// Busy-wait of an idle queue, in microseconds.
     pub poll_us: u32,
     /// Whether a sidecar stands beside the disk; `None` leaves it as it is.
@@ -223,6 +241,8 @@ impl VolumeConfig {
             discard: Discard::default(),
             on_backing_error: OnBackingError::default(),
             backing_timeout_s: DEFAULT_BACKING_TIMEOUT_S,
+            admission: Admission::default(),
+            sequential_cutoff: DEFAULT_SEQUENTIAL_CUTOFF,
             poll_us: DEFAULT_POLL_US,
             sidecar: None,
             force_identity: false,
@@ -409,6 +429,8 @@ impl Config {
         config.discard = volume.discard.unwrap_or(config.discard);
         config.on_backing_error = volume.on_backing_error.unwrap_or(config.on_backing_error);
         config.backing_timeout_s = volume.backing_timeout_s.unwrap_or(config.backing_timeout_s);
+        config.admission = volume.admission.unwrap_or(config.admission);
+        config.sequential_cutoff = volume.sequential_cutoff.unwrap_or(config.sequential_cutoff);
         config.poll_us = volume.poll_us.unwrap_or(config.poll_us);
         config.sidecar = volume.sidecar;
         let consents =
@@ -594,8 +616,9 @@ mod tests {
              --backing-format raw --backing-size 8GiB --queues 4 --queue-size 64 \
              --cache-mode writearound --order relaxed --redo /r --redo-size 32MiB --max-lag-s 60 \
              --max-dirty 1GiB --data-crc --block-size 4096 --read-only --serial S9 --discard keep \
-             --poll-us 7 --sidecar=false --force-identity --accept-loss=web \
-             --on-backing-error read_only --backing-timeout-s 9 --scrub-mib-s 5 --scrub-interval-h 6",
+             --admission second-miss --sequential-cutoff 1MiB --poll-us 7 --sidecar=false \
+             --force-identity --accept-loss=web --on-backing-error read_only --backing-timeout-s 9 \
+             --scrub-mib-s 5 --scrub-interval-h 6",
         )
         .unwrap();
         let cache = CacheConfig {
@@ -629,6 +652,8 @@ mod tests {
             discard: Discard::Keep,
             on_backing_error: OnBackingError::ReadOnly,
             backing_timeout_s: 9,
+            admission: Admission::SecondMiss,
+            sequential_cutoff: 1 << 20,
             poll_us: 7,
             sidecar: Some(false),
             force_identity: true,

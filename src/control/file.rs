@@ -202,6 +202,8 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let discard = section.text("discard", value::choice)?;
     let on_backing_error = section.text("on_backing_error", value::choice)?;
     let backing_timeout_s = section.number("backing_timeout_s", value::timeout_s)?;
+    let admission = section.text("admission", value::choice)?;
+    let cutoff = section.size("sequential_cutoff", value::sequential_cutoff)?;
     let poll_us = section.number("poll_us", value::poll_us)?;
     let sidecar = section.choice("sidecar")?;
 
@@ -230,6 +232,8 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.discard = discard.unwrap_or(volume.discard);
     volume.on_backing_error = on_backing_error.unwrap_or(volume.on_backing_error);
     volume.backing_timeout_s = backing_timeout_s.unwrap_or(volume.backing_timeout_s);
+    volume.admission = admission.unwrap_or(volume.admission);
+    volume.sequential_cutoff = cutoff.unwrap_or(volume.sequential_cutoff);
     volume.poll_us = poll_us.unwrap_or(volume.poll_us);
     volume.sidecar = sidecar;
     Ok(volume)
@@ -416,6 +420,8 @@ serial = "WEB-1"
 discard = "keep"
 on_backing_error = "error"
 backing_timeout_s = 0
+admission = "never"
+sequential_cutoff = "0"
 poll_us = 0x10
 
 [[volume]]
@@ -430,7 +436,7 @@ backing = "/dev/vg/db"
 
     #[test]
     fn every_key_reaches_its_field() {
-        use super::super::config::{Discard, Mode, OnBackingError, Order};
+        use super::super::config::{Admission, Discard, Mode, OnBackingError, Order};
         let config = read(WHOLE).unwrap();
         let cache = &config.caches()[0];
         assert_eq!((cache.name.as_str(), cache.size), ("pmem", Sizing::Exactly(64 << 30)));
@@ -446,6 +452,7 @@ backing = "/dev/vg/db"
         assert_eq!((web.queues, web.queue_size, web.poll_us), (4, 64, 16));
         assert_eq!((web.mode, web.order, web.discard), (Mode::Writethrough, Order::Relaxed, Discard::Keep));
         assert_eq!((web.on_backing_error, web.backing_timeout_s), (OnBackingError::Error, 0));
+        assert_eq!((web.admission, web.sequential_cutoff), (Admission::Never, 0));
         assert!(web.data_crc && web.read_only);
         assert_eq!((web.block_size, web.serial), (Some(4096), "WEB-1".parse().unwrap()));
         let db = &config.volumes()[1];

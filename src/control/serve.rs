@@ -23,7 +23,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::announce::{self, CacheLine, VolumeLine};
-use super::config::{CacheConfig, Config, Discard, Mode, OnBackingError, Order, VolumeConfig};
+use super::config::{Admission, CacheConfig, Config, Discard, Mode, OnBackingError, Order, VolumeConfig};
 use super::exit::Exit;
 use super::log;
 use super::run::{RunError, of_cache};
@@ -34,7 +34,7 @@ use crate::backing::{Backing, Disk};
 use crate::cache::volume::VolumeDisk;
 use crate::cache::worker::Workers;
 use crate::cache::{
-    self, AttachOptions, Cache, RecoveryReport, ScrubOptions, SystemClock, Volume, VolumeState,
+    self, AttachOptions, Cache, ReadPolicy, RecoveryReport, ScrubOptions, SystemClock, Volume, VolumeState,
 };
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
@@ -260,6 +260,10 @@ fn attach_options(
         redo,
         data_crc: config.data_crc,
         pass_discard: config.discard == Discard::Pass,
+        reads: ReadPolicy {
+            admission: admission(config.admission),
+            sequential_cutoff: config.sequential_cutoff,
+        },
         read_only: config.read_only,
         serial: config.serial.as_str().into(),
         block_size: config.block_size,
@@ -445,6 +449,14 @@ fn on_backing_error(policy: OnBackingError) -> cache::OnBackingError {
         OnBackingError::Wait => cache::OnBackingError::Wait,
         OnBackingError::Error => cache::OnBackingError::Error,
         OnBackingError::ReadOnly => cache::OnBackingError::ReadOnly,
+    }
+}
+
+fn admission(admission: Admission) -> cache::Admission {
+    match admission {
+        Admission::Adaptive => cache::Admission::Adaptive,
+        Admission::SecondMiss => cache::Admission::SecondMiss,
+        Admission::Never => cache::Admission::Never,
     }
 }
 

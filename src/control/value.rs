@@ -178,6 +178,14 @@ fn multiple_of(text: &str, unit: u64) -> Result<u64, ValueError> {
     Ok(size)
 }
 
+/// How much is read in one go before it is no longer cached, 0 for no limit.
+///
+/// # Errors
+/// Not a size, or not a multiple of 512.
+pub fn sequential_cutoff(text: &str) -> Result<u64, ValueError> {
+    if text == "0" { Ok(0) } else { multiple_of(text, crate::units::SECTOR) }
+}
+
 /// Size of a segment: 64 KiB to 1 GiB.
 ///
 /// # Errors

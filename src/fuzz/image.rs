@@ -374,6 +374,7 @@ impl Machine {
                 redo: None,
                 data_crc: number == 0,
                 pass_discard: true,
+                reads: Default::default(),
                 read_only: choices.read_only,
                 serial: String::from("fuzz"),
                 block_size: None,

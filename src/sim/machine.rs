@@ -289,6 +289,7 @@ fn attach_options(
         redo: has_redo.then(|| Arc::new(SimBacking::new(world, redo))),
         data_crc: true,
         pass_discard: style.pass_discard,
+        reads: Default::default(),
         read_only: false,
         serial: format!("sim{number}"),
         block_size: None,

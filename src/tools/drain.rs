@@ -149,6 +149,7 @@ pub(super) fn volume_options(descriptor: &VolumeDescriptor, backing: Arc<Disk>) 
         force_identity: false,
         sidecar: None,
         accept_loss: false,
+        reads: Default::default(),
         allow_volatile: true,
     }
 }

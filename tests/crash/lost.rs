@@ -312,6 +312,7 @@ fn open(scene: &Scene, mode: Mode, accept_loss: bool) -> Result<Arc<Volume<SimEn
         redo: None,
         data_crc: true,
         pass_discard: false,
+        reads: Default::default(),
         read_only: false,
         serial: String::new(),
         block_size: None,

@@ -39,6 +39,7 @@ fn attach(world: &Arc<World>, sidecar: Option<bool>) -> Result<Attached, String>
         force_identity: false,
         sidecar,
         accept_loss: false,
+        reads: Default::default(),
         allow_volatile: false,
     };
     let volume = cache.attach(options).map_err(|e| e.to_string())?;

@@ -23,6 +23,7 @@ fn options(world: &Arc<World>) -> AttachOptions<SimEnv> {
         redo: None,
         data_crc: true,
         pass_discard: false,
+        reads: Default::default(),
         read_only: false,
         serial: String::new(),
         block_size: None,

@@ -129,6 +129,7 @@ impl Scene {
             force_identity: false,
             sidecar: self.sidecar,
             accept_loss: false,
+            reads: Default::default(),
             allow_volatile: false,
         });
         let volume = volume.map_err(|e| e.to_string())?;

@@ -14,10 +14,11 @@ use std::sync::atomic::Ordering;
 use super::super::counters::add;
 use super::super::env::Env;
 use super::super::index::Extent;
+use super::super::segments::Class;
 use super::super::stream::Stamp;
 use super::super::stripes::{Ticket, lock};
 use super::Queue;
-use super::write::ensure_open;
+use super::write::{ensure_open, is_open_for_fills};
 use crate::backing::AlignedBuf;
 use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::KeyKind;
@@ -69,8 +70,17 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let Self { volume, index, fills, scratch, .. } = &mut *self;
         let (volume, q) = (&**volume, *index);
         let (cache, core) = (&volume.cache, &volume.core);
-        let mut stream = lock(core.stream(q));
-        if !ensure_open(volume, q, &mut stream, true) {
+        // Those that come first and are alike go together.
+        let of = |fill: &Fill| cache.evicted.knows(core.incarnation, fill.range);
+        let is_proven = fills.front().is_some_and(of);
+        let class = if is_proven { Class::Proven } else { Class::Probation };
+        let own = core.fill_stream(class);
+        let mut stream = lock(own.unwrap_or_else(|| core.stream(q)));
+        let (class, is_filled) = match own {
+            Some(_) => (class, is_open_for_fills(volume, class, &mut stream)),
+            None => (Class::Written, ensure_open(volume, q, &mut stream, true)),
+        };
+        if !is_filled {
             return Some(0);
         }
         let open = stream.open.as_mut().expect("ensured above");
@@ -80,7 +90,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let mut parts = Vec::with_capacity(fills.len());
         let limit = open.payload_end + cache.record_payload_max();
         for fill in fills.iter() {
-            if !draft.has_room(open, fill.range.len)
+            let is_another = own.is_some() && !parts.is_empty() && of(fill) != is_proven;
+            if is_another
+                || !draft.has_room(open, fill.range.len)
                 || draft.payload_end + fill.range.len as u32 * 512 > limit
             {
                 break;
@@ -144,6 +156,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             if_mutated(Mutant::FillOverNewer, || core.index.remove(key.range(), &mut Vec::new()));
             core.index.insert_gaps(Extent { range: key.range(), place }, &mut inserted);
             cache.mark_unmapped_dead(open.id, key, &inserted);
+            core.reuse.stored(key.range(), class, cache.opened.load(Ordering::Relaxed));
             add(&core.queue(q).tally.fill_sectors, u64::from(key.sectors));
         }
         segment.log_low.store(open.log_low, Ordering::Release);

@@ -15,6 +15,7 @@ mod fill;
 mod io;
 mod parked;
 mod read;
+mod sequential;
 mod write;
 
 use std::collections::VecDeque;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use self::fill::Fill;
 use self::io::Io;
 pub(crate) use self::read::{HitError, Reader};
+use self::sequential::Sequential;
 use self::write::{Gathered, Scratch};
 use super::counters::add;
 use super::env::Env;
@@ -101,6 +103,7 @@ pub struct Queue<E: Env, B: Buffer> {
     pub(crate) scratch: Scratch,
     pub(crate) found: Vec<Extent>,
     pub(crate) gaps: Vec<SectorRange>,
+    sequential: Sequential,
     done: Vec<Done<B>>,
     inside: bool,
 }
@@ -125,6 +128,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             scratch: Scratch::new(),
             found: Vec::new(),
             gaps: Vec::new(),
+            sequential: Sequential::default(),
             done: Vec::new(),
             inside: false,
             volume,

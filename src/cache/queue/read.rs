@@ -13,6 +13,7 @@ use super::super::env::Env;
 use super::super::index::{Extent, REGION_SECTORS};
 use super::super::record::EXTENT_SECTORS_MAX;
 use super::super::stripes::Ticket;
+use super::super::volume::Admission;
 use super::io::Purpose;
 use super::{Fill, Queue};
 use crate::backing::Op;
@@ -113,6 +114,10 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     pub(super) fn start_read(&mut self, slot: u32, range: SectorRange) {
         add(&self.shared().tally.reads, 1);
         self.slots.get(slot).left = 1;
+        let cutoff = self.volume.reads.sequential_cutoff / 512;
+        let is_admitted = self.sequential.note(range) <= cutoff || cutoff == 0;
+        let (core, cache) = (&self.volume.core, &self.volume.cache);
+        core.reuse.read(range, cache.opened.load(Ordering::Relaxed));
         let mut found = std::mem::take(&mut self.found);
         let mut gaps = std::mem::take(&mut self.gaps);
         found.clear();
@@ -142,7 +147,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         add(if missed == 0 { &tally.read_hits } else { &tally.read_misses }, 1);
         if ok {
             for gap in &gaps {
-                self.start_miss(slot, *gap);
+                self.start_miss(slot, *gap, is_admitted);
             }
         }
         self.found = found;
@@ -178,7 +183,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     }
 
     /// Reads a gap from the disk, in pieces that may become fills.
-    fn start_miss(&mut self, slot: u32, gap: SectorRange) {
+    fn start_miss(&mut self, slot: u32, gap: SectorRange, is_admitted: bool) {
         add(&self.shared().tally.read_miss_sectors, gap.len);
         let fills = self.volume.mode().fills();
         let longest = self.volume.cache.piece_sectors_max().min(EXTENT_SECTORS_MAX);
@@ -187,6 +192,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             let in_region = REGION_SECTORS - start % REGION_SECTORS;
             let range = SectorRange::new(start, (gap.end() - start).min(in_region).min(longest));
             start = range.end();
+            let fills = fills && self.admits(range, is_admitted);
             let fill = if fills { self.place(range) } else { None };
             let buf = self.io.buffer(range.len as usize * 512);
             let op = Op::Read { offset: range.start * 512, buf };
@@ -198,6 +204,25 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 self.part_done(slot, false);
             }
         }
+    }
+
+    /// Whether what is missing of a range is to be cached.
+    fn admits(&self, range: SectorRange, is_admitted: bool) -> bool {
+        let (evicted, volume) = (&self.volume.cache.evicted, self.volume.core.incarnation);
+        let admits = is_admitted
+            && match self.volume.reads.admission {
+                Admission::Adaptive => true,
+                Admission::Never => false,
+                Admission::SecondMiss if evicted.knows(volume, range) => true,
+                Admission::SecondMiss => {
+                    evicted.note(volume, range);
+                    false
+                }
+            };
+        if !admits {
+            add(&self.shared().tally.unadmitted_sectors, range.len);
+        }
+        admits
     }
 
     /// Registers a placeholder and draws the fill's version. `None` when something has been

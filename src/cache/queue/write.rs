@@ -12,6 +12,7 @@ use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::index::{Extent, REGION_SECTORS};
 use super::super::record::{Draft, StoreError};
+use super::super::segments::Class;
 use super::super::stream::{Open, Stamp, Stream};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, Volume};
@@ -212,19 +213,34 @@ impl<E: Env> Volume<E> {
 pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Stream, for_fill: bool) -> bool {
     let cache = &volume.cache;
     if stream.open.is_none() {
-        let Some(open) = cache.open_segment(volume.core.incarnation, q, for_fill) else { return false };
+        let number = Class::Written.stream(q);
+        let Some(open) = cache.open_segment(volume.core.incarnation, number, for_fill) else { return false };
         let cursor = Cursor::Log(open.log_low);
         lock(&volume.core.dirty).drained.insert(open.id, cursor);
         stream.open = Some(open);
         volume.pace(false);
     }
+    make_ready(cache, stream);
+    true
+}
+
+/// The same for a stream of reads alone: nothing in it is ever written back.
+pub(super) fn is_open_for_fills<E: Env>(volume: &Volume<E>, class: Class, stream: &mut Stream) -> bool {
+    let cache = &volume.cache;
+    if stream.open.is_none() {
+        stream.open = cache.open_segment(volume.core.incarnation, class.stream(0), true);
+    }
+    make_ready(cache, stream);
+    stream.open.is_some()
+}
+
+fn make_ready<E: Env>(cache: &Cache<E>, stream: &mut Stream) {
     if let Some(open) = &mut stream.open {
         if !cache.media.pmem.class().fence_is_durable() {
             open.witness_durable(&cache.media, cache.syncer.completed());
         }
         open.align(cache.syncer.started());
     }
-    true
 }
 
 fn commit_record<E: Env, B: Buffer>(
@@ -388,6 +404,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         replaced.clear();
         if key.kind == KeyKind::Data {
             segment.add_live(key.sectors);
+            core.reuse.stored(key.range(), Class::Written, cache.opened.load(Ordering::Relaxed));
         }
         let place = cache.media.place(open.id, key, true);
         let mut range = key.range();

@@ -210,7 +210,7 @@ mod tests {
 
     fn volume() -> Arc<VolumeCore> {
         let sectors = REGIONS * REGION_SECTORS;
-        Arc::new(VolumeCore::new(VolumeDescriptor { sectors, ..VolumeDescriptor::default() }, 0))
+        Arc::new(VolumeCore::new(VolumeDescriptor { sectors, ..VolumeDescriptor::default() }, 0, 64))
     }
 
     /// Blocks, runs, small zeros, and zeros and losses of many regions, the later the newer.

@@ -11,7 +11,7 @@ use super::super::core::Cache;
 use super::super::env::Env;
 use super::super::index::{Extent, Place};
 use super::super::scan::Scan;
-use super::super::segments::{Segment, State};
+use super::super::segments::{Class, Segment, State};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, VolumeCore};
 use super::Volumes;
@@ -56,6 +56,7 @@ pub(super) fn recover<E: Env>(cache: &Cache<E>, id: u32, volumes: &Volumes, keys
         return found;
     }
     segment.begin(&cache.media.geometry, header.incarnation, header.generation, header.start_counter);
+    segment.set_class(Class::of_stream(header.stream));
     if let Some(volume) = volumes.get(&header.incarnation) {
         let scan = scan_segment(cache, id, &header, volume, &mut found);
         load_liveness(cache, id, &header, &mut found);

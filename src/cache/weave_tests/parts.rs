@@ -19,7 +19,7 @@ use crate::units::SectorRange;
 use crate::wake::Waker;
 
 fn core(queues: u16) -> Arc<VolumeCore> {
-    let core = VolumeCore::new(VolumeDescriptor::default(), 0);
+    let core = VolumeCore::new(VolumeDescriptor::default(), 0, 1);
     _ = core.queues.set((0..queues).map(|_| QueueShared::new()).collect());
     Arc::new(core)
 }

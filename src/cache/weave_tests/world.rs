@@ -231,6 +231,7 @@ impl Bench {
                 redo: None,
                 data_crc: true,
                 pass_discard: style.pass_discard,
+                reads: Default::default(),
                 read_only: false,
                 serial: "sim0".into(),
                 block_size: None,

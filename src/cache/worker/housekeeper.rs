@@ -25,12 +25,14 @@ use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::index::Extent;
 use super::super::segments::State;
+use super::super::stream::Open;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
 use super::super::volume::VolumeCore;
 use super::Progress;
 use super::relocate::Relocator;
 use super::scrub::Scrubber;
+use super::victims::Budget;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{SegmentHeader, SegmentState};
 use crate::pmem::Pmem;
@@ -57,6 +59,8 @@ pub(crate) struct Housekeeper<E: Env> {
     pub(super) relocates: bool,
     /// Victims looked for so far.
     pub(super) turn: usize,
+    /// What may be copied of clean segments.
+    pub(super) budget: Budget,
     stage: Stage,
     /// Full segments, to be sealed once their records are durable.
     sealing: Option<(Durable, Vec<u32>)>,
@@ -72,6 +76,7 @@ impl<E: Env> Housekeeper<E> {
             scrubber: Scrubber::new(cache.clone()),
             relocates: true,
             turn: 0,
+            budget: Budget::new(u64::from(cache.capacity_sectors())),
             cache,
             stage: Stage::Idle,
             sealing: None,
@@ -119,7 +124,7 @@ impl<E: Env> Housekeeper<E> {
             return;
         }
         for volume in self.cache.all_volumes() {
-            for stream in volume.streams.get().into_iter().flatten() {
+            for stream in volume.all_streams() {
                 // Whoever holds it is about to append, and does this first.
                 let Ok(mut stream) = stream.try_lock() else { continue };
                 if let Some(open) = &mut stream.open {
@@ -184,7 +189,7 @@ impl<E: Env> Housekeeper<E> {
         });
         let sealed = match walked {
             Ok(_) => cache
-                .seal(id, header.incarnation, 0, header.generation, &keys, &checksums)
+                .seal(id, header.incarnation, segment.class().stream(0), header.generation, &keys, &checksums)
                 .map_err(|e| e.to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -241,7 +246,7 @@ impl<E: Env> Housekeeper<E> {
     fn empty_one(&mut self, mut full: VecDeque<u32>, mut empty: Vec<u32>) -> Progress {
         if let Some(id) = full.pop_front() {
             if self.relocates && (empty.is_empty() || self.cache.free_segments() > 0) {
-                self.relocator.save_hot(id);
+                self.relocator.save_hot(id, self.least_heat(id), self.budget.sectors());
             }
             if !mutated(Mutant::EvictionLeavesIndex) {
                 self.evict(id);
@@ -310,6 +315,9 @@ impl<E: Env> Housekeeper<E> {
         }
         cache.mark_dead(&removed);
         drop(writer);
+        for extent in removed.iter().filter(|e| !e.place.zero) {
+            cache.evicted.note(volume.incarnation, extent.range);
+        }
         add(&volume.tally.evicted_sectors, sectors(&removed));
     }
 
@@ -373,10 +381,14 @@ impl<E: Env> Housekeeper<E> {
     fn close_idle_streams(&self) -> bool {
         let mut closed = false;
         for volume in self.cache.all_volumes() {
-            for stream in volume.streams.get().into_iter().flatten() {
+            let of_fills = volume.fill_streams.get().into_iter().flatten();
+            let of_writes = volume.streams.get().into_iter().flatten();
+            let streams = of_writes.map(|s| (s, true)).chain(of_fills.map(|s| (s, false)));
+            for (stream, is_waited_for) in streams {
                 let Ok(mut stream) = stream.try_lock() else { continue };
-                let used = stream.open.as_ref().is_some_and(|open| open.is_used());
-                if used {
+                // Whoever opened one for a write is about to use it. A fill may have been given up.
+                let is_over = |open: &Open| open.is_used() || !is_waited_for;
+                if stream.open.as_ref().is_some_and(is_over) {
                     self.cache.close_segment(&mut stream);
                     closed = true;
                 }

@@ -19,8 +19,8 @@
 //!   cache has at least six: with all others clean, guests get the second of those it frees (law 12).
 //!   Without a target nothing is relocated: clean data is dropped, dirty data waits for write-back.
 //! - Dirty data: see `pinned.rs`.
-//! - What is copied was less than half of its segment, and a copy must be read again to be copied
-//!   again: reclaim writes less than it frees.
+//! - What is copied was less than half of its segment, and of clean data a tenth of what comes in: reclaim
+//!   writes less than it frees.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -32,7 +32,7 @@ use super::super::index::{Extent, Place};
 use super::super::plan::Moved;
 use super::super::queue::{HitError, Reader};
 use super::super::record::Draft;
-use super::super::segments::State;
+use super::super::segments::{Class, State};
 use super::super::stream::{Open, Stamp, Stream};
 use super::super::volume::VolumeCore;
 use super::pieces::{cut, runs};
@@ -156,17 +156,24 @@ impl<E: Env> Relocator<E> {
         self.reserve.is_some() || self.is_aimed_at(volume)
     }
 
-    /// Copies what a clean segment has that guests have read. What does not fit is not kept.
-    pub fn save_hot(&mut self, id: u32) {
+    /// Copies what a clean segment has that guests have read so often, up to so many sectors. What does
+    /// not fit is not kept.
+    pub fn save_hot(&mut self, id: u32, least: u8, most: u64) {
         let Some((volume, mut keys)) = self.contents(id) else { return };
         let segment = &self.cache.segments[id as usize];
         keys.retain(|k| k.kind.has_payload());
         let mut pieces = VecDeque::new();
         for key in &keys {
             for part in self.live_parts(&volume, id, key) {
-                pieces.extend(runs(part, |sector| segment.is_read(sector)));
+                pieces.extend(runs(part, |sector| segment.heat(sector) >= least));
             }
         }
+        let mut left = most;
+        pieces.retain(|piece| {
+            let fits = u64::from(piece.sectors) <= left;
+            left -= if fits { u64::from(piece.sectors) } else { 0 };
+            fits
+        });
         // A failure is noted where it happens; the rest is dropped as if it were cold.
         _ = self.copy(&volume, id, u64::MAX, PATIENCE, &mut pieces, &mut Moves::default());
     }
@@ -407,6 +414,13 @@ impl<E: Env> Relocator<E> {
             }
             mapped.clear();
             segment.add_live(key.sectors);
+            if !dirty {
+                let origin = &cache.segments[id as usize];
+                for at in (0..key.sectors).step_by(8) {
+                    segment.warm(key.payload + at, origin.heat(source + at).saturating_sub(1));
+                }
+                volume.reuse.stored(key.range(), Class::Proven, cache.opened.load(Ordering::Relaxed));
+            }
             let (from, to) = (shown(key, source), cache.media.place(open.id, key, false).position);
             volume.index.move_if(from, to, &mut mapped);
             cache.mark_unmapped_dead(open.id, key, &mapped);

@@ -358,6 +358,7 @@ fn options_of(n: usize, member: &Member, disk: &Arc<TimedDisk>) -> AttachOptions
         accept_loss: false,
         sidecar: None,
         redo: None,
+        reads: Default::default(),
         allow_volatile: false,
     }
 }

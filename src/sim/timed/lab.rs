@@ -11,7 +11,7 @@ use crate::backing::{AlignedBuf, Channel, Op};
 use crate::cache::queue::Queue;
 use crate::cache::worker::{Progress, Stepper};
 use crate::cache::{
-    AttachOptions, Cache, Clock, Env, FormatOptions, Mode, Order, Volume, VolumeDisk, format,
+    AttachOptions, Cache, Clock, Env, FormatOptions, Mode, Order, ReadPolicy, Volume, VolumeDisk, format,
 };
 use crate::onmedia::Geometry;
 use crate::pmem::{MediaClass, MediaError, Pmem, SyncError};
@@ -171,6 +171,11 @@ fn is_busy(flights: &HashMap<u32, Flight>, first: u64, sectors: u64) -> bool {
 impl Lab {
     /// A fresh cache before a disk of zeros.
     pub fn new(setup: &Setup) -> Lab {
+        Lab::with_reads(setup, ReadPolicy::default())
+    }
+
+    /// The same with a policy for reads.
+    pub fn with_reads(setup: &Setup, reads: ReadPolicy) -> Lab {
         let clock = VirtualClock::default();
         let behind = if let RedoPlace::SameDisk(sectors) = setup.redo { sectors } else { 0 };
         let disk = TimedDisk::with_raw(&clock, setup.model, setup.sectors, behind);
@@ -198,6 +203,7 @@ impl Lab {
                 redo,
                 data_crc: true,
                 pass_discard: true,
+                reads,
                 read_only: false,
                 serial: "lab".to_owned(),
                 block_size: None,
