@@ -92,7 +92,7 @@ impl<E: Env> Cache<E> {
         self.free_list().into_iter().try_for_each(|id| count(id, State::Free, "on the free list"))?;
         lock(&self.sealed).iter().try_for_each(|id| count(*id, State::Sealed, "a candidate for reclaim"))?;
         for volume in self.all_volumes() {
-            for stream in volume.streams.get().into_iter().flatten() {
+            for stream in volume.streams.iter() {
                 if let Some(open) = &lock(stream).open {
                     count(open.id, State::Open, "some stream's")?;
                     let owner = self.segments[open.id as usize].owner.load(Ordering::Relaxed);

@@ -64,7 +64,7 @@ impl<E: Env> Cache<E> {
         self.finish_delete(core)?;
         // From here on nobody finds it: what its segments hold is nobody's.
         write(&self.volumes).remove(&core.incarnation);
-        for stream in core.streams.get().into_iter().flatten() {
+        for stream in core.streams.iter() {
             self.close_segment(&mut lock(stream));
         }
         for segment in &self.segments {

@@ -10,11 +10,12 @@
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
+use super::grown::Grown;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
@@ -142,8 +143,8 @@ pub(crate) struct VolumeCore {
     pub plan: Mutex<Plan>,
     /// Whether keys of dirty records were lost: not to be opened for writing.
     pub damaged: AtomicBool,
-    pub queues: OnceLock<Box<[QueueShared]>>,
-    pub streams: OnceLock<Box<[Mutex<Stream>]>>,
+    pub queues: Grown<QueueShared>,
+    pub streams: Grown<Mutex<Stream>>,
     pub writeback: Signal,
     pub pacer: Pacer,
     pub attached: AtomicBool,
@@ -173,8 +174,8 @@ impl VolumeCore {
             accepts_loss: AtomicBool::new(false),
             damage_seen: AtomicBool::new(false),
             plan: Mutex::default(),
-            queues: OnceLock::new(),
-            streams: OnceLock::new(),
+            queues: Grown::default(),
+            streams: Grown::default(),
             writeback: Signal::default(),
             pacer: Pacer::default(),
             attached: AtomicBool::new(false),
@@ -221,7 +222,7 @@ impl VolumeCore {
     /// The highest epoch that no record can be added to any more.
     pub fn closed_epoch(&self) -> u64 {
         let mut closed = self.epoch.load(Ordering::SeqCst) - u64::from(!mutated(Mutant::OpenEpochTaken));
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             let stamp = shared.stamp.load(Ordering::SeqCst);
             closed = closed.min(stamp.saturating_sub(1));
         }
@@ -239,18 +240,17 @@ impl VolumeCore {
     }
 
     pub fn queue(&self, q: u16) -> &QueueShared {
-        &self.queues.get().expect("an attached volume has queues")[q as usize]
+        self.queues.get(q.into())
     }
 
     /// The stream queue `q` appends to.
     pub fn stream(&self, q: u16) -> &Mutex<Stream> {
-        let streams = self.streams.get().expect("an attached volume has streams");
-        &streams[q as usize % streams.len()]
+        self.streams.get(usize::from(q) % self.streams.len())
     }
 
     /// Wakes every queue that waits for space or for a bypass.
     pub fn wake_waiting(&self) {
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             if shared.waiting.swap(false, Ordering::SeqCst) {
                 lock(&shared.waker).wake();
             }
@@ -261,7 +261,7 @@ impl VolumeCore {
     /// in the index before this call.
     pub fn wait_for_readers(&self) {
         fence(Ordering::SeqCst);
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             let seen = shared.section.load(Ordering::SeqCst);
             let mut spins = 0u32;
             while seen % 2 == 1 && shared.section.load(Ordering::SeqCst) == seen {
@@ -283,7 +283,7 @@ impl VolumeCore {
     pub fn counters(&self) -> Counters {
         let mut sum = Counters::default();
         self.tally.add_to(&mut sum);
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             shared.tally.add_to(&mut sum);
         }
         sum.dirty_bytes = self.index.dirty_sectors() * 512;
@@ -310,6 +310,11 @@ pub struct Volume<E: Env> {
     write_cache: AtomicBool,
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
+    /// The highest epoch that somebody waits for to reach the disk (`flush.rs`).
+    pub(crate) wanted: AtomicU64,
+    /// Whether a write-back thread serves it, and whether that is to end.
+    pub(crate) is_written_back: AtomicBool,
+    pub(crate) retired: AtomicBool,
 }
 
 impl<E: Env> Volume<E> {
@@ -337,6 +342,9 @@ impl<E: Env> Volume<E> {
             pass_discard,
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
+            wanted: AtomicU64::new(0),
+            is_written_back: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
         }
     }
 

@@ -115,7 +115,7 @@ impl<E: Env> Housekeeper<E> {
             return;
         }
         for volume in self.cache.all_volumes() {
-            for stream in volume.streams.get().into_iter().flatten() {
+            for stream in volume.streams.iter() {
                 // Whoever holds it is about to append, and does this first.
                 let Ok(mut stream) = stream.try_lock() else { continue };
                 if let Some(open) = &mut stream.open {
@@ -352,7 +352,7 @@ impl<E: Env> Housekeeper<E> {
     fn close_idle_streams(&self) -> bool {
         let mut closed = false;
         for volume in self.cache.all_volumes() {
-            for stream in volume.streams.get().into_iter().flatten() {
+            for stream in volume.streams.iter() {
                 let Ok(mut stream) = stream.try_lock() else { continue };
                 let used = stream.open.as_ref().is_some_and(|open| open.is_used());
                 if used {

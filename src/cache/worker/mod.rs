@@ -21,6 +21,7 @@ pub(crate) use writeback::Writeback;
 
 use super::core::Cache;
 use super::env::{Clock, Env};
+use super::stripes::lock;
 use super::volume::Volume;
 use crate::sync::thread::{self, JoinHandle};
 
@@ -143,6 +144,8 @@ impl<E: Env> Volume<E> {
 pub struct Workers<E: Env> {
     cache: Arc<Cache<E>>,
     threads: Vec<JoinHandle<()>>,
+    /// The volumes that are written back, each by its thread.
+    writebacks: Vec<(Arc<Volume<E>>, JoinHandle<()>)>,
 }
 
 impl<E: Env> Workers<E> {
@@ -152,7 +155,7 @@ impl<E: Env> Workers<E> {
     /// The kernel refused a thread; those already started are ended.
     pub fn spawn(cache: &Arc<Cache<E>>, volumes: &[Arc<Volume<E>>]) -> std::io::Result<Workers<E>> {
         cache.stopping.store(false, Ordering::SeqCst);
-        let mut workers = Workers { cache: cache.clone(), threads: Vec::new() };
+        let mut workers = Workers { cache: cache.clone(), threads: Vec::new(), writebacks: Vec::new() };
         cache.syncer.rearm();
         let c = cache.clone();
         workers.add("pcache-sync", move || c.syncer.run(&*c.media.pmem))?;
@@ -169,11 +172,36 @@ impl<E: Env> Workers<E> {
             }
         })?;
         for volume in volumes {
-            let volume = volume.clone();
-            let name: String = format!("pcache-wb-{}", volume.name).chars().take(15).collect();
-            workers.add(&name, move || run_writeback(volume))?;
+            workers.serve(volume)?;
         }
         Ok(workers)
+    }
+
+    /// Starts the write-back of one more volume of the cache.
+    ///
+    /// # Errors
+    /// The kernel refused the thread.
+    pub fn serve(&mut self, volume: &Arc<Volume<E>>) -> std::io::Result<()> {
+        let name: String = format!("pcache-wb-{}", volume.name).chars().take(15).collect();
+        let served = volume.clone();
+        let thread = thread::Builder::new().name(name).spawn(move || run_writeback(served))?;
+        volume.is_written_back.store(true, Ordering::SeqCst);
+        self.writebacks.push((volume.clone(), thread));
+        Ok(())
+    }
+
+    /// Ends the write-back of a volume that is to be detached. A disk that does not answer is waited
+    /// for as long as at a stop; what is dirty stays in the cache.
+    pub fn retire(&mut self, volume: &Arc<Volume<E>>) {
+        volume.retired.store(true, Ordering::SeqCst);
+        volume.core.writeback.raise();
+        for (_, thread) in self.writebacks.extract_if(.., |(served, _)| Arc::ptr_eq(served, volume)) {
+            drop(thread.join());
+        }
+        volume.is_written_back.store(false, Ordering::SeqCst);
+        // Of the round it was in nothing counts: the tail has not moved.
+        lock(&volume.core.plan).clear();
+        volume.core.pacer.end_round(false);
     }
 
     fn add(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
@@ -185,7 +213,7 @@ impl<E: Env> Workers<E> {
 
 fn run_writeback<E: Env>(volume: Arc<Volume<E>>) {
     let mut worker = Writeback::new(volume.clone());
-    while !volume.cache.stopping.load(Ordering::SeqCst) {
+    while !volume.cache.stopping.load(Ordering::SeqCst) && !volume.retired.load(Ordering::SeqCst) {
         match worker.step() {
             Progress::Did => {}
             Progress::Waiting => worker.wait(Duration::from_millis(50)),
@@ -222,7 +250,8 @@ impl<E: Env> Drop for Workers<E> {
         }
         // The syncer last: the others may wait for it.
         let syncer = (!self.threads.is_empty()).then(|| self.threads.remove(0));
-        for thread in self.threads.drain(..) {
+        let writebacks = self.writebacks.drain(..).map(|(_, thread)| thread);
+        for thread in self.threads.drain(..).chain(writebacks) {
             drop(thread.join());
         }
         self.cache.syncer.stop();

@@ -167,6 +167,7 @@ impl<E: Env> Writeback<E> {
         let urgent = self.volume.draining.load(Ordering::SeqCst)
             || self.volume.cache.is_pressed()
             || self.volume.is_round_due()
+            || core.tail.load(Ordering::SeqCst) < self.volume.wanted.load(Ordering::SeqCst)
             || core.damage_seen.load(Ordering::Relaxed);
         if !urgent && age < AGE_MS_MAX {
             return Progress::Idle;
