@@ -295,6 +295,9 @@ impl VolumeCore {
     }
 }
 
+/// Beside the mode: writes are held.
+const HELD: u8 = 0x80;
+
 /// An attached volume.
 pub struct Volume<E: Env> {
     pub(crate) cache: Arc<Cache<E>>,
@@ -365,11 +368,26 @@ impl<E: Env> Volume<E> {
 
     /// How writes go.
     pub fn mode(&self) -> Mode {
-        Mode::from_code(self.mode.load(Ordering::Acquire)).expect("only modes are stored")
+        Mode::from_code(self.mode.load(Ordering::Acquire) & !HELD).expect("only modes are stored")
     }
 
+    /// Sets the mode; whether writes are held stays as it is.
     pub(crate) fn set_mode(&self, mode: Mode) {
-        self.mode.store(mode as u8, Ordering::Release);
+        let held = self.mode.load(Ordering::Relaxed) & HELD;
+        self.mode.store(mode as u8 | held, Ordering::SeqCst);
+    }
+
+    /// Whether writes are held because the mode is being changed (`switch.rs`).
+    pub(crate) fn is_held(&self) -> bool {
+        self.mode.load(Ordering::SeqCst) & HELD != 0
+    }
+
+    pub(crate) fn hold(&self) {
+        self.mode.fetch_or(HELD, Ordering::SeqCst);
+    }
+
+    pub(crate) fn let_go(&self) {
+        self.mode.fetch_and(!HELD, Ordering::SeqCst);
     }
 
     /// How write-back goes.

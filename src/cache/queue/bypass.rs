@@ -69,13 +69,24 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
     }
 
+    /// Writes that waited for others around the cache go into it, since the mode has changed.
+    pub(super) fn gather_blocked(&mut self) {
+        while let Some(gathered) = self.bypass.blocked.pop_back() {
+            self.gather.push_front(gathered);
+        }
+    }
+
     fn start_bypass(&mut self, gathered: Gathered) {
         let (slot, range) = (gathered.slot, gathered.range);
         let core = &self.volume.core;
-        let Some(ticket) = core.stripes.bypass(range, &mut self.scratch.stripes) else {
+        let stripes = &mut self.scratch.stripes;
+        let ticket = core.stripes.bypass(range, stripes).or_else(|| {
+            core.queue(self.index).waiting.store(true, Ordering::SeqCst);
+            // What it would wait for may have ended just before that, and told nobody.
+            core.stripes.bypass(range, stripes)
+        });
+        let Some(ticket) = ticket else {
             self.bypass.blocked.push_back(gathered);
-            let shared = self.shared();
-            shared.waiting.store(true, Ordering::SeqCst);
             return;
         };
         let version = core.version.fetch_add(1, Ordering::SeqCst);
