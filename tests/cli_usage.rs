@@ -47,8 +47,23 @@ fn help_and_version_are_for_the_asking() {
         "check",
         "dump",
         "drain",
+        "--control",
+        "--control-group",
+        "--metrics",
+        "check-config",
+        "status",
+        "list",
+        "attach",
+        "detach",
+        "flush",
+        "set",
+        "stats",
+        "top",
+        "explain",
+        "reload",
         "Exit status",
         "SIGUSR1",
+        "SIGHUP",
     ] {
         assert!(help.out.contains(word), "--help without {word}");
     }

@@ -121,6 +121,16 @@ fn attach(
     backing: Arc<BackingDisk>,
     setup: Setup,
 ) -> Arc<Volume<Host>> {
+    attach_with(cache, name, backing, setup, 2)
+}
+
+fn attach_with(
+    cache: &Arc<Cache<Host>>,
+    name: &str,
+    backing: Arc<BackingDisk>,
+    setup: Setup,
+    queues: u16,
+) -> Arc<Volume<Host>> {
     cache
         .attach(AttachOptions {
             name: name.to_owned(),
@@ -134,7 +144,7 @@ fn attach(
             read_only: false,
             serial: "serial".to_owned(),
             block_size: None,
-            queues: 2,
+            queues,
             queue_size: 128,
             force_identity: false,
             sidecar: None,
@@ -377,4 +387,100 @@ fn a_volume_that_lost_every_segment_to_reclaim_still_counts_epochs_above_its_tai
         pair.ask(0, RequestKind::Read, 0, vec![0; 4096]) == [0xaa; 4096],
         "an acknowledged write is gone"
     );
+}
+
+/// A volume is attached and detached again and again in one life of the cache, each time with other
+/// queues, dirty data staying in the cache in between.
+#[test]
+fn a_volume_comes_back_with_more_queues_in_the_same_life_and_keeps_every_byte() {
+    for order in [Order::Strict, Order::Relaxed] {
+        let dir = memory_dir();
+        let setup = Setup { assume_dax: true, mode: Mode::Writeback, order };
+        make(dir.path(), 64 << 20, 64 << 20, setup);
+        let media = MappedPmem::open(&MediaOptions {
+            assume_dax: true,
+            ..MediaOptions::new(dir.path().join("cache"))
+        });
+        let (cache, _) =
+            Cache::<Host>::open(Arc::new(media.expect("opens")), SystemClock::default()).expect("opens");
+        let mut workers = Workers::spawn(&cache, &[]).expect("threads");
+        let mut rng = Rng(0x5eed_0020);
+        let mut model = vec![0u8; 64 << 20];
+        let mut was_dirty = false;
+        for (life, queues) in [2, 5, 1, 16, 3].into_iter().enumerate() {
+            let mut disk = DiskOptions::new(dir.path().join("disk"));
+            disk.wait_lock = Some(Duration::from_secs(10));
+            let disk = Arc::new(BackingDisk::open(&disk).expect("the disk of the last life is let go"));
+            let volume = attach_with(&cache, "vm", disk, setup, queues);
+            workers.serve(&volume).expect("a thread");
+            let face = VolumeDisk(volume.clone());
+            let last = queues - 1;
+            let queues = [0, last].map(|q| face.open_queue(q, Waker::default()).ok());
+            let mut world = World {
+                // Both of one queue, where there is only one: the second cannot be opened.
+                queues: queues.into_iter().flatten().collect(),
+                volume: volume.clone(),
+                workers: None,
+                cache: cache.clone(),
+            };
+            for batch in 0..60 {
+                let context = format!("{order:?} life {life} batch {batch}");
+                if world.queues.len() == 2 {
+                    step(&mut world, &mut rng, &mut model, &context);
+                }
+            }
+            world.queues.clear();
+            was_dirty |= !volume.is_clean();
+            workers.retire(&volume);
+            cache.detach(&volume).expect("detaches");
+        }
+        assert!(was_dirty, "{order:?}: nothing was ever kept dirty over a detach");
+
+        let disk = Arc::new(BackingDisk::open(&DiskOptions::new(dir.path().join("disk"))).expect("opens"));
+        let volume = attach_with(&cache, "vm", disk, setup, 2);
+        workers.serve(&volume).expect("a thread");
+        let mut steps = Vec::new();
+        let flushed = volume.flush_to_disk(&mut |step| {
+            steps.push((step.dirty_bytes, step.total_bytes));
+            std::ops::ControlFlow::Continue(())
+        });
+        flushed.expect("flushes");
+        assert!(steps.last().is_some_and(|(dirty, _)| *dirty == 0), "{steps:?}");
+        assert!(std::fs::read(dir.path().join("disk")).expect("reads") == model, "{order:?}: the disk alone");
+        assert!(volume.is_clean());
+    }
+}
+
+/// What a flush waits for is what was acknowledged before it, not what a guest goes on writing.
+#[test]
+fn a_flush_to_the_disk_ends_under_a_guest_that_never_stops_and_can_be_given_up() {
+    use std::ops::ControlFlow::{Break, Continue};
+    let dir = memory_dir();
+    let setup = Setup { assume_dax: true, mode: Mode::Writeback, order: Order::Strict };
+    make(dir.path(), 64 << 20, 16 << 20, setup);
+    let mut world = World::open(dir.path(), setup);
+    let write = |world: &mut World, sector: u64, byte: u8| {
+        let data = Bytes(vec![byte; 4096]);
+        world.queues[0].submit(Request { tag: 0, kind: RequestKind::Write, sector, data });
+        world.settle(&mut Vec::new());
+    };
+    for page in 0..64 {
+        write(&mut world, page * 8, 0xa1);
+    }
+    let interrupted = world.volume.flush_to_disk(&mut |_| Break(())).expect_err("was told to stop");
+    assert_eq!(interrupted.to_string().split(';').next(), Some("it was interrupted"));
+
+    let volume = world.volume.clone();
+    let flush = std::thread::spawn(move || volume.flush_to_disk(&mut |_| Continue(())));
+    let mut after = 0;
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while !flush.is_finished() {
+        assert!(std::time::Instant::now() < deadline, "the flush follows the guest");
+        write(&mut world, (1024 + after % 1024) * 8, 0xb2);
+        after += 1;
+    }
+    flush.join().expect("no panic").expect("flushes");
+    assert!(after > 0, "the guest wrote nothing meanwhile");
+    let disk = std::fs::read(dir.path().join("disk")).expect("reads");
+    assert!(disk[..64 * 4096].iter().all(|&byte| byte == 0xa1), "what was acknowledged before is there");
 }

@@ -335,12 +335,14 @@ impl<E: Env> Cache<E> {
             flush(&*options.backing)
                 .map_err(|error| AttachError::Disk { path: identity.path.clone(), error })?;
         }
-        let is_first = core.queues.set((0..options.queues).map(|_| QueueShared::new()).collect()).is_ok();
+        let is_first = core.queues.len() == 0;
+        core.queues.grow_to(usize::from(options.queues).max(1), QueueShared::new);
         let streams = (self.segments.len() / 16).clamp(1, usize::from(options.queues).max(1));
-        _ = core.streams.set((0..streams).map(|_| Mutex::new(Stream::default())).collect());
+        core.streams.grow_to(streams, || Mutex::new(Stream::default()));
         if self.parts_reads() {
             _ = core.fill_streams.set([Mutex::default(), Mutex::default()]);
         }
+        core.facts.begin_anew();
         for (id, segment) in self.segments.iter().enumerate().filter(|_| is_first) {
             let max_epoch = segment.max_epoch.load(Ordering::Relaxed);
             if segment.owner.load(Ordering::Relaxed) == core.incarnation
@@ -594,6 +596,13 @@ impl<E: Env> Cache<E> {
         self.note_rest(volume)?;
         volume.core.attached.store(false, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Ends a volume's attachment without a look at its disk: what is on it is not known, as after a
+    /// kill, and the next attach takes it as it finds it. For a disk that does not answer or fails
+    /// [`Cache::detach`]. No queue may be open and no worker may serve the volume.
+    pub fn abandon(&self, volume: &Volume<E>) {
+        volume.core.attached.store(false, Ordering::SeqCst);
     }
 
     /// Ends the run in order: seals nothing, drops nothing, and notes that it was no crash.

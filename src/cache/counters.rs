@@ -5,15 +5,20 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// A snapshot; all since the volume was attached.
+    ($(#[doc = $doc:literal] $name:ident,)*) => {
+        /// A snapshot; all since the volume was first attached in this life of the cache.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        pub struct Counters { $($(#[$doc])* pub $name: u64,)* }
+        pub struct Counters { $(#[doc = $doc] pub $name: u64,)* }
 
         impl Counters {
             /// Names and values, in a fixed order.
             pub fn fields(&self) -> Vec<(&'static str, u64)> {
                 vec![$((stringify!($name), self.$name)),*]
+            }
+
+            /// What each counts, in the order of [`Counters::fields`].
+            pub fn descriptions() -> Vec<&'static str> {
+                vec![$($doc.trim_ascii()),*]
             }
         }
 
@@ -68,8 +73,7 @@ counters! {
     records,
     /// Sectors filled after a miss.
     fill_sectors,
-    /// Sectors read from the disk that were not to be cached: read in one go beyond the cutoff, or not
-    /// admitted.
+    /// Sectors read from the disk that were not to be cached: read in one go beyond the cutoff, or not admitted.
     unadmitted_sectors,
     /// Fills dropped because something overlapped, or there was no space.
     fills_dropped,

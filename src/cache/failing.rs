@@ -172,12 +172,12 @@ impl Alarm {
 impl VolumeCore {
     /// Whether queues have alarms set.
     pub fn has_alarms(&self) -> bool {
-        self.queues.get().into_iter().flatten().any(|q| q.alarm.is_set())
+        self.queues.iter().any(|q| q.alarm.is_set())
     }
 
     /// Wakes the queues whose time has come.
     pub fn ring_alarms(&self, now_ms: u64) {
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             if shared.alarm.rings(now_ms) {
                 lock(&shared.waker).wake();
             }
@@ -218,7 +218,7 @@ impl<E: Env> Volume<E> {
         let core = &self.core;
         core.policy.on_error.store(on_error as u8, Ordering::Relaxed);
         core.policy.timeout_ms.store(timeout_ms, Ordering::Relaxed);
-        for shared in core.queues.get().into_iter().flatten() {
+        for shared in core.queues.iter() {
             shared.alarm.ring();
             lock(&shared.waker).wake();
         }

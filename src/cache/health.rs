@@ -254,6 +254,12 @@ impl Facts {
         lock(&self.failures).writeback = None;
     }
 
+    /// The volume is attached again: what failed before was another attachment's.
+    pub fn begin_anew(&self) {
+        let mut failures = lock(&self.failures);
+        (failures.writeback, failures.guest) = (None, None);
+    }
+
     /// The disk failed an operation of a guest.
     pub fn guest_failed(&self, failure: Failure, now_ms: u64) {
         let mut failures = lock(&self.failures);
@@ -314,7 +320,7 @@ impl VolumeCore {
 
     /// For how long the disk has owed its oldest answer.
     pub(super) fn owed_ms(&self, now_ms: u64) -> u64 {
-        let queues = self.queues.get().into_iter().flatten().filter_map(|q| q.owed.since_ms());
+        let queues = self.queues.iter().filter_map(|q| q.owed.since_ms());
         let others = [self.facts.writeback.since_ms(), self.facts.left.since_ms()];
         queues.chain(others.into_iter().flatten()).min().map_or(0, |ms| now_ms.saturating_sub(ms))
     }

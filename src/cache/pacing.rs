@@ -161,6 +161,14 @@ impl Pacer {
         state.leading_us = average(state.leading_us, us);
     }
 
+    /// Bytes that the round under way has brought to the disk, 0 between rounds.
+    pub fn under_way(&self) -> u64 {
+        lock(&self.state)
+            .round
+            .as_ref()
+            .map_or(0, |round| round.done.saturating_sub(round.leading).min(round.todo))
+    }
+
     /// Notes that a round's writes have all ended.
     pub fn written(&self, now_us: u64) {
         let mut state = lock(&self.state);
@@ -236,18 +244,18 @@ impl VolumeCore {
     }
 
     fn taken(&self) -> u64 {
-        let queues = self.queues.get().into_iter().flatten();
+        let queues = self.queues.iter();
         queues.map(|q| q.purse.taken.load(Ordering::Relaxed)).sum()
     }
 
     fn stream_count(&self) -> u64 {
-        self.streams.get().map_or(1, |s| s.len() as u64)
+        self.streams.len().max(1) as u64
     }
 
     /// Hands out `allowed` bytes, less what is still unspent, to the queues that wait; at least
     /// `least` to each.
     fn grant(&self, allowed: i64, least: i64) {
-        let queues = || self.queues.get().into_iter().flatten();
+        let queues = || self.queues.iter();
         let unspent: i64 = queues().map(|q| q.purse.budget.load(Ordering::Relaxed).max(0)).sum();
         let waiting = queues().filter(|q| q.waiting.load(Ordering::SeqCst)).count() as i64;
         let share = ((allowed - unspent) / waiting.max(1)).max(least);
@@ -428,7 +436,7 @@ impl<E: Env> Volume<E> {
         let was_paced = core.pacer.is_paced.swap(is_paced, Ordering::Relaxed);
         if is_paced {
             if !was_paced {
-                for queue in core.queues.get().into_iter().flatten() {
+                for queue in core.queues.iter() {
                     queue.purse.budget.store(0, Ordering::Relaxed);
                 }
                 core.writeback.raise();

@@ -154,6 +154,12 @@ impl Stripes {
         })
     }
 
+    /// Whether any write around the cache is registered. For who has seen to it that none begins.
+    pub fn has_bypasses(&self) -> bool {
+        let has_one = |stripe: &Stripe| lock(&stripe.entries).iter().any(|entry| entry.bypass);
+        self.stripes.iter().any(has_one)
+    }
+
     /// Whether the registration stands unbroken; the caller holds its stripes.
     pub fn is_whole(&self, ticket: Ticket, range: SectorRange) -> bool {
         self.of(range)

@@ -16,6 +16,7 @@ use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
 use super::failing::{Alarm, Policy};
+use super::grown::Grown;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
 use super::pacing::{Pacer, Purse};
@@ -178,8 +179,8 @@ pub(crate) struct VolumeCore {
     pub plan: Mutex<Plan>,
     /// Whether keys of dirty records were lost: not to be opened for writing.
     pub damaged: AtomicBool,
-    pub queues: OnceLock<Box<[QueueShared]>>,
-    pub streams: OnceLock<Box<[Mutex<Stream>]>>,
+    pub queues: Grown<QueueShared>,
+    pub streams: Grown<Mutex<Stream>>,
     /// Of what is read: on probation, and proven. None where the cache is too small to part them from
     /// what is written.
     pub fill_streams: OnceLock<[Mutex<Stream>; 2]>,
@@ -227,8 +228,8 @@ impl VolumeCore {
             accepts_loss: AtomicBool::new(false),
             damage_seen: AtomicBool::new(false),
             plan: Mutex::default(),
-            queues: OnceLock::new(),
-            streams: OnceLock::new(),
+            queues: Grown::default(),
+            streams: Grown::default(),
             fill_streams: OnceLock::new(),
             reuse: Reuse::new(segments),
             writeback: Signal::default(),
@@ -283,7 +284,7 @@ impl VolumeCore {
     /// The highest epoch that no record can be added to any more.
     pub fn closed_epoch(&self) -> u64 {
         let mut closed = self.epoch.load(Ordering::SeqCst) - u64::from(!mutated(Mutant::OpenEpochTaken));
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             let stamp = shared.stamp.load(Ordering::SeqCst);
             closed = closed.min(stamp.saturating_sub(1));
         }
@@ -301,13 +302,12 @@ impl VolumeCore {
     }
 
     pub fn queue(&self, q: u16) -> &QueueShared {
-        &self.queues.get().expect("an attached volume has queues")[q as usize]
+        self.queues.get(q.into())
     }
 
     /// The stream queue `q` appends to.
     pub fn stream(&self, q: u16) -> &Mutex<Stream> {
-        let streams = self.streams.get().expect("an attached volume has streams");
-        &streams[q as usize % streams.len()]
+        self.streams.get(usize::from(q) % self.streams.len())
     }
 
     /// The stream that takes what is read, if it is not that of the writes.
@@ -317,13 +317,12 @@ impl VolumeCore {
 
     /// Every stream there is.
     pub fn all_streams(&self) -> impl Iterator<Item = &Mutex<Stream>> {
-        let of_writes = self.streams.get().into_iter().flatten();
-        of_writes.chain(self.fill_streams.get().into_iter().flatten())
+        self.streams.iter().chain(self.fill_streams.get().into_iter().flatten())
     }
 
     /// Wakes every queue that waits for space or for a bypass.
     pub fn wake_waiting(&self) {
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             if shared.waiting.swap(false, Ordering::SeqCst) {
                 lock(&shared.waker).wake();
             }
@@ -334,7 +333,7 @@ impl VolumeCore {
     /// in the index before this call.
     pub fn wait_for_readers(&self) {
         fence(Ordering::SeqCst);
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             let seen = shared.section.load(Ordering::SeqCst);
             let mut spins = 0u32;
             while seen % 2 == 1 && shared.section.load(Ordering::SeqCst) == seen {
@@ -356,7 +355,7 @@ impl VolumeCore {
     pub fn counters(&self) -> Counters {
         let mut sum = Counters::default();
         self.tally.add_to(&mut sum);
-        for shared in self.queues.get().into_iter().flatten() {
+        for shared in self.queues.iter() {
             shared.tally.add_to(&mut sum);
         }
         sum.dirty_bytes = self.index.dirty_sectors() * 512;
@@ -367,6 +366,9 @@ impl VolumeCore {
         sum
     }
 }
+
+/// Beside the mode: writes are held.
+const HELD: u8 = 0x80;
 
 /// An attached volume.
 pub struct Volume<E: Env> {
@@ -387,6 +389,11 @@ pub struct Volume<E: Env> {
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
     pub(crate) wishes: Wishes,
+    /// The highest epoch that somebody waits for to reach the disk (`flush.rs`).
+    pub(crate) wanted: AtomicU64,
+    /// Whether a write-back thread serves it, and whether that is to end.
+    pub(crate) is_written_back: AtomicBool,
+    pub(crate) retired: AtomicBool,
 }
 
 impl<E: Env> Volume<E> {
@@ -419,6 +426,9 @@ impl<E: Env> Volume<E> {
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
             wishes: Wishes::default(),
+            wanted: AtomicU64::new(0),
+            is_written_back: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
         }
     }
 
@@ -439,11 +449,26 @@ impl<E: Env> Volume<E> {
 
     /// How writes go.
     pub fn mode(&self) -> Mode {
-        Mode::from_code(self.mode.load(Ordering::Acquire)).expect("only modes are stored")
+        Mode::from_code(self.mode.load(Ordering::Acquire) & !HELD).expect("only modes are stored")
     }
 
+    /// Sets the mode; whether writes are held stays as it is.
     pub(crate) fn set_mode(&self, mode: Mode) {
-        self.mode.store(mode as u8, Ordering::Release);
+        let held = self.mode.load(Ordering::Relaxed) & HELD;
+        self.mode.store(mode as u8 | held, Ordering::SeqCst);
+    }
+
+    /// Whether writes are held because the mode is being changed (`switch.rs`).
+    pub(crate) fn is_held(&self) -> bool {
+        self.mode.load(Ordering::SeqCst) & HELD != 0
+    }
+
+    pub(crate) fn hold(&self) {
+        self.mode.fetch_or(HELD, Ordering::SeqCst);
+    }
+
+    pub(crate) fn let_go(&self) {
+        self.mode.fetch_and(!HELD, Ordering::SeqCst);
     }
 
     /// How write-back goes.

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::config::{Admission, BackingFormat, Discard, Mode, OnBackingError, Order};
+use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order};
+use super::online::args::*;
 use super::value::{self, Name, Serial, SocketPath, ValueError};
 
 const EXIT_STATUS: &str = "\
@@ -21,10 +22,12 @@ Exit status:
   4  `check` only: this is not a cache of ours
   5  stopped without the answer of a disk that hangs; nothing is lost, and the next start waits
      until what was under way has ended
+  6  no daemon answers at the control socket
 
 Signals:
   SIGTERM, SIGINT  stop cleanly; dirty data stays in the cache, a second one stops at once
-  SIGUSR1          log a line with the state and one with the counters of each volume";
+  SIGUSR1          log a line with the state and one with the counters of each volume
+  SIGHUP           read the configuration file again; without one, stop";
 
 /// A vhost-user-blk server whose disks live in a write-back and read cache in persistent memory.
 ///
@@ -43,7 +46,7 @@ pub struct Cli {
     pub serve: ServeArgs,
 }
 
-/// What to do with a cache that nobody serves.
+/// What to do with a cache that nobody serves, or with the daemon that serves it.
 #[derive(Subcommand, Debug)]
 pub enum Verb {
     /// Make an empty cache. The file is created if there is none
@@ -58,6 +61,31 @@ pub enum Verb {
     RecoverBacking(RecoverArgs),
     /// Decide what counts where a cache and a backing disk do not go together
     Resolve(ResolveArgs),
+    /// Say whether a configuration file can be served, and what it describes. Touches nothing
+    CheckConfig(CheckConfigArgs),
+    /// Show how the daemon, its caches and its volumes are
+    Status(StatusArgs),
+    /// List the volumes of the daemon's caches, one per line
+    List(OnlineArgs),
+    /// Serve one more volume
+    Attach(AttachArgs),
+    /// Stop serving a volume
+    Detach(DetachArgs),
+    /// Bring everything that a volume has acknowledged so far to its backing disk
+    Flush(VolumeVerbArgs),
+    /// Change how a volume is cached, while it is used
+    Set(SetArgs),
+    /// Show counters and rates
+    Stats(StatsArgs),
+    /// Watch all volumes: requests, hits, dirty data, once a second
+    Top(TopArgs),
+    /// Say in words why a volume is slow, or not cached
+    Explain(VolumeVerbArgs),
+    /// Let the daemon read its configuration file again, and say what changed
+    Reload(OnlineArgs),
+    /// Print man pages or shell completions, for packaging
+    #[command(hide = true)]
+    Generate(GenerateArgs),
 }
 
 /// Options of serving.
@@ -66,6 +94,9 @@ pub struct ServeArgs {
     /// Serve what this TOML file describes: [[cache]] and [[volume]] tables
     #[arg(long, value_name = "FILE", conflicts_with_all = ["CacheArgs", "VolumeArgs"])]
     pub config: Option<PathBuf>,
+    /// Where it is told what to do.
+    #[command(flatten)]
+    pub control: ControlArgs,
     /// The cache.
     #[command(flatten)]
     pub cache: CacheArgs,
@@ -84,6 +115,30 @@ pub struct ServeArgs {
     /// Print what this back end can do, as JSON, and exit; all else is ignored
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+/// The control socket of a daemon.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Control")]
+pub struct ControlArgs {
+    /// Answer the control API, and with it the verbs below, on this socket
+    #[arg(long, value_name = "PATH", value_parser = socket_parser())]
+    pub control: Option<SocketPath>,
+    /// Group whose members may use the control API, by name or number
+    #[arg(long, value_name = "GROUP", requires = "control")]
+    pub control_group: Option<String>,
+    /// Also answer /metrics at this loopback address
+    #[arg(long, value_name = "ADDRESS", value_parser = value::loopback, requires = "control")]
+    pub metrics: Option<std::net::SocketAddr>,
+}
+
+impl ControlArgs {
+    /// What they ask for.
+    pub fn config(&self) -> Option<ControlConfig> {
+        let socket = self.control.clone()?;
+        let (group, metrics) = (self.control_group.clone(), self.metrics);
+        Some(ControlConfig { group, metrics, ..ControlConfig::new(socket) })
+    }
 }
 
 /// Which cache, when there is no configuration file.
@@ -281,6 +336,9 @@ pub struct DrainArgs {
     /// Drain this volume only
     #[arg(long, value_name = "NAME")]
     pub name: Option<Name>,
+    /// Control socket of the daemon that may hold the cache [default: as for `status`]
+    #[arg(long, value_name = "PATH", value_parser = socket_parser())]
+    pub control: Option<SocketPath>,
     /// Backing disk of the volume [default: where it was when last served]
     #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser())]
     pub backing: Option<PathBuf>,
@@ -398,6 +456,8 @@ impl Cli {
             Some(Verb::Drain(args)) => args.log_level,
             Some(Verb::RecoverBacking(args)) => args.log_level,
             Some(Verb::Resolve(args)) => args.log_level,
+            // What these say is their answer.
+            Some(_) => LogLevel::Warn,
         }
     }
 }
@@ -418,14 +478,14 @@ pub const CAPABILITIES: &str = r#"{
 }
 "#;
 
-fn path_parser() -> impl TypedValueParser<Value = PathBuf> {
+pub(super) fn path_parser() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().try_map(|text| match text.is_empty() {
         true => Err(ValueError::EmptyPath),
         false => Ok(PathBuf::from(text)),
     })
 }
 
-fn socket_parser() -> impl TypedValueParser<Value = SocketPath> {
+pub(super) fn socket_parser() -> impl TypedValueParser<Value = SocketPath> {
     OsStringValueParser::new().try_map(|text| SocketPath::new(&text))
 }
 

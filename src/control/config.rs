@@ -5,6 +5,7 @@
 //! again. The only look at the file system is to see through two names of one thing.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -251,6 +252,26 @@ impl VolumeConfig {
     }
 }
 
+/// Where the running daemon is told what to do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ControlConfig {
+    /// The socket of the API.
+    pub socket: SocketPath,
+    /// Its permission bits.
+    pub mode: u32,
+    /// Its group, by name or number, if not the process's. Its members may use the API.
+    pub group: Option<String>,
+    /// A loopback address that answers `/metrics` and nothing else.
+    pub metrics: Option<SocketAddr>,
+}
+
+impl ControlConfig {
+    /// A socket at `path` for its owner, and for its group exactly if one was chosen.
+    pub fn new(socket: SocketPath) -> Self {
+        Self { socket, mode: 0o660, group: None, metrics: None }
+    }
+}
+
 /// What an operator has agreed to for this one start. Never in a file: it would be agreed to again
 /// at every later start.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -270,6 +291,9 @@ pub enum ConfigError {
     /// A cache without its disk.
     #[error("--cache needs --backing PATH: which disk does this cache stand in front of?")]
     CacheWithoutBacking,
+    /// The control socket where a volume's is.
+    #[error("the control socket is also the socket of volume `{0}`: each needs its own")]
+    ControlIsVolume(Name),
     /// An empty file.
     #[error("there is no [[volume]]: nothing to serve")]
     NoVolume,
@@ -337,22 +361,52 @@ pub enum ConfigError {
 pub struct Config {
     caches: Vec<CacheConfig>,
     volumes: Vec<VolumeConfig>,
+    control: Option<ControlConfig>,
     state_dir: Option<PathBuf>,
 }
 
 impl Config {
+    /// Joins what fits together under a control socket: volumes may then come later.
+    ///
+    /// # Errors
+    /// The first thing that does not.
+    pub fn controlled(
+        caches: Vec<CacheConfig>,
+        volumes: Vec<VolumeConfig>,
+        consents: &Consents,
+        control: Option<ControlConfig>,
+    ) -> Result<Self, ConfigError> {
+        let Some(control) = control else { return Self::new(caches, volumes, consents) };
+        if let Some(volume) = volumes.iter().find(|volume| match &volume.endpoint {
+            Endpoint::Socket { path, .. } => canonical(path.as_path()) == canonical(control.socket.as_path()),
+            Endpoint::Inherited(_) => false,
+        }) {
+            return Err(ConfigError::ControlIsVolume(volume.name.clone()));
+        }
+        let joined = Self::join(caches, volumes, consents)?;
+        Ok(Self { control: Some(control), ..joined })
+    }
+
     /// Joins what fits together.
     ///
     /// # Errors
     /// The first thing that does not.
     pub fn new(
         caches: Vec<CacheConfig>,
-        mut volumes: Vec<VolumeConfig>,
+        volumes: Vec<VolumeConfig>,
         consents: &Consents,
     ) -> Result<Self, ConfigError> {
         if volumes.is_empty() {
             return Err(ConfigError::NoVolume);
         }
+        Self::join(caches, volumes, consents)
+    }
+
+    fn join(
+        caches: Vec<CacheConfig>,
+        mut volumes: Vec<VolumeConfig>,
+        consents: &Consents,
+    ) -> Result<Self, ConfigError> {
         assert!(volumes.iter().all(|volume| volume.cache < caches.len()), "a volume without its cache");
         refuse_shared_caches(&caches)?;
         refuse_shared_volumes(&volumes)?;
@@ -375,7 +429,7 @@ impl Config {
         for index in consents_for("accept-loss", &consents.accept_loss, &volumes)? {
             volumes[index].accept_loss = true;
         }
-        Ok(Self { caches, volumes, state_dir: None })
+        Ok(Self { caches, volumes, control: None, state_dir: None })
     }
 
     /// The configuration that a command line without `--config` describes.
@@ -435,7 +489,7 @@ impl Config {
         config.sidecar = volume.sidecar;
         let consents =
             Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
-        let mut config = Self::new(vec![cache], vec![config], &consents)?;
+        let mut config = Self::controlled(vec![cache], vec![config], &consents, args.control.config())?;
         let by_default = args.cache.cache.is_none() || volume.backing.is_none();
         config.state_dir = state.0.filter(|_| by_default);
         Ok(config)
@@ -451,7 +505,17 @@ impl Config {
         &self.caches
     }
 
-    /// The volumes, at least one.
+    /// Where it is told what to do, if anywhere.
+    pub fn control(&self) -> Option<&ControlConfig> {
+        self.control.as_ref()
+    }
+
+    /// Replaces where it is told what to do, if the command line says where.
+    pub fn set_control(&mut self, control: Option<ControlConfig>) {
+        self.control = control.or(self.control.take());
+    }
+
+    /// The volumes; at least one, unless there is a control socket by which one may come.
     pub fn volumes(&self) -> &[VolumeConfig] {
         &self.volumes
     }

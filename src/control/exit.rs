@@ -20,6 +20,8 @@ pub enum Exit {
     /// It has stopped without the answer of a disk. Nothing acknowledged is lost; what that disk
     /// had under way may still reach it, and the next start waits for that.
     Unanswered = 5,
+    /// No daemon answers at the control socket.
+    NoDaemon = 6,
 }
 
 impl From<Exit> for ExitCode {

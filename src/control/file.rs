@@ -11,8 +11,8 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::config::{
-    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, DEFAULT_SCRUB_INTERVAL_H,
-    DEFAULT_SCRUB_MIB_S, Endpoint, VolumeConfig,
+    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, ControlConfig,
+    DEFAULT_SCRUB_INTERVAL_H, DEFAULT_SCRUB_MIB_S, Endpoint, VolumeConfig,
 };
 use super::suggest;
 use super::value::{self, Name, ValueError};
@@ -125,30 +125,58 @@ pub fn parse(path: &Path, text: &str, consents: &Consents) -> Result<Config, Fil
         let (line, column) = position(text, span.start);
         FileError::At { path: path.into(), line, column, what: Box::new(what) }
     };
-    let (caches, volumes) = sections(text).map_err(at)?;
-    Config::new(caches, volumes, consents)
+    let (caches, volumes, control) = sections(text).map_err(at)?;
+    Config::controlled(caches, volumes, consents, control)
         .map_err(|source| FileError::Together { path: path.into(), source: Box::new(source) })
 }
 
 /// What is wrong, and where in the text.
 struct Fault(Range<usize>, Complaint);
 
-fn sections(text: &str) -> Result<(Vec<CacheConfig>, Vec<VolumeConfig>), Fault> {
-    let document = DeTable::parse(text).map_err(|error| {
+/// The volume that `text`, the inside of a [[volume]], describes, in front of one of `caches`.
+///
+/// # Errors
+/// The first thing wrong with it.
+pub fn parse_volume(text: &str, caches: &[CacheConfig]) -> Result<VolumeConfig, Complaint> {
+    let table = table(text).map_err(|Fault(_, what)| what)?;
+    volume(Section::new("the volume", 0..0, table.get_ref()), caches).map_err(|Fault(_, what)| what)
+}
+
+fn table(text: &str) -> Result<Spanned<DeTable<'_>>, Fault> {
+    DeTable::parse(text).map_err(|error| {
         let message = error.message().replace('\n', ", ");
         Fault(error.span().unwrap_or(0..0), Complaint::Syntax(message))
-    })?;
+    })
+}
+
+type Sections = (Vec<CacheConfig>, Vec<VolumeConfig>, Option<ControlConfig>);
+
+fn sections(text: &str) -> Result<Sections, Fault> {
+    let document = table(text)?;
     let mut top = Section::new("the file", 0..0, document.get_ref());
     let caches = top.sections("cache", "[[cache]]")?;
     let volumes = top.sections("volume", "[[volume]]")?;
+    let control = top.section("control", "[control]")?;
     top.finish()?;
+    let control = control.map(control_of).transpose()?;
     let caches = caches.into_iter().map(cache).collect::<Result<Vec<_>, _>>()?;
     if caches.is_empty() {
         return Err(Fault(0..0, Complaint::Missing { key: "[[cache]]", section: "the file" }));
     }
     let volumes =
         volumes.into_iter().map(|section| volume(section, &caches)).collect::<Result<Vec<_>, _>>()?;
-    Ok((caches, volumes))
+    Ok((caches, volumes, control))
+}
+
+fn control_of(mut section: Section<'_>) -> Result<ControlConfig, Fault> {
+    let socket = section.text("socket", str::parse)?;
+    let mode = section.text("socket_mode", value::file_mode)?;
+    let group = section.text("socket_group", |text| Ok(text.to_owned()))?;
+    let metrics = section.text("metrics", value::loopback)?;
+    let socket = section.required("socket", socket)?;
+    section.finish()?;
+    let control = ControlConfig::new(socket);
+    Ok(ControlConfig { mode: mode.unwrap_or(control.mode), group, metrics, ..control })
 }
 
 fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
@@ -289,6 +317,15 @@ impl<'a> Section<'a> {
                 None => Err(wrong(item)),
             })
             .collect()
+    }
+
+    /// A table.
+    fn section(&mut self, key: &'static str, title: &'static str) -> Result<Option<Section<'a>>, Fault> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match value.get_ref().as_table() {
+            Some(table) => Ok(Some(Section::new(title, value.span(), table))),
+            None => Err(wrong_type(key, value, "a table")),
+        }
     }
 
     /// A string and where it is.

@@ -1,12 +1,23 @@
 //! The control plane: options and file to [`config::Config`], and the life of the process around
 //! the engine. It sees every module, and none sees it.
+//!
+//! ```text
+//!  cli, file ─► config ─► serve ─► daemon (what runs) ◄─ api (HTTP on a Unix socket) ◄─ online (verbs)
+//!  verbs (a cache that nobody serves)                     └─ metrics
+//! ```
 
 pub mod announce;
+pub mod api;
+mod check_config;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod exit;
 pub mod file;
+mod generate;
 pub mod log;
+mod metrics;
+pub mod online;
 mod progress;
 pub mod run;
 pub mod serve;

@@ -7,10 +7,11 @@ use super::cli::{Cli, ServeArgs, Verb};
 use super::config::{self, CacheConfig, Config, ConfigError, Consents, VolumeConfig};
 use super::exit::{Exit, complain};
 use super::file::{self, FileError};
+use super::online::OnlineError;
 use super::serve::serve;
 use super::socket::SocketError;
 use super::value::Name;
-use super::{sys, verbs};
+use super::{check_config, generate, online, sys, verbs};
 use crate::backing;
 use crate::cache::{AttachError, OpenError};
 use crate::tools::drain::DrainFailure;
@@ -90,6 +91,12 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// The daemon did not do it.
+    #[error(transparent)]
+    Online(#[from] OnlineError),
+    /// Somebody wants something of a daemon at its end.
+    #[error("the daemon is stopping")]
+    Stopping,
     /// The kernel refused something ordinary.
     #[error("{doing}: {source}")]
     Os {
@@ -124,6 +131,7 @@ impl RunError {
             | RunError::WhichVolume(_)
             | RunError::ResolveWhich(_)
             | RunError::WhoseBacking(_) => Exit::Usage,
+            RunError::Online(error) => error.exit(),
             _ => Exit::Failed,
         }
     }
@@ -132,13 +140,16 @@ impl RunError {
 /// Does what the command line says.
 pub fn run(cli: &Cli) -> Exit {
     let result = match &cli.verb {
-        None => serve_config(&cli.serve).and_then(|config| serve(&config)),
+        None => serve_config(&cli.serve).and_then(|config| serve(&config, cli.serve.config.as_deref())),
         Some(Verb::Format(args)) => verbs::format(args),
         Some(Verb::Check(args)) => verbs::check(args),
         Some(Verb::Dump(args)) => verbs::dump(args),
-        Some(Verb::Drain(args)) => verbs::drain(args),
+        Some(Verb::Drain(args)) => online::drain(args).unwrap_or_else(|| verbs::drain(args)),
         Some(Verb::RecoverBacking(args)) => verbs::recover_backing(args),
         Some(Verb::Resolve(args)) => verbs::resolve(args),
+        Some(Verb::CheckConfig(args)) => check_config::check_config(args),
+        Some(Verb::Generate(args)) => generate::generate(args),
+        Some(verb) => online::run(verb).map_err(RunError::from),
     };
     result.unwrap_or_else(|error| {
         complain(&error);
@@ -153,7 +164,9 @@ fn serve_config(args: &ServeArgs) -> Result<Config, RunError> {
                 force_identity: args.force_identity.clone(),
                 accept_loss: args.accept_loss.clone(),
             };
-            Ok(file::load(path, &consents)?)
+            let mut config = file::load(path, &consents)?;
+            config.set_control(args.control.config());
+            Ok(config)
         }
         None => Ok(Config::from_args(args, state_dir())?),
     }

@@ -5,9 +5,11 @@
 //! 2. claim every endpoint: what is in use is found before anything is opened for writing;
 //! 3. open the backing disks, then the caches, making what may be made;
 //! 4. attach the volumes, start the workers;
-//! 5. open the sockets: from here on front ends come, and what was made stays;
+//! 5. open the sockets, that of the control API last: from here on front ends come, and what was
+//!    made stays;
 //! 6. say so, and wait;
-//! 7. stop in the opposite order: front ends, counters, workers, volumes, caches.
+//! 7. stop in the opposite order: control API and its jobs, front ends, counters, workers, volumes,
+//!    caches.
 //!
 //! Dirty data stays in the cache over a stop: bringing it to the disk would take as long as the disk
 //! likes, and the next start finds it.
@@ -17,24 +19,23 @@
 //! is what a kill is, and that is safe at any instruction. Either way the kernel keeps the disk's lock
 //! until what was under way has ended, so a successor never overtakes it.
 
-use std::io;
-use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
+use std::path::Path;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use super::announce::{self, CacheLine, VolumeLine};
+use super::api;
 use super::config::{Admission, CacheConfig, Config, Discard, Mode, OnBackingError, Order, VolumeConfig};
-use super::exit::Exit;
+use super::daemon::{Daemon, DaemonError, OpenCache, Served};
+use super::exit::{Exit, sentence};
 use super::log;
 use super::run::{RunError, of_cache};
-use super::signals::{Event, Running, Signals};
-use super::socket::{Bound, Claimed, Incoming};
+use super::signals::{Event, Signals};
+use super::socket::Claimed;
 use super::sys;
 use crate::backing::{Backing, Disk};
-use crate::cache::volume::VolumeDisk;
-use crate::cache::worker::Workers;
 use crate::cache::{
-    self, AttachOptions, Cache, ReadPolicy, RecoveryReport, ScrubOptions, SystemClock, Volume, VolumeState,
+    self, AttachOptions, Cache, ReadPolicy, RecoveryReport, ScrubOptions, SystemClock, Volume,
 };
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
@@ -42,40 +43,16 @@ use crate::tools::created::Created;
 use crate::tools::disk::{self, DiskOptions};
 use crate::tools::image::{self, Image, ImageOptions, Sizing};
 use crate::tools::redo::{self, RedoOptions};
-use crate::vhost::{self, Server, Stopper};
 
 /// Longest time from the request to stop to the end of the process. Less than the 90 s after which
 /// systemd kills.
 const STOP_MAX: Duration = Duration::from_secs(20);
 
-/// An opened cache.
-struct OpenCache<'a> {
-    config: &'a CacheConfig,
-    pmem: Arc<MappedPmem>,
-    cache: Arc<Cache<Host>>,
-    is_new: bool,
-}
-
-/// An attached volume.
-struct OpenVolume<'a> {
-    config: &'a VolumeConfig,
-    volume: Arc<Volume<Host>>,
-    is_new: bool,
-}
-
-/// The front end of one volume.
-struct FrontEnd {
-    stopper: Stopper,
-    thread: JoinHandle<io::Result<()>>,
-    /// Removes the socket.
-    bound: Option<Bound>,
-}
-
-/// Serves until told to stop.
+/// Serves until told to stop. `file` is the configuration file, to be read again on demand.
 ///
 /// # Errors
 /// What kept it from starting; nothing is left behind. Or what failed on the way.
-pub fn serve(config: &Config) -> Result<Exit, RunError> {
+pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
     let mut signals = Signals::block().map_err(RunError::os("waiting for signals"))?;
     let starting = signals.end_while_starting().map_err(RunError::os("waiting for signals"))?;
     if let Err(error) = sys::raise_descriptor_limit() {
@@ -87,28 +64,41 @@ pub fn serve(config: &Config) -> Result<Exit, RunError> {
         .iter()
         .map(|volume| Claimed::new(&volume.endpoint))
         .collect::<Result<Vec<_>, _>>()?;
+    let control = config.control().map(api::Claimed::new).transpose()?;
     let (caches, volumes) = open_all(config, &mut created)?;
-    let workers = spawn_workers(&caches, &volumes)?;
+    let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config.control())?);
+    let served = volumes
+        .into_iter()
+        .map(|(config, volume, is_new)| daemon.enter(config, volume, is_new))
+        .collect::<Result<Vec<_>, _>>()?;
     drop(starting);
-    let front_ends = open_front_ends(claims, &volumes, &signals)?;
+    let opened = open_front_ends(&daemon, &served, claims)
+        .and_then(|()| control.map(|claim| claim.open(&daemon, signals.servers().running())).transpose());
+    let api = match opened {
+        Ok(api) => api,
+        // Those that serve already must end before their volumes do.
+        Err(error) => return daemon.stop_front_ends().and(Err(error)),
+    };
     created.keep();
-    announce::print(&announcement(&caches, &volumes));
+    announce::print(&announcement(&daemon, &served));
+    drop(served);
 
-    let ended = wait(&mut signals, &volumes);
+    let ended = wait(&mut signals, &daemon);
     signals.unblock();
-    bound_the_stop(&volumes);
-    let served = stop_front_ends(front_ends);
-    show_counters(&volumes);
-    drop(workers);
-    let closed = close_all(&volumes, &caches);
-    ended.and(served).map(|_| closed)
+    bound_the_stop(&daemon);
+    drop(api);
+    daemon.jobs().close();
+    let served = daemon.stop_front_ends();
+    show_counters(&daemon);
+    let closed = if daemon.close() { Exit::Done } else { Exit::Unanswered };
+    ended.and(served.map(|()| closed))
 }
 
 /// Ends the process when the stop takes too long. Where the kernel refuses the thread, a second
 /// signal does it.
-fn bound_the_stop(volumes: &[OpenVolume<'_>]) {
+fn bound_the_stop(daemon: &Daemon) {
     // Not its owner: what is closed in order gives up its lock before the process ends.
-    let volumes: Vec<_> = volumes.iter().map(|volume| Arc::downgrade(&volume.volume)).collect();
+    let volumes: Vec<_> = daemon.served().iter().map(|served| Arc::downgrade(&served.volume)).collect();
     let bound = move || {
         std::thread::sleep(STOP_MAX);
         for volume in volumes.iter().filter_map(Weak::upgrade) {
@@ -123,10 +113,10 @@ fn bound_the_stop(volumes: &[OpenVolume<'_>]) {
     }
 }
 
-fn open_all<'a>(
-    config: &'a Config,
-    created: &mut Created,
-) -> Result<(Vec<OpenCache<'a>>, Vec<OpenVolume<'a>>), RunError> {
+/// What the start has opened: the caches, and the volumes attached to them.
+type Opened = (Vec<OpenCache>, Vec<(VolumeConfig, Arc<Volume<Host>>, bool)>);
+
+fn open_all(config: &Config, created: &mut Created) -> Result<Opened, RunError> {
     if let Some(path) = config.state_dir() {
         created.make_directory(path).map_err(|source| RunError::Directory { path: path.into(), source })?;
     }
@@ -172,15 +162,12 @@ fn open_all<'a>(
     let mut volumes = Vec::new();
     for (config, options, is_new) in wanted {
         let on = &caches[config.cache];
-        let volume = on.cache.attach(options).map_err(RunError::attach(on.config, config))?;
-        let timeout_ms = u64::from(config.backing_timeout_s) * 1000;
-        volume.set_on_backing_error(on_backing_error(config.on_backing_error), timeout_ms);
+        let volume = on.cache.attach(options).map_err(RunError::attach(&on.config, config))?;
+        set_wishes(config, &volume);
         if config.read_only && !volume.is_clean() {
             tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
         }
-        volume.set_max_lag_ms(u64::from(config.max_lag_s) * 1000);
-        volume.set_max_dirty(config.max_dirty);
-        volumes.push(OpenVolume { config, volume, is_new });
+        volumes.push((config.clone(), volume, is_new));
     }
     Ok((caches, volumes))
 }
@@ -195,7 +182,7 @@ fn open_image(config: &CacheConfig, created: &mut Created) -> Result<Image, RunE
     Ok(image::open_or_create(&options, created)?)
 }
 
-fn open_cache(config: &CacheConfig, image: Image) -> Result<OpenCache<'_>, RunError> {
+fn open_cache(config: &CacheConfig, image: Image) -> Result<OpenCache, RunError> {
     let (cache, report) =
         Cache::open(Arc::clone(&image.pmem), SystemClock::default()).map_err(of_cache(&config.path))?;
     log_opened(config, &image.pmem, &report);
@@ -203,7 +190,8 @@ fn open_cache(config: &CacheConfig, image: Image) -> Result<OpenCache<'_>, RunEr
         bytes_per_s: u64::from(config.scrub_mib_s) << 20,
         interval_ms: u64::from(config.scrub_interval_h) * 3_600_000,
     });
-    Ok(OpenCache { config, pmem: image.pmem, cache, is_new: image.is_new })
+    let (config, workers) = (config.clone(), Mutex::default());
+    Ok(OpenCache { config, pmem: image.pmem, cache, is_new: image.is_new, workers })
 }
 
 fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) {
@@ -227,8 +215,16 @@ fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) 
     }
 }
 
+/// What is asked of a volume while it runs.
+pub(super) fn set_wishes(config: &VolumeConfig, volume: &Volume<Host>) {
+    let timeout_ms = u64::from(config.backing_timeout_s) * 1000;
+    volume.set_on_backing_error(on_backing_error(config.on_backing_error), timeout_ms);
+    volume.set_max_lag_ms(u64::from(config.max_lag_s) * 1000);
+    volume.set_max_dirty(config.max_dirty);
+}
+
 /// The volume's redo area: what grouped order needs, and what an earlier start may have left a group in.
-fn open_redo(
+pub(super) fn open_redo(
     config: &VolumeConfig,
     disk: &Disk,
     created: &mut Created,
@@ -246,7 +242,7 @@ fn open_redo(
     redo::open_or_create(&options, created).map_err(RunError::Disk)
 }
 
-fn attach_options(
+pub(super) fn attach_options(
     cache: &CacheConfig,
     config: &VolumeConfig,
     backing: Arc<Disk>,
@@ -276,70 +272,13 @@ fn attach_options(
     }
 }
 
-fn spawn_workers(
-    caches: &[OpenCache<'_>],
-    volumes: &[OpenVolume<'_>],
-) -> Result<Vec<Workers<Host>>, RunError> {
-    let on = |index| {
-        let of_cache = volumes.iter().filter(move |volume| volume.config.cache == index);
-        // The disk of a read-only volume is not open for writing: what is dirty waits.
-        let writable = of_cache.filter(|volume| !volume.config.read_only);
-        writable.map(|volume| Arc::clone(&volume.volume)).collect::<Vec<_>>()
-    };
-    caches
-        .iter()
-        .enumerate()
-        .map(|(index, cache)| Workers::spawn(&cache.cache, &on(index)))
-        .collect::<io::Result<_>>()
-        .map_err(RunError::os("starting the workers"))
+fn open_front_ends(daemon: &Daemon, served: &[Arc<Served>], claims: Vec<Claimed>) -> Result<(), RunError> {
+    served.iter().zip(claims).try_for_each(|(served, claim)| daemon.open_front_end(served, claim))
 }
 
-fn open_front_ends(
-    claims: Vec<Claimed>,
-    volumes: &[OpenVolume<'_>],
-    signals: &Signals,
-) -> Result<Vec<FrontEnd>, RunError> {
-    let mut front_ends = Vec::new();
-    for (claim, volume) in claims.into_iter().zip(volumes) {
-        match open_front_end(claim, volume, signals.running()) {
-            Ok(front_end) => front_ends.push(front_end),
-            Err(error) => {
-                // Those that serve already must end before their volumes do.
-                return stop_front_ends(front_ends).and(Err(error));
-            }
-        }
-    }
-    Ok(front_ends)
-}
-
-fn open_front_end(claim: Claimed, volume: &OpenVolume<'_>, running: Running) -> Result<FrontEnd, RunError> {
-    let (incoming, bound) = claim.open()?;
-    let endpoint = match incoming {
-        Incoming::Listener(listener) => vhost::Endpoint::Listener(listener),
-        Incoming::Connected(stream) => vhost::Endpoint::Stream(stream),
-    };
-    let options = vhost::Options {
-        name: volume.config.name.as_str().into(),
-        poll_max: Duration::from_micros(volume.config.poll_us.into()),
-        ..vhost::Options::default()
-    };
-    let disk = Arc::new(VolumeDisk(Arc::clone(&volume.volume)));
-    let start = || {
-        let server = Server::new(endpoint, disk, options)?;
-        let stopper = server.stopper();
-        let name: String = format!("vhost-{}", volume.config.name).chars().take(15).collect();
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
-            let _running = running;
-            server.run()
-        })?;
-        Ok((stopper, thread))
-    };
-    let (stopper, thread) = start().map_err(RunError::os("starting the server"))?;
-    Ok(FrontEnd { stopper, thread, bound })
-}
-
-fn announcement(caches: &[OpenCache<'_>], volumes: &[OpenVolume<'_>]) -> String {
-    let caches: Vec<CacheLine<'_>> = caches
+fn announcement(daemon: &Daemon, served: &[Arc<Served>]) -> String {
+    let caches: Vec<CacheLine<'_>> = daemon
+        .caches()
         .iter()
         .map(|cache| CacheLine {
             path: &cache.config.path,
@@ -349,21 +288,30 @@ fn announcement(caches: &[OpenCache<'_>], volumes: &[OpenVolume<'_>]) -> String 
             reason: cache.pmem.reason(),
         })
         .collect();
-    let volumes: Vec<VolumeLine<'_>> = volumes
+    let volumes: Vec<VolumeLine<'_>> = served
         .iter()
-        .map(|volume| VolumeLine {
-            config: volume.config,
-            size: volume.volume.backing().geometry().size,
-            created: volume.is_new,
+        .map(|served| VolumeLine {
+            config: &served.config,
+            size: served.volume.backing().geometry().size,
+            created: served.is_new,
         })
         .collect();
     announce::text(&caches, &volumes)
 }
 
-fn wait(signals: &mut Signals, volumes: &[OpenVolume<'_>]) -> Result<Exit, RunError> {
+fn wait(signals: &mut Signals, daemon: &Arc<Daemon>) -> Result<Exit, RunError> {
     loop {
         match signals.wait().map_err(RunError::os("waiting for signals"))? {
-            Event::ShowCounters => show_counters(volumes),
+            Event::ShowCounters => show_counters(daemon),
+            Event::Reload => match daemon.reload() {
+                Ok(report) => report.lines().iter().for_each(|line| log::asked_for(line)),
+                // Nothing to read: then it is what it is elsewhere, the end of the terminal.
+                Err(DaemonError::NoFile) => {
+                    tracing::info!("stopping: SIGHUP");
+                    return Ok(Exit::Done);
+                }
+                Err(error) => tracing::error!("reload: {}", sentence(&error)),
+            },
             Event::Stop(signal) => {
                 tracing::info!("stopping: {signal}");
                 return Ok(Exit::Done);
@@ -376,14 +324,14 @@ fn wait(signals: &mut Signals, volumes: &[OpenVolume<'_>]) -> Result<Exit, RunEr
     }
 }
 
-fn show_counters(volumes: &[OpenVolume<'_>]) {
-    for (n, OpenVolume { config, volume, .. }) in volumes.iter().enumerate() {
-        if volumes[..n].iter().all(|other| other.config.cache != config.cache) {
-            let status = volume.cache().scrub_status();
-            log::asked_for(&announce::scrub(config.cache, &status));
-        }
-        log::asked_for(&announce::status(config.name.as_str(), &volume.health()));
-        let mut line = format!("counters volume={}", config.name);
+fn show_counters(daemon: &Daemon) {
+    for (number, cache) in daemon.caches().iter().enumerate() {
+        log::asked_for(&announce::scrub(number, &cache.cache.scrub_status()));
+    }
+    for served in daemon.served() {
+        let (name, volume) = (&served.config.name, &served.volume);
+        log::asked_for(&announce::status(name.as_str(), &volume.health()));
+        let mut line = format!("counters volume={name}");
         for (name, value) in volume.counters().fields() {
             line.push_str(&format!(" {name}={value}"));
         }
@@ -391,50 +339,7 @@ fn show_counters(volumes: &[OpenVolume<'_>]) {
     }
 }
 
-/// Ends the front ends, each after what it has in flight, all at the same time.
-fn stop_front_ends(front_ends: Vec<FrontEnd>) -> Result<Exit, RunError> {
-    for front_end in &front_ends {
-        front_end.stopper.stop();
-    }
-    let mut result = Ok(Exit::Done);
-    for FrontEnd { thread, bound, .. } in front_ends {
-        let ended = match thread.join() {
-            Ok(ended) => ended.map_err(RunError::os("accepting front ends")),
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        drop(bound);
-        result = result.and(ended.map(|()| Exit::Done));
-    }
-    result
-}
-
-/// Notes that this was no crash. Without that note the next start recovers as after one, which
-/// costs it nothing but the fingerprint's assurance: so failing here is worth a line, not a failure.
-fn close_all(volumes: &[OpenVolume<'_>], caches: &[OpenCache<'_>]) -> Exit {
-    let mut exit = Exit::Done;
-    for OpenVolume { config, volume, .. } in volumes {
-        if volume.health().state == VolumeState::Stalled {
-            // Its content is not known while something may still reach it, and reading it would hang.
-            tracing::warn!("volume {} is left as after a kill: its disk does not answer", config.name);
-            exit = Exit::Unanswered;
-            continue;
-        }
-        if let Err(error) = volume.cache().detach(volume) {
-            tracing::warn!("volume {} could not be detached in order: {error}", config.name);
-        }
-    }
-    for OpenCache { config, cache, .. } in caches {
-        match cache.close() {
-            Ok(()) => tracing::info!("cache {} closed", config.path.display()),
-            Err(error) => {
-                tracing::warn!("cache {} could not be closed in order: {error}", config.path.display());
-            }
-        }
-    }
-    exit
-}
-
-fn mode(mode: Mode) -> cache::Mode {
+pub(super) fn mode(mode: Mode) -> cache::Mode {
     match mode {
         Mode::Writeback => cache::Mode::Writeback,
         Mode::Writethrough => cache::Mode::Writethrough,

@@ -1,6 +1,6 @@
 //! What the process waits for while it serves: signals, and servers that end by themselves.
 //!
-//! SIGTERM, SIGINT and SIGUSR1 are blocked before the first thread starts and read from a
+//! SIGTERM, SIGINT, SIGUSR1 and SIGHUP are blocked before the first thread starts and read from a
 //! signalfd, so they interrupt nothing and need no handler. After the first request to stop the
 //! signals act as usual again: a second one ends a stop that takes too long. That is safe at any
 //! instruction; it only leaves more to do for the next start. For the same reason a request to stop
@@ -19,7 +19,7 @@ use vmm_sys_util::signal;
 
 use super::sys;
 
-const SIGNALS: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1];
+const SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP];
 
 /// Why the wait ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,6 +28,8 @@ pub enum Event {
     Stop(&'static str),
     /// SIGUSR1.
     ShowCounters,
+    /// SIGHUP.
+    Reload,
     /// Every server ended by itself.
     AllEnded,
 }
@@ -111,6 +113,18 @@ impl Drop for Running {
     }
 }
 
+/// Counts servers: from any thread, for as long as the process lives.
+#[derive(Clone)]
+pub struct Servers(Arc<Ended>);
+
+impl Servers {
+    /// Counts one more server.
+    pub fn running(&self) -> Running {
+        self.0.running.fetch_add(1, Ordering::AcqRel);
+        Running(Arc::clone(&self.0))
+    }
+}
+
 impl Signals {
     /// Blocks the signals. Call before any other thread exists.
     ///
@@ -127,10 +141,9 @@ impl Signals {
         Ok(Self { signals, watched, ended: Arc::new(Ended { running: AtomicU32::new(0), event }) })
     }
 
-    /// Counts one more server.
-    pub fn running(&self) -> Running {
-        self.ended.running.fetch_add(1, Ordering::AcqRel);
-        Running(Arc::clone(&self.ended))
+    /// What counts the servers whose end is waited for.
+    pub fn servers(&self) -> Servers {
+        Servers(Arc::clone(&self.ended))
     }
 
     /// Watches from a thread of its own for a request to stop, and ends the process at once if one
@@ -144,7 +157,7 @@ impl Signals {
         let watch = std::thread::Builder::new().name("pcache-start".into()).spawn(move || {
             // A watch that fails leaves the signal for the main thread: late, but not lost.
             while let Ok(Some(number)) = watched.next() {
-                if number != libc::SIGUSR1 {
+                if number != libc::SIGUSR1 && number != libc::SIGHUP {
                     tracing::info!("stopped while starting");
                     std::process::exit(0);
                 }
@@ -163,6 +176,7 @@ impl Signals {
             None => Event::AllEnded,
             Some(libc::SIGTERM) => Event::Stop("SIGTERM"),
             Some(libc::SIGINT) => Event::Stop("SIGINT"),
+            Some(libc::SIGHUP) => Event::Reload,
             Some(_) => Event::ShowCounters,
         })
     }
@@ -185,7 +199,7 @@ mod tests {
     fn the_wait_ends_when_the_last_server_did() {
         // No signals: they are the whole process's, and here that is the test runner.
         let mut signals = Signals::of(&[]).unwrap();
-        let (first, second) = (signals.running(), signals.running());
+        let (first, second) = (signals.servers().running(), signals.servers().running());
         drop(first);
         let waiter = std::thread::spawn(move || signals.wait().unwrap());
         drop(second);

@@ -209,6 +209,13 @@ impl Claim {
     }
 }
 
+impl Bound {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.path.as_path()
+    }
+}
+
 impl Drop for Bound {
     fn drop(&mut self) {
         let ours = fs::symlink_metadata(self.path.as_path())

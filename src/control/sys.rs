@@ -17,6 +17,43 @@ pub fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
+/// The user whose rights this process has.
+#[expect(unsafe_code, reason = "geteuid has no safe wrapper among the dependencies")]
+pub fn own_uid() -> u32 {
+    // SAFETY: the call takes nothing, touches nothing and cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+/// The supplementary groups of the process at the other end of a connected Unix socket, as they were
+/// when it connected.
+///
+/// # Errors
+/// The kernel does not know them.
+#[expect(unsafe_code, reason = "getsockopt has no safe wrapper among the dependencies")]
+pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    let mut groups = vec![0u32; 64];
+    loop {
+        let mut len = (groups.len() * size_of::<u32>()) as libc::socklen_t;
+        // SAFETY: `groups` has `len` bytes of plain integers for the kernel to write, and outlives
+        // the call; `len` is ours.
+        let result = unsafe {
+            let value = groups.as_mut_ptr().cast();
+            libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERGROUPS, value, &raw mut len)
+        };
+        let count = len as usize / size_of::<u32>();
+        if result >= 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        // The kernel has said how many there are.
+        if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() {
+            return Err(error);
+        }
+        groups.resize(count, 0);
+    }
+}
+
 /// Raises the number of descriptors the process may have to the most it is allowed. A ring takes
 /// five and its io_uring one: 256 queues do not fit the usual 1024.
 ///

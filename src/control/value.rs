@@ -6,6 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -102,6 +103,9 @@ pub enum ValueError {
     /// Not permission bits.
     #[error("`{0}` is not a file mode: write it in octal, like 0660")]
     FileMode(String),
+    /// Not an address of this host's own.
+    #[error("`{0}` is not a loopback address and port: write it like 127.0.0.1:9747")]
+    Loopback(String),
     /// None of a fixed choice.
     #[error("`{given}` is none of {}{}", .choices.join(", "), suggestion(.nearest))]
     Choice {
@@ -289,6 +293,17 @@ pub fn file_mode(text: &str) -> Result<u32, ValueError> {
     match u32::from_str_radix(text.strip_prefix("0o").unwrap_or(text), 8) {
         Ok(mode) if mode <= 0o777 && !text.starts_with(['+', '-']) => Ok(mode),
         _ => Err(ValueError::FileMode(text.into())),
+    }
+}
+
+/// An address that only this host reaches, and a port.
+///
+/// # Errors
+/// It is none, or others reach it too.
+pub fn loopback(text: &str) -> Result<SocketAddr, ValueError> {
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_loopback() => Ok(address),
+        _ => Err(ValueError::Loopback(text.into())),
     }
 }
 

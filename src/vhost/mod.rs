@@ -37,7 +37,7 @@ mod vring;
 
 #[cfg(feature = "sim")]
 pub use queue::stepper::{QueueStepper, RingSetup};
-pub use server::{Endpoint, Options, Server, Stopper};
+pub use server::{Endpoint, Options, Presence, Server, Stopper};
 
 #[cfg(test)]
 mod testing;

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -83,12 +84,24 @@ impl Stopper {
     }
 }
 
+/// Whether a front end is connected to a server, for whoever asks.
+#[derive(Clone, Debug, Default)]
+pub struct Presence(Arc<AtomicBool>);
+
+impl Presence {
+    /// Whether one is now.
+    pub fn is_connected(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A disk on a socket.
 pub struct Server<D: Disk> {
     endpoint: Endpoint,
     disk: Arc<D>,
     options: Options,
     stop: Stopper,
+    presence: Presence,
     /// What the disk's write cache was before any guest had a say.
     writeback: bool,
 }
@@ -103,12 +116,17 @@ impl<D: Disk> Server<D> {
         guard::install()?;
         let stop = Stopper(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?));
         let writeback = disk.write_cache();
-        Ok(Self { endpoint: endpoint.into(), disk, options, stop, writeback })
+        Ok(Self { endpoint: endpoint.into(), disk, options, stop, presence: Presence::default(), writeback })
     }
 
     /// What ends this server.
     pub fn stopper(&self) -> Stopper {
         self.stop.clone()
+    }
+
+    /// Tells whether a front end is connected.
+    pub fn presence(&self) -> Presence {
+        self.presence.clone()
     }
 
     /// Serves until stopped, or until the one connection it was given ends. When it returns, no
@@ -183,7 +201,10 @@ impl<D: Disk> Server<D> {
         };
         tracing::info!(disk = name, "front end connected");
         let session = Session::new(Arc::clone(&self.disk), self.options.clone(), self.writeback);
-        match session.serve(&mut connection) {
+        self.presence.0.store(true, Ordering::Relaxed);
+        let end = session.serve(&mut connection);
+        self.presence.0.store(false, Ordering::Relaxed);
+        match end {
             SessionEnd::Connection(ConnectionError::Stopped) => return true,
             SessionEnd::Connection(ConnectionError::Closed) => {
                 tracing::info!(disk = name, "front end disconnected");

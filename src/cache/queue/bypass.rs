@@ -118,13 +118,25 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
     }
 
+    /// Writes that waited for others around the cache go into it, since the mode has changed.
+    pub(super) fn gather_blocked(&mut self) {
+        while let Some((_, gathered)) = self.bypass.blocked.pop_back() {
+            self.gather.push_front(gathered);
+        }
+    }
+
     fn start_bypass(&mut self, gathered: Gathered, blocked_since: Option<u64>) {
         let (slot, range) = (gathered.slot, gathered.range);
         let core = &self.volume.core;
-        let Some(ticket) = core.stripes.bypass(range, &mut self.scratch.stripes) else {
+        let stripes = &mut self.scratch.stripes;
+        let ticket = core.stripes.bypass(range, stripes).or_else(|| {
+            core.queue(self.index).waiting.store(true, Ordering::SeqCst);
+            // What it would wait for may have ended just before that, and told nobody.
+            core.stripes.bypass(range, stripes)
+        });
+        let Some(ticket) = ticket else {
             let since = blocked_since.unwrap_or_else(|| self.volume.cache.clock.now_ms());
             self.bypass.blocked.push_back((since, gathered));
-            self.shared().waiting.store(true, Ordering::SeqCst);
             if self.volume.core.policy.deadline_ms().is_some() && !self.shared().alarm.is_set() {
                 self.set_alarm();
             }

@@ -277,10 +277,14 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
 
     fn commit(&mut self) {
         self.enter();
-        if self.volume.mode().bypasses() {
-            self.start_bypasses();
-        } else {
-            self.commit_writes();
+        // Asked with the section open: whoever holds writes waits for its end.
+        if !self.volume.holds_back(&self.shared().waiting) {
+            if self.volume.mode().bypasses() {
+                self.start_bypasses();
+            } else {
+                self.gather_blocked();
+                self.commit_writes();
+            }
         }
         self.commit_fills();
         self.start_flushes();

@@ -20,7 +20,7 @@ use crate::wake::Waker;
 
 fn core(queues: u16) -> Arc<VolumeCore> {
     let core = VolumeCore::new(VolumeDescriptor::default(), 0, 1);
-    _ = core.queues.set((0..queues).map(|_| QueueShared::new()).collect());
+    core.queues.grow_to(queues.into(), QueueShared::new);
     Arc::new(core)
 }
 

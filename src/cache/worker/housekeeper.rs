@@ -382,8 +382,7 @@ impl<E: Env> Housekeeper<E> {
         let mut closed = false;
         for volume in self.cache.all_volumes() {
             let of_fills = volume.fill_streams.get().into_iter().flatten();
-            let of_writes = volume.streams.get().into_iter().flatten();
-            let streams = of_writes.map(|s| (s, true)).chain(of_fills.map(|s| (s, false)));
+            let streams = volume.streams.iter().map(|s| (s, true)).chain(of_fills.map(|s| (s, false)));
             for (stream, is_waited_for) in streams {
                 let Ok(mut stream) = stream.try_lock() else { continue };
                 // Whoever opened one for a write is about to use it. A fill may have been given up.

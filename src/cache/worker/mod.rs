@@ -25,6 +25,7 @@ pub(crate) use writeback::{Wishes, Writeback};
 use super::core::Cache;
 use super::env::{Clock, Env};
 use super::pair::KEEP_MS;
+use super::stripes::lock;
 use super::volume::Volume;
 use crate::sync::thread::{self, JoinHandle};
 
@@ -160,7 +161,9 @@ pub struct Workers<E: Env> {
     cache: Arc<Cache<E>>,
     threads: Vec<JoinHandle<()>>,
     /// Nobody waits long for these: what they write stands beside disks, which may hang.
-    keepers: Vec<JoinHandle<()>>,
+    keepers: Vec<(Arc<Volume<E>>, JoinHandle<()>)>,
+    /// The volumes that are written back, each by its thread.
+    writebacks: Vec<(Arc<Volume<E>>, JoinHandle<()>)>,
 }
 
 impl<E: Env> Workers<E> {
@@ -170,7 +173,12 @@ impl<E: Env> Workers<E> {
     /// The kernel refused a thread; those already started are ended.
     pub fn spawn(cache: &Arc<Cache<E>>, volumes: &[Arc<Volume<E>>]) -> std::io::Result<Workers<E>> {
         cache.stopping.store(false, Ordering::SeqCst);
-        let mut workers = Workers { cache: cache.clone(), threads: Vec::new(), keepers: Vec::new() };
+        let mut workers = Workers {
+            cache: cache.clone(),
+            threads: Vec::new(),
+            keepers: Vec::new(),
+            writebacks: Vec::new(),
+        };
         cache.syncer.rearm();
         let c = cache.clone();
         workers.add("pcache-sync", move || c.syncer.run(&*c.media.pmem))?;
@@ -187,17 +195,56 @@ impl<E: Env> Workers<E> {
             }
         })?;
         for volume in volumes {
-            let volume = volume.clone();
-            let name: String = format!("pcache-wb-{}", volume.name).chars().take(15).collect();
-            workers.add(&name, move || run_writeback(volume))?;
-        }
-        for volume in volumes {
-            let volume = volume.clone();
-            let name: String = format!("pcache-id-{}", volume.name).chars().take(15).collect();
-            let keeper = thread::Builder::new().name(name).spawn(move || run_keeper(&volume))?;
-            workers.keepers.push(keeper);
+            workers.serve(volume)?;
         }
         Ok(workers)
+    }
+
+    /// Starts the write-back of one more volume of the cache.
+    ///
+    /// # Errors
+    /// The kernel refused the thread.
+    pub fn serve(&mut self, volume: &Arc<Volume<E>>) -> std::io::Result<()> {
+        let name: String = format!("pcache-wb-{}", volume.name).chars().take(15).collect();
+        let served = volume.clone();
+        let thread = thread::Builder::new().name(name).spawn(move || run_writeback(served))?;
+        volume.is_written_back.store(true, Ordering::SeqCst);
+        self.writebacks.push((volume.clone(), thread));
+        let kept = volume.clone();
+        let name: String = format!("pcache-id-{}", volume.name).chars().take(15).collect();
+        let keeper = thread::Builder::new().name(name).spawn(move || run_keeper(&kept))?;
+        self.keepers.push((volume.clone(), keeper));
+        Ok(())
+    }
+
+    /// Waits for keepers that are to end, but not for long.
+    fn end_keepers(keepers: impl Iterator<Item = JoinHandle<()>>) {
+        let patience = Instant::now() + STOP_PATIENCE;
+        for keeper in keepers {
+            while !keeper.is_finished() && Instant::now() < patience {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if keeper.is_finished() {
+                drop(keeper.join());
+            }
+        }
+    }
+
+    /// Ends the write-back of a volume that is to be detached. A disk that does not answer is waited
+    /// for as long as at a stop; what is dirty stays in the cache.
+    pub fn retire(&mut self, volume: &Arc<Volume<E>>) {
+        volume.retired.store(true, Ordering::SeqCst);
+        volume.core.writeback.raise();
+        for (_, thread) in self.writebacks.extract_if(.., |(served, _)| Arc::ptr_eq(served, volume)) {
+            drop(thread.join());
+        }
+        volume.core.keeper.raise();
+        let keepers = self.keepers.extract_if(.., |(served, _)| Arc::ptr_eq(served, volume));
+        Self::end_keepers(keepers.map(|(_, keeper)| keeper));
+        volume.is_written_back.store(false, Ordering::SeqCst);
+        // Of the round it was in nothing counts: the tail has not moved.
+        lock(&volume.core.plan).clear();
+        volume.core.pacer.end_round(false);
     }
 
     fn add(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
@@ -209,7 +256,7 @@ impl<E: Env> Workers<E> {
 
 fn run_writeback<E: Env>(volume: Arc<Volume<E>>) {
     let mut worker = Writeback::new(volume.clone());
-    while !volume.cache.stopping.load(Ordering::SeqCst) {
+    while !volume.cache.stopping.load(Ordering::SeqCst) && !volume.retired.load(Ordering::SeqCst) {
         match worker.step() {
             Progress::Did => {}
             Progress::Waiting => worker.wait(Duration::from_millis(50)),
@@ -227,7 +274,7 @@ fn run_writeback<E: Env>(volume: Arc<Volume<E>>) {
 
 /// Keeps what the next start needs to recognise the disk.
 fn run_keeper<E: Env>(volume: &Volume<E>) {
-    while !volume.cache.stopping.load(Ordering::SeqCst) {
+    while !volume.cache.stopping.load(Ordering::SeqCst) && !volume.retired.load(Ordering::SeqCst) {
         volume.cache.keep_pair(volume);
         volume.core.keeper.wait(Duration::from_millis(KEEP_MS / 4));
     }
@@ -255,18 +302,11 @@ impl<E: Env> Drop for Workers<E> {
         }
         // The syncer last: the others may wait for it.
         let syncer = (!self.threads.is_empty()).then(|| self.threads.remove(0));
-        for thread in self.threads.drain(..) {
+        let writebacks = self.writebacks.drain(..).map(|(_, thread)| thread);
+        for thread in self.threads.drain(..).chain(writebacks) {
             drop(thread.join());
         }
-        let patience = Instant::now() + STOP_PATIENCE;
-        for keeper in self.keepers.drain(..) {
-            while !keeper.is_finished() && Instant::now() < patience {
-                thread::sleep(Duration::from_millis(1));
-            }
-            if keeper.is_finished() {
-                drop(keeper.join());
-            }
-        }
+        Self::end_keepers(self.keepers.drain(..).map(|(_, keeper)| keeper));
         self.cache.syncer.stop();
         if let Some(syncer) = syncer {
             drop(syncer.join());

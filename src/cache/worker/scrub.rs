@@ -155,7 +155,7 @@ impl<E: Env> Scrubber<E> {
 
     fn requests_so_far(&self) -> u64 {
         let volumes = self.cache.all_volumes();
-        let queues = volumes.iter().flat_map(|v| v.queues.get().into_iter().flatten());
+        let queues = volumes.iter().flat_map(|v| v.queues.iter());
         queues.map(|q| q.tally.reads.load(Ordering::Relaxed) + q.tally.writes.load(Ordering::Relaxed)).sum()
     }
 

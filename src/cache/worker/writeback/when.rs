@@ -81,13 +81,14 @@ impl<E: Env> Writeback<E> {
             || volume.cache.is_pressed()
             || volume.is_round_due()
             || self.owes_part()
+            || core.tail.load(Ordering::SeqCst) < volume.wanted.load(Ordering::SeqCst)
             || self.when.switching.is_some()
             || volume.wishes.checkpoint.load(Ordering::SeqCst) > 0
             || core.damage_seen.load(Ordering::Relaxed)
     }
 
     fn is_idle(&mut self, now: u64) -> bool {
-        let queues = self.volume.core.queues.get().into_iter().flatten();
+        let queues = self.volume.core.queues.iter();
         let count = |q: &super::super::super::volume::QueueShared| {
             [&q.tally.reads, &q.tally.writes, &q.tally.discards]
                 .map(|n| n.load(Ordering::Relaxed))
@@ -104,7 +105,7 @@ impl<E: Env> Writeback<E> {
     /// Operations that may be in flight: a guest that waits for the disk comes first.
     pub(super) fn depth(&self) -> usize {
         let core = &self.volume.core;
-        let waits = core.queues.get().into_iter().flatten().any(|q| q.owed.since_ms().is_some());
+        let waits = core.queues.iter().any(|q| q.owed.since_ms().is_some());
         match waits {
             true => {
                 DEPTH_BESIDE_MISSES

@@ -1,0 +1,349 @@
+//! What the control API says and hears, as values: one struct per JSON object.
+//!
+//! These structs are the API. `docs/openapi.json` is made of them, and a test holds the two together;
+//! the verbs read their answers with them. Units are in the names. Fields may be added within `/v1`;
+//! none is renamed, removed or given another meaning.
+
+use std::collections::BTreeMap;
+
+#[cfg(test)]
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The daemon, its caches, and its volumes in short.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct DaemonStatus {
+    /// Version of the program.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// For how long it has been serving.
+    pub uptime_s: u64,
+    /// The configuration file it was started with, if any.
+    pub config_file: Option<String>,
+    /// Its caches.
+    pub caches: Vec<CacheStatus>,
+    /// All volumes on these caches, served or not.
+    pub volumes: Vec<VolumeSummary>,
+}
+
+/// A cache.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct CacheStatus {
+    /// What volumes call it.
+    pub name: String,
+    /// Device or file.
+    pub path: String,
+    /// Its identity, made at format.
+    pub uuid: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// What survives what: `dax`, `page-cache`, `volatile` or `assume-dax`.
+    pub media_class: String,
+    /// Why it is of that class.
+    pub media_reason: String,
+    /// Size of one segment.
+    pub segment_size_bytes: u64,
+    /// Segments in all.
+    pub segments_total: u64,
+    /// Segments that hold nothing.
+    pub segments_free: u64,
+    /// Segments that hold something.
+    pub segments_used: u64,
+    /// Segments given up because of damage.
+    pub segments_bad: u64,
+    /// Whether it could not be made durable once: it takes no more writes.
+    pub has_failed: bool,
+}
+
+/// A volume in short.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct VolumeSummary {
+    /// Its name.
+    pub name: String,
+    /// The cache it is on.
+    pub cache: String,
+    /// Whether it is served.
+    pub attached: bool,
+    /// Whether a VM is connected.
+    pub connected: bool,
+    /// `ok`, `degraded`, `stalled`, `lost-data` or `failed`; `detached` if it is not served,
+    /// `changing` while it is being attached or detached.
+    pub state: String,
+    /// What is cached and when a write is done.
+    pub mode: String,
+    /// In which order write-back reaches the disk.
+    pub order: String,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Bytes not yet on the backing disk; of a volume that is not served 0 stands for none, and 1 for
+    /// some.
+    pub dirty_bytes: u64,
+    /// Bytes of it that are cached.
+    pub cached_bytes: u64,
+}
+
+/// Volumes.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Volumes {
+    /// By name.
+    pub volumes: Vec<VolumeSummary>,
+}
+
+/// All about a volume that is served.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct VolumeStatus {
+    /// In short.
+    pub summary: VolumeSummary,
+    /// For how long it has been in its state.
+    pub state_for_s: u64,
+    /// Why it is in it; empty when all is well.
+    pub cause: String,
+    /// What to do about it; empty when all is well.
+    pub advice: String,
+    /// Write-back rounds failed since the last good one.
+    pub writeback_failures: u32,
+    /// When write-back tries again after a failure.
+    pub retry_in_ms: Option<u64>,
+    /// Whether writes are slowed down to the pace of the disk.
+    pub is_paced: bool,
+    /// For how long there has been dirty data that write-back has not taken.
+    pub dirty_age_ms: u64,
+    /// Sectors that are lost: they answer with an error until they are overwritten.
+    pub lost_sectors: u64,
+    /// What it was attached with.
+    pub settings: VolumeSettings,
+    /// The nine fields of `dmsetup status` of a dm-pcache target, in their order.
+    pub dm_pcache: DmPcacheStatus,
+}
+
+/// What a volume was attached with.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct VolumeSettings {
+    /// Where the VMM connects; none for an inherited descriptor.
+    pub socket: Option<String>,
+    /// The backing disk.
+    pub backing: String,
+    /// Queues offered.
+    pub queues: u16,
+    /// Largest ring.
+    pub queue_size: u16,
+    /// Whether every hit is verified.
+    pub data_crc: bool,
+    /// Block size the VM sees.
+    pub block_size_bytes: u32,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// What the VM reads as the disk's serial.
+    pub serial: String,
+    /// Whether a discard also frees space on the disk: `pass` or `keep`.
+    pub discard: String,
+    /// Longest time an idle queue looks for work before it sleeps.
+    pub poll_us: u32,
+}
+
+/// What `dmsetup status` says of a dm-pcache target. Where that has one log, this cache has one per
+/// stream, so positions are those of the newest and of the oldest.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct DmPcacheStatus {
+    /// Feature bits of the superblock.
+    pub sb_flags: u64,
+    /// Segments of the cache device.
+    pub seg_total: u64,
+    /// Segments that can hold data.
+    pub cache_segs: u64,
+    /// Segments that hold something.
+    pub segs_used: u64,
+    /// Share of the segments from which on space is reclaimed.
+    pub gc_percent: u8,
+    /// Bit 0: every hit is verified; bits 4 and up: the mode, 0 for writeback.
+    pub cache_flags: u32,
+    /// `segment:offset` of the newest record.
+    pub key_head: Option<String>,
+    /// `segment:offset` of the oldest record that is not on the disk; none when all is.
+    pub dirty_tail: Option<String>,
+    /// `segment:offset` of the oldest segment that holds anything.
+    pub key_tail: Option<String>,
+}
+
+/// Counters and rates of a volume.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct VolumeStats {
+    /// The volume.
+    pub volume: String,
+    /// For how long `counters` have counted: since it was attached, or since the last reset.
+    pub since_s: u64,
+    /// What has happened in that time. Names ending in `_sectors` count sectors of 512 bytes.
+    pub counters: BTreeMap<String, u64>,
+    /// What is the case now.
+    pub gauges: BTreeMap<String, u64>,
+    /// Rates that forget: each an average in which what is older than its window counts for less
+    /// and less.
+    pub rates: Vec<Rates>,
+}
+
+/// Counters and rates of volumes.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Stats {
+    /// By name.
+    pub volumes: Vec<VolumeStats>,
+}
+
+/// Rates over a decaying window.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Rates {
+    /// The window.
+    pub window_s: u32,
+    /// Read requests a second.
+    pub reads_per_s: f64,
+    /// Write requests a second.
+    pub writes_per_s: f64,
+    /// Bytes read a second.
+    pub read_bytes_per_s: f64,
+    /// Bytes written a second.
+    pub write_bytes_per_s: f64,
+    /// Share of the bytes read that the cache had, from 0 to 1; none without reads.
+    pub read_hit_ratio: Option<f64>,
+    /// Bytes a second that write-back brings to the disk.
+    pub writeback_bytes_per_s: f64,
+    /// Requests a second that ended in an error.
+    pub errors_per_s: f64,
+}
+
+/// A volume to be served: the keys of a `[[volume]]` in the configuration file.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct AttachRequest {
+    /// Its name in the cache.
+    pub name: String,
+    /// The cache, by name; needed when there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<String>,
+    /// Where the VMM will connect.
+    pub socket: String,
+    /// Permission bits of the socket, in octal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<String>,
+    /// Group of the socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
+    /// The backing disk.
+    pub backing: String,
+    /// `raw`: take it as raw even if it looks like another image format.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_format: Option<String>,
+    /// Create the disk with this size if it does not exist, like `8GiB`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_size: Option<String>,
+    /// Queues offered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Largest ring.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_size: Option<u16>,
+    /// What is cached and when a write is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// In which order write-back reaches the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<String>,
+    /// Whether every hit is verified.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_crc: Option<bool>,
+    /// Block size the VM sees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<u32>,
+    /// Whether writes are refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_only: Option<bool>,
+    /// What the VM reads as the disk's serial.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// `pass` or `keep`: whether a discard also frees space on the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discard: Option<String>,
+    /// Longest time an idle queue looks for work before it sleeps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poll_us: Option<u32>,
+    /// Consent, for this once: the disk need not be the one the volume belongs to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force_identity: bool,
+    /// Consent, for this once: what the cache lost to damage may stay lost.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_loss: bool,
+}
+
+/// What is to change in a volume.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct SetRequest {
+    /// What is cached and when a write is done. A mode other than `writeback` is entered by a drain.
+    pub mode: String,
+}
+
+/// Long work: begun by a request, and followed by its number.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Job {
+    /// Its number.
+    pub id: u64,
+    /// `attach`, `detach`, `drain`, `flush` or `set`.
+    pub kind: String,
+    /// The volume it works on.
+    pub volume: String,
+    /// `running`, `done`, `failed` or `cancelled`.
+    pub state: String,
+    /// For how long it has run.
+    pub elapsed_s: f64,
+    /// Bytes it has to bring to the disk.
+    pub total_bytes: u64,
+    /// Bytes of these that are there.
+    pub done_bytes: u64,
+    /// How many a second, once that is known.
+    pub bytes_per_s: Option<f64>,
+    /// How long it will take yet, once that can be judged.
+    pub left_s: Option<f64>,
+    /// How it ended, or what is remarkable about that; a sentence.
+    pub message: Option<String>,
+}
+
+/// All jobs that run, and the last ones that have ended.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Jobs {
+    /// The oldest first.
+    pub jobs: Vec<Job>,
+}
+
+/// What reading the configuration file again has changed.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct ReloadReport {
+    /// What was done, or begun as a job: a sentence each.
+    pub changed: Vec<String>,
+    /// What differs and takes effect only when a volume is attached again, or the daemon restarted.
+    pub pending: Vec<String>,
+    /// What could not be done.
+    pub failed: Vec<String>,
+}
+
+/// Why a request was refused.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Refusal {
+    /// For programs: `bad-request`, `not-found`, `not-allowed`, `conflict`, `too-large`, `failed`.
+    pub kind: String,
+    /// For people: one sentence.
+    pub message: String,
+}

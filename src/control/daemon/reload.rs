@@ -1,0 +1,178 @@
+//! The configuration file is read again, and what differs from what runs is done, begun, or said.
+//!
+//! Nothing that a VM uses is taken away by an edit of a file: a volume that is no longer in it goes
+//! on, and the answer says how to detach it. A file with a mistake changes nothing at all.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use super::super::announce::word;
+use super::super::api::model::{Job, ReloadReport};
+use super::super::config::{Config, Consents, Endpoint, Mode, VolumeConfig};
+use super::super::file;
+use super::super::run::RunError;
+use super::super::serve;
+use super::{Daemon, DaemonError, Served};
+use crate::cache;
+
+impl ReloadReport {
+    /// One line each, for a log.
+    pub fn lines(&self) -> Vec<String> {
+        let of = |what: &'static str, lines: &[String]| {
+            lines.iter().map(move |line| format!("reload: {what}: {line}")).collect::<Vec<_>>()
+        };
+        let mut lines = of("changed", &self.changed);
+        lines.extend(of("pending", &self.pending));
+        lines.extend(of("failed", &self.failed));
+        if lines.is_empty() {
+            lines.push("reload: nothing has changed".into());
+        }
+        lines
+    }
+}
+
+impl Daemon {
+    /// Reads the configuration file again.
+    ///
+    /// # Errors
+    /// There is none, or it is wrong; nothing is changed.
+    pub fn reload(self: &Arc<Self>) -> Result<ReloadReport, DaemonError> {
+        let path = self.config_file.as_ref().ok_or(DaemonError::NoFile)?;
+        let config = file::load(path, &Consents::default()).map_err(RunError::from)?;
+        let mut report = ReloadReport::default();
+        self.compare_caches(&config, &mut report);
+        for wanted in config.volumes() {
+            let cache = &config.caches()[wanted.cache].name;
+            let Some(at) = self.caches.iter().position(|open| open.config.name == *cache) else {
+                let line = format!("volume {}: its cache {cache} is there after a restart", wanted.name);
+                report.pending.push(line);
+                continue;
+            };
+            let wanted = VolumeConfig { cache: at, ..wanted.clone() };
+            match self.find(wanted.name.as_str()) {
+                Ok(served) => self.compare_volume(&served, &wanted, &mut report),
+                Err(DaemonError::Changing(_)) => {
+                    report.failed.push(DaemonError::Changing(wanted.name.to_string()).to_string());
+                }
+                Err(_) => {
+                    let name = wanted.name.clone();
+                    match self.start_attach(wanted) {
+                        Ok(job) => {
+                            report.changed.push(format!("volume {name} is being attached, job {}", job.id))
+                        }
+                        Err(error) => report.failed.push(format!("volume {name}: {error}")),
+                    }
+                }
+            }
+        }
+        for served in self.served() {
+            let name = &served.config.name;
+            if !config.volumes().iter().any(|volume| volume.name == *name) {
+                let line = format!("volume {name} is not in the file: it is served until `detach {name}`");
+                report.pending.push(line);
+            }
+        }
+        Ok(report)
+    }
+
+    fn compare_caches(&self, config: &Config, report: &mut ReloadReport) {
+        for wanted in config.caches() {
+            match self.caches.iter().find(|open| open.config.name == wanted.name) {
+                Some(open) if open.config == *wanted => {}
+                Some(_) => {
+                    report.pending.push(format!("cache {} is as described after a restart", wanted.name));
+                }
+                None => report.pending.push(format!("cache {} is there after a restart", wanted.name)),
+            }
+        }
+        for open in &self.caches {
+            let name = &open.config.name;
+            if !config.caches().iter().any(|cache| cache.name == *name) {
+                report.pending.push(format!("cache {name} is not in the file: it is open until a restart"));
+            }
+        }
+        if let Some(control) = config.control()
+            && self.control.as_ref() != Some(control)
+        {
+            report.pending.push("[control] is as described after a restart".into());
+        }
+    }
+
+    fn compare_volume(self: &Arc<Self>, served: &Served, wanted: &VolumeConfig, report: &mut ReloadReport) {
+        let name = &wanted.name;
+        let differing = differences(&served.config, wanted);
+        if !differing.is_empty() {
+            let what = differing.join(", ");
+            report.pending.push(format!("volume {name}: {what} when it is attached again"));
+        }
+        let (now, then) = (served.volume.mode().name(), word(wanted.mode));
+        if now == then {
+            return;
+        }
+        match self.start_set(name.as_str(), wanted.mode) {
+            Ok(job) => {
+                report.changed.push(format!("volume {name}: mode {now} becomes {then}, job {}", job.id));
+            }
+            Err(error) => report.failed.push(format!("volume {name}: {error}")),
+        }
+    }
+
+    /// Begins to attach a volume.
+    ///
+    /// # Errors
+    /// It cannot be.
+    pub fn start_attach(self: &Arc<Self>, config: VolumeConfig) -> Result<Job, DaemonError> {
+        self.would_attach(&config)?;
+        let (own, name) = (Arc::clone(self), config.name.to_string());
+        self.jobs.start("attach", &name, move |_| {
+            own.attach(config).map(|()| None).map_err(|error| error.to_string())
+        })
+    }
+
+    /// Begins to change a volume's mode.
+    ///
+    /// # Errors
+    /// It cannot be.
+    pub fn start_set(self: &Arc<Self>, name: &str, mode: Mode) -> Result<Job, DaemonError> {
+        let served = self.find(name)?;
+        let own = Arc::clone(self);
+        self.jobs.start("set", name, move |task| {
+            let allow_volatile = own.caches[served.config.cache].config.allow_volatile;
+            // Two at a time would hold writes against each other.
+            let _alone = super::lock(&served.switching);
+            let mode: cache::Mode = serve::mode(mode);
+            let switched = served.volume.switch_mode(mode, allow_volatile, &mut |step| {
+                task.progress(step);
+                if task.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+            switched.map(|()| None).map_err(|error| error.to_string())
+        })
+    }
+}
+
+/// What of a volume's configuration differs, and what it becomes; its mode aside.
+fn differences(now: &VolumeConfig, wanted: &VolumeConfig) -> Vec<String> {
+    let size = |size: Option<u32>| size.map_or("the disk's".into(), |size| size.to_string());
+    let endpoint = |endpoint: &Endpoint| match endpoint {
+        Endpoint::Socket { path, mode, group } => {
+            format!("{path} {mode:04o} {}", group.as_deref().unwrap_or_default())
+        }
+        Endpoint::Inherited(fd) => format!("descriptor {fd}"),
+    };
+    let rows = [
+        ("cache", now.cache.to_string(), wanted.cache.to_string()),
+        ("socket", endpoint(&now.endpoint), endpoint(&wanted.endpoint)),
+        ("backing", now.backing.path.display().to_string(), wanted.backing.path.display().to_string()),
+        ("queues", now.queues.to_string(), wanted.queues.to_string()),
+        ("queue_size", now.queue_size.to_string(), wanted.queue_size.to_string()),
+        ("order", word(now.order), word(wanted.order)),
+        ("data_crc", now.data_crc.to_string(), wanted.data_crc.to_string()),
+        ("block_size", size(now.block_size), size(wanted.block_size)),
+        ("read_only", now.read_only.to_string(), wanted.read_only.to_string()),
+        ("serial", now.serial.as_str().to_owned(), wanted.serial.as_str().to_owned()),
+        ("discard", word(now.discard), word(wanted.discard)),
+        ("poll_us", now.poll_us.to_string(), wanted.poll_us.to_string()),
+    ];
+    let differing = rows.into_iter().filter(|(_, now, wanted)| now != wanted);
+    differing.map(|(key, now, wanted)| format!("{key} {now} becomes {wanted}")).collect()
+}

@@ -1,0 +1,178 @@
+//! The daemon as values of the API: a look from outside that holds nothing up.
+
+use std::time::Instant;
+
+use super::super::announce::word;
+use super::super::api::model::{
+    CacheStatus, DaemonStatus, DmPcacheStatus, VolumeSettings, VolumeStats, VolumeStatus, VolumeSummary,
+};
+use super::super::config::Endpoint;
+use super::windows::is_gauge;
+use super::{Daemon, Entry, OpenCache, Served, lock};
+use crate::cache::{Mode, Position};
+use crate::onmedia::unpad;
+
+impl Daemon {
+    /// How the daemon is.
+    pub fn view(&self) -> DaemonStatus {
+        DaemonStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_s: self.begun.elapsed().as_secs(),
+            config_file: self.config_file.as_ref().map(|path| path.display().to_string()),
+            caches: self.caches.iter().map(view_cache).collect(),
+            volumes: self.view_volumes(),
+        }
+    }
+
+    /// Every volume on the caches, by name.
+    pub fn view_volumes(&self) -> Vec<VolumeSummary> {
+        let entries = lock(&self.volumes).clone();
+        let mut rows = Vec::new();
+        for (at, cache) in self.caches.iter().enumerate() {
+            for (name, sectors, is_dirty) in cache.cache.volumes() {
+                rows.push(match entries.get(&name) {
+                    // Another cache may have one of the same name, left from other times.
+                    Some(Entry::Served(served)) if served.config.cache == at => self.view_summary(served),
+                    Some(Entry::Served(_)) => view_detached(cache, &name, sectors, is_dirty, false),
+                    entry => view_detached(cache, &name, sectors, is_dirty, entry.is_some()),
+                });
+            }
+        }
+        rows.sort_by(|a, b| a.name.cmp(&b.name));
+        rows
+    }
+
+    fn view_summary(&self, served: &Served) -> VolumeSummary {
+        let Served { config, volume, .. } = served;
+        let counters = volume.counters();
+        VolumeSummary {
+            name: config.name.to_string(),
+            cache: self.caches[config.cache].config.name.to_string(),
+            attached: true,
+            connected: served.is_connected(),
+            state: volume.health().state.to_string(),
+            mode: volume.mode().name().into(),
+            order: volume.order().name().into(),
+            size_bytes: volume.disk_config().sectors * 512,
+            dirty_bytes: counters.dirty_bytes,
+            cached_bytes: counters.cached_bytes,
+        }
+    }
+
+    /// All about a volume.
+    pub fn view_volume(&self, served: &Served) -> VolumeStatus {
+        let Served { config, volume, .. } = served;
+        let (health, disk) = (volume.health(), volume.disk_config());
+        let socket = match &config.endpoint {
+            Endpoint::Socket { path, .. } => Some(path.to_string()),
+            Endpoint::Inherited(_) => None,
+        };
+        let settings = VolumeSettings {
+            socket,
+            backing: config.backing.path.display().to_string(),
+            queues: disk.queues,
+            queue_size: disk.queue_size,
+            data_crc: config.data_crc,
+            block_size_bytes: disk.block_size,
+            read_only: disk.read_only,
+            serial: config.serial.as_str().into(),
+            discard: word(config.discard),
+            poll_us: config.poll_us,
+        };
+        VolumeStatus {
+            summary: self.view_summary(served),
+            state_for_s: health.for_ms / 1000,
+            cause: health.cause,
+            advice: health.advice.into(),
+            writeback_failures: health.failures,
+            retry_in_ms: health.retry_ms,
+            is_paced: volume.is_paced(),
+            dirty_age_ms: volume.dirty_age_ms(),
+            lost_sectors: volume.counters().lost_sectors,
+            settings,
+            dm_pcache: self.view_dm_pcache(served),
+        }
+    }
+
+    fn view_dm_pcache(&self, served: &Served) -> DmPcacheStatus {
+        let cache = &self.caches[served.config.cache].cache;
+        let (space, positions) = (cache.space(), served.volume.positions());
+        let text = |position: Position| format!("{}:{}", position.segment, position.offset);
+        DmPcacheStatus {
+            sb_flags: cache.features(),
+            seg_total: space.total as u64,
+            cache_segs: (space.total - space.bad) as u64,
+            segs_used: space.used as u64,
+            gc_percent: cache.reclaim_percent(),
+            cache_flags: u32::from(served.config.data_crc) | (served.volume.mode() as u32) << 4,
+            key_head: positions.key_head.map(text),
+            dirty_tail: positions.dirty_tail.map(text),
+            key_tail: positions.key_tail.map(text),
+        }
+    }
+
+    /// Counters and rates of a volume; with `reset`, counters begin anew afterwards.
+    pub fn view_stats(&self, served: &Served, reset: bool) -> VolumeStats {
+        let (now, counters) = (Instant::now(), served.volume.counters());
+        let mut windows = lock(&served.windows);
+        let text = |(name, value): (&str, u64)| (name.to_owned(), value);
+        let stats = VolumeStats {
+            volume: served.config.name.to_string(),
+            since_s: windows.age(now).as_secs(),
+            counters: windows.counted(&counters).into_iter().map(text).collect(),
+            gauges: counters.fields().into_iter().filter(|(name, _)| is_gauge(name)).map(text).collect(),
+            rates: windows.rates(),
+        };
+        if reset {
+            windows.reset(now, &counters);
+        }
+        stats
+    }
+}
+
+fn view_cache(open: &OpenCache) -> CacheStatus {
+    use crate::pmem::Pmem;
+    let (config, cache) = (&open.config, &open.cache);
+    let (space, geometry) = (cache.space(), cache.geometry());
+    let uuid: String = cache.uuid().iter().map(|byte| format!("{byte:02x}")).collect();
+    CacheStatus {
+        name: config.name.to_string(),
+        path: config.path.display().to_string(),
+        uuid,
+        size_bytes: open.pmem.len(),
+        media_class: open.pmem.class().to_string(),
+        media_reason: open.pmem.reason().into(),
+        segment_size_bytes: geometry.segment_size.into(),
+        segments_total: space.total as u64,
+        segments_free: space.free as u64,
+        segments_used: space.used as u64,
+        segments_bad: space.bad as u64,
+        has_failed: cache.has_failed(),
+    }
+}
+
+fn view_detached(
+    open: &OpenCache,
+    name: &str,
+    sectors: u64,
+    is_dirty: bool,
+    is_changing: bool,
+) -> VolumeSummary {
+    let descriptor = open.cache.descriptor(name);
+    let mode = descriptor.as_ref().map_or(Mode::default(), |descriptor| descriptor.mode);
+    let order = descriptor.as_ref().map_or("", |descriptor| descriptor.order.name());
+    debug_assert!(descriptor.is_none_or(|descriptor| unpad(&descriptor.name) == name.as_bytes()));
+    VolumeSummary {
+        name: name.into(),
+        cache: open.config.name.to_string(),
+        attached: false,
+        connected: false,
+        state: if is_changing { "changing" } else { "detached" }.into(),
+        mode: mode.name().into(),
+        order: order.into(),
+        size_bytes: sectors * 512,
+        dirty_bytes: u64::from(is_dirty),
+        cached_bytes: 0,
+    }
+}

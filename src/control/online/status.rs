@@ -1,0 +1,200 @@
+//! `status`, `list` and `stats` in words and columns.
+
+use std::fmt::Write;
+
+use super::super::api::model::{
+    DaemonStatus, DmPcacheStatus, Rates, VolumeStats, VolumeStatus, VolumeSummary, Volumes,
+};
+use super::args::{OnlineArgs, StatusArgs};
+use super::{Done, answer};
+use crate::units::Bytes;
+
+/// `status`.
+pub(super) fn status(args: &StatusArgs) -> Done {
+    match &args.volume {
+        None => answer(&args.online, "GET", "/v1/status", daemon_text),
+        Some(volume) => answer(&args.online, "GET", &format!("/v1/volumes/{volume}"), volume_text),
+    }
+}
+
+/// `list`.
+pub(super) fn list(args: &OnlineArgs) -> Done {
+    answer(args, "GET", "/v1/volumes", |volumes: &Volumes| table(&volumes.volumes))
+}
+
+fn daemon_text(status: &DaemonStatus) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| writeln!(out, "{text}").expect("a String takes any text");
+    let DaemonStatus { version, pid, uptime_s, config_file, .. } = status;
+    let file = config_file.as_ref().map_or(String::new(), |file| format!(", configured by {file}"));
+    line(format!("daemon  version {version}, process {pid}, serving for {uptime_s} s{file}"));
+    for cache in &status.caches {
+        let failed = if cache.has_failed { ", FAILED: takes no more writes" } else { "" };
+        let (size, segment) = (Bytes(cache.size_bytes), Bytes(cache.segment_size_bytes));
+        line(format!("cache   {}: {} {size}, {}{failed}", cache.name, cache.path, cache.media_class));
+        let (total, free, used, bad) =
+            (cache.segments_total, cache.segments_free, cache.segments_used, cache.segments_bad);
+        line(format!("        {total} segments of {segment}: {used} used, {free} free, {bad} bad"));
+    }
+    out + &table(&status.volumes)
+}
+
+/// Volumes in columns.
+fn table(volumes: &[VolumeSummary]) -> String {
+    let head = ["VOLUME", "CACHE", "STATE", "VM", "MODE", "ORDER", "SIZE", "CACHED", "DIRTY"];
+    let mut rows = vec![head.map(str::to_owned)];
+    for volume in volumes {
+        let dirty = match (volume.attached, volume.dirty_bytes) {
+            (false, 0) => "no".into(),
+            (false, _) => "yes".into(),
+            (true, dirty) => Bytes(dirty).to_string(),
+        };
+        let cached = if volume.attached { Bytes(volume.cached_bytes).to_string() } else { "-".into() };
+        rows.push([
+            volume.name.clone(),
+            volume.cache.clone(),
+            volume.state.clone(),
+            if volume.connected { "connected" } else { "-" }.into(),
+            volume.mode.clone(),
+            volume.order.clone(),
+            Bytes(volume.size_bytes).to_string(),
+            cached,
+            dirty,
+        ]);
+    }
+    columns(&rows)
+}
+
+/// Rows of words, each column as wide as its widest.
+pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] =
+        std::array::from_fn(|at| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0));
+    let mut out = String::new();
+    for row in rows {
+        let padded = row.iter().zip(widths).map(|(word, width)| format!("{word:width$}"));
+        out.push_str(padded.collect::<Vec<_>>().join("  ").trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+fn volume_text(status: &VolumeStatus) -> String {
+    let (summary, settings) = (&status.summary, &status.settings);
+    let mut rows: Vec<[String; 2]> = Vec::new();
+    let mut row = |key: &str, value: String| rows.push([key.into(), value]);
+    row("volume", format!("{} on cache {}", summary.name, summary.cache));
+    row("state", format!("{} for {} s", summary.state, status.state_for_s));
+    if !status.cause.is_empty() {
+        row("cause", status.cause.clone());
+        row("do", status.advice.clone());
+    }
+    if let Some(retry) = status.retry_in_ms {
+        row("write-back", format!("failed {} times, tries again in {retry} ms", status.writeback_failures));
+    }
+    row("VM", if summary.connected { "connected" } else { "not connected" }.into());
+    row("socket", settings.socket.clone().unwrap_or_else(|| "inherited".into()));
+    row("backing", format!("{}, {}", settings.backing, Bytes(summary.size_bytes)));
+    row("mode", format!("{}, order {}", summary.mode, summary.order));
+    row("cached", Bytes(summary.cached_bytes).to_string());
+    row("dirty", format!("{}, the oldest for {} ms", Bytes(summary.dirty_bytes), status.dirty_age_ms));
+    row("paced", if status.is_paced { "yes: writes keep the pace of the disk" } else { "no" }.into());
+    if status.lost_sectors > 0 {
+        row("lost", format!("{} sectors answer with an error until overwritten", status.lost_sectors));
+    }
+    let VolumeStatusFlags(flags) = VolumeStatusFlags::of(status);
+    row("queues", format!("{} of up to {} entries", settings.queues, settings.queue_size));
+    row("options", flags);
+    row("serial", settings.serial.clone());
+    row("dm-pcache", dm_line(&status.dm_pcache));
+    columns(&rows)
+}
+
+struct VolumeStatusFlags(String);
+
+impl VolumeStatusFlags {
+    fn of(status: &VolumeStatus) -> Self {
+        let settings = &status.settings;
+        let mut words = vec![format!("block_size={}", settings.block_size_bytes)];
+        words.push(format!("discard={}", settings.discard));
+        words.push(format!("poll_us={}", settings.poll_us));
+        words.push(format!("data_crc={}", settings.data_crc));
+        words.push(format!("read_only={}", settings.read_only));
+        Self(words.join(" "))
+    }
+}
+
+/// The nine fields as `dmsetup status` prints them.
+fn dm_line(dm: &DmPcacheStatus) -> String {
+    let place = |place: &Option<String>| place.clone().unwrap_or_else(|| "-".into());
+    format!(
+        "{} {} {} {} {} {} {} {} {}",
+        dm.sb_flags,
+        dm.seg_total,
+        dm.cache_segs,
+        dm.segs_used,
+        dm.gc_percent,
+        dm.cache_flags,
+        place(&dm.key_head),
+        place(&dm.dirty_tail),
+        place(&dm.key_tail)
+    )
+}
+
+/// Counters and rates in columns.
+pub(super) fn stats_text(stats: &VolumeStats) -> String {
+    let mut out = format!("volume {}: counted for {} s\n", stats.volume, stats.since_s);
+    let head = ["WINDOW", "READS/S", "WRITES/S", "READ/S", "WRITTEN/S", "HITS", "WRITE-BACK/S"];
+    let mut rows = vec![head.map(str::to_owned)];
+    for Rates {
+        window_s,
+        reads_per_s,
+        writes_per_s,
+        read_bytes_per_s,
+        write_bytes_per_s,
+        read_hit_ratio,
+        writeback_bytes_per_s,
+        ..
+    } in &stats.rates
+    {
+        rows.push([
+            format!("{window_s} s"),
+            format!("{reads_per_s:.0}"),
+            format!("{writes_per_s:.0}"),
+            rate(*read_bytes_per_s),
+            rate(*write_bytes_per_s),
+            read_hit_ratio.map_or("-".into(), |ratio| format!("{:.1} %", ratio * 100.0)),
+            rate(*writeback_bytes_per_s),
+        ]);
+    }
+    out += &columns(&rows);
+    let all = stats.counters.iter().chain(&stats.gauges);
+    out + &columns(&all.map(|(name, value)| [name.clone(), value.to_string()]).collect::<Vec<_>>())
+}
+
+/// Bytes a second, as they are read best.
+pub(super) fn rate(bytes_per_s: f64) -> String {
+    match bytes_per_s {
+        small if small < 1024.0 => format!("{small:.0} B"),
+        medium if medium < 1024.0 * 1024.0 => format!("{:.1} KiB", medium / 1024.0),
+        large => format!("{:.1} MiB", large / f64::from(1 << 20)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_word_and_lines_end_with_it() {
+        let rows = [["A", "LONG"], ["longer", "x"]].map(|row| row.map(str::to_owned));
+        assert_eq!(columns(&rows), "A       LONG\nlonger  x\n");
+    }
+
+    #[test]
+    fn a_rate_has_the_unit_that_fits() {
+        let rows = [(0.0, "0 B"), (1023.0, "1023 B"), (2048.0, "2.0 KiB"), (3145728.0, "3.0 MiB")];
+        for (bytes, text) in rows {
+            assert_eq!(rate(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! The control plane of the real binary, while clients verify every byte they read.
+//!
+//! Claims: every verb is obeyed under load without an I/O error; volumes come and go; a mode changes
+//! while guests write; what a flush or a drain says is on the disk is there; a hostile client of the
+//! API never touches a volume.
+//!
+//! `PCACHE_SEED` repeats a run.
+
+mod client;
+mod control_support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use client::{Client, ClientOptions, Mix, Request, Rng, Traffic};
+use control_support::{Load, MIB, Site, Verb};
+
+#[test]
+fn every_verb_is_obeyed_under_load_and_no_byte_is_wrong() {
+    let site = Site::new(&["a", "b"]);
+    let load = Load::begin(&site, "a", Mix::default());
+    for words in [
+        &["status"][..],
+        &["status", "a"],
+        &["list"],
+        &["stats"],
+        &["stats", "a", "--reset"],
+        &["explain", "a"],
+        &["flush", "a"],
+        &["top", "--count", "2", "--interval", "0.1"],
+        &["reload"],
+    ] {
+        let text = site.verb(words).succeeds();
+        assert!(!text.trim().is_empty(), "{words:?} says nothing");
+        if words[0] != "flush" && words[0] != "top" {
+            let mut with_json = words.to_vec();
+            with_json.push("--json");
+            let json = site.verb(&with_json).succeeds();
+            serde_json::from_str::<serde_json::Value>(&json).expect("--json is JSON");
+        }
+    }
+    let cache = site.path("cache.img");
+    let drained = site.verb(&["drain", "--cache", &cache]).succeeds();
+    assert!(drained.contains("drain a: done") && drained.contains("drain b: done"), "{drained}");
+    let status = site.verb(&["status", "a"]).succeeds();
+    assert!(status.contains("connected") && status.contains("dm-pcache"), "{status}");
+    let nine = status.lines().find(|line| line.starts_with("dm-pcache")).expect("the nine fields");
+    assert_eq!(nine.split_whitespace().count(), 10, "{nine}");
+
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.stop();
+}
+
+#[test]
+fn a_mode_changes_while_a_guest_writes_and_the_disk_has_what_it_should() {
+    for order in ["strict", "relaxed"] {
+        let site = Site::with(&["a"], &format!("order = \"{order}\"\n"));
+        let mut load = Load::begin(&site, "a", Mix::overlapping());
+        let modes = ["writethrough", "writeback", "writearound", "readonly", "writeback", "passthrough"];
+        for mode in modes.into_iter().chain(modes) {
+            site.verb(&["set", "a", "--cache-mode", mode]).succeeds();
+            assert!(site.verb(&["status", "a"]).succeeds().contains(&format!("{mode}, order {order}")));
+            load = load.go_on_for(Duration::from_millis(60));
+        }
+        let worst = load.longest_batch();
+        let mut traffic = load.end();
+        eprintln!("order={order}: longest batch of 20 requests {worst:?}");
+        assert!(worst < Duration::from_secs(5), "a batch of requests took {worst:?}");
+        traffic.verify(0..traffic.model.sectors());
+        // Passthrough: the disk alone has it all, without a drain.
+        traffic.flush_now(0);
+        traffic.quiesce();
+        site.agrees("a", &mut traffic);
+        site.verb(&["set", "a", "--cache-mode", "writeback"]).succeeds();
+        traffic.run(500);
+        traffic.quiesce();
+        site.verb(&["flush", "a"]).succeeds();
+        site.agrees("a", &mut traffic);
+        drop(traffic);
+        site.stop();
+    }
+}
+
+#[test]
+fn killed_while_its_mode_changes_a_volume_loses_nothing() {
+    let site = Site::new(&["a"]);
+    let options = ClientOptions { queues: 2, ..ClientOptions::default() };
+    let client = Client::connect(&site.socket("a"), options);
+    let mut traffic = Traffic::new(client, Rng::seed_from_env("PCACHE_SEED"), Mix::overlapping());
+    let modes = ["writethrough", "passthrough", "writearound", "readonly"];
+    for kill in 0..12 {
+        traffic.run(300);
+        // Even lives are killed on the way out of write-back, odd ones on the way back.
+        let (first, then) = (modes[kill / 2 % modes.len()], "writeback");
+        let mode = if kill % 2 == 0 { first } else { then };
+        if kill % 2 == 1 {
+            site.verb(&["set", "a", "--cache-mode", first]).succeeds();
+            traffic.run(100);
+        }
+        let mut verb = site.spawn(&["set", "a", "--cache-mode", mode]);
+        let until = Instant::now() + Duration::from_micros(traffic.rng.below(60_000));
+        while Instant::now() < until {
+            traffic.run(10);
+        }
+        site.kill_and_restart();
+        traffic.client.reconnect();
+        verb.wait().expect("it ends without its daemon");
+    }
+    traffic.quiesce();
+    traffic.verify(0..traffic.model.sectors());
+    site.verb(&["flush", "a"]).succeeds();
+    site.agrees("a", &mut traffic);
+    site.stop();
+}
+
+#[test]
+fn volumes_come_and_go_while_their_neighbour_is_busy() {
+    let site = Site::new(&["a"]);
+    let load = Load::begin(&site, "a", Mix::default());
+    let (socket, disk) = (site.path("c.sock"), site.path("c.img"));
+    let attach = |queues: &str| {
+        let words = ["attach", "--name", "c", "--socket", &socket, "--backing", &disk];
+        let more = ["--backing-size", "64MiB", "--queues", queues];
+        site.verb(&[&words[..], &more[..]].concat())
+    };
+    attach("1").succeeds();
+    attach("1").fails(1, &["volume `c` is attached already"]);
+    let options = |queues| ClientOptions { queues, ..ClientOptions::default() };
+    let client = Client::connect(socket.as_ref(), options(1));
+    let mut traffic = Traffic::new(client, Rng::seed_from_env("PCACHE_SEED"), Mix::default());
+    for (life, queues) in [1u16, 3, 2, 6].into_iter().enumerate() {
+        if life > 0 {
+            attach(&queues.to_string()).succeeds();
+            traffic.client = Client::connect(socket.as_ref(), options(queues));
+        }
+        traffic.run(1000);
+        traffic.quiesce();
+        site.verb(&["detach", "c", "--keep-dirty"]).fails(1, &["a VM is connected to volume `c`"]);
+        // The VM goes: its place is taken by a client of the neighbour, so this one hangs up.
+        let parked = Client::connect(&site.socket("spare"), options(1));
+        drop(std::mem::replace(&mut traffic.client, parked));
+        site.wait(|| !site.is_connected("c"));
+        let how = if life % 2 == 0 { "--keep-dirty" } else { "--drain" };
+        site.verb(&["detach", "c", how]).succeeds();
+        assert!(!fs::exists(&socket).unwrap(), "its socket is gone");
+        site.verb(&["status", "c"]).fails(1, &["volume `c` is not attached"]);
+        if how == "--drain" {
+            site.agrees("c", &mut traffic);
+        }
+    }
+    site.verb(&["detach", "c", "--discard-dirty"]).succeeds();
+    site.verb(&["status", "c"]).fails(1, &["there is no volume `c`"]);
+    drop(traffic);
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.stop();
+}
+
+#[test]
+fn an_attach_that_fails_leaves_nothing_and_one_that_contradicts_is_refused() {
+    let site = Site::new(&["a"]);
+    let before = site.verb(&["list"]).succeeds();
+    let rows = [
+        (vec!["--name", "a", "--socket", "x", "--backing", "y"], 1, "volume `a` is attached already"),
+        (
+            vec!["--name", "n", "--socket", "/no/dir/x", "--backing", "y", "--backing-size", "1MiB"],
+            1,
+            "no directory",
+        ),
+        (vec!["--name", "n", "--socket", "x", "--backing", "missing"], 1, "missing"),
+        (vec!["--name", "n", "--socket", "x"], 2, "attach needs --backing"),
+        (vec!["--name", "n", "--cache", "q", "--socket", "x", "--backing", "y"], 2, "there is no cache `q`"),
+    ];
+    for (words, code, why) in rows {
+        let words: Vec<String> = words
+            .iter()
+            .map(|word| if matches!(*word, "x" | "y" | "missing") { site.path(word) } else { (*word).into() })
+            .collect();
+        let mut all = vec!["attach"];
+        all.extend(words.iter().map(String::as_str));
+        site.verb(&all).fails(code, &[why]);
+    }
+    let taken = site.path("a.img");
+    let socket = site.path("x");
+    let words = ["attach", "--name", "n", "--socket", &socket, "--backing", &taken];
+    site.verb(&words).fails(2, &["have the same backing disk"]);
+    assert_eq!(site.verb(&["list"]).succeeds(), before);
+    assert!(!fs::exists(site.path("x")).unwrap() && !fs::exists(site.path("y")).unwrap());
+    site.stop();
+}
+
+#[test]
+fn a_reload_does_what_it_can_and_says_what_waits() {
+    let site = Site::new(&["a", "b"]);
+    assert!(site.verb(&["reload"]).succeeds().contains("nothing has changed"));
+    let load = Load::begin(&site, "a", Mix::default());
+    let text = site.config();
+    let edited = text.replacen("queues = 2", "queues = 7\nmode = \"writethrough\"", 1);
+    let without_b = edited.split("[[volume]]\nname = \"b\"").next().unwrap().to_owned();
+    site.write_config(&format!("{without_b}{}", site.volume("d", "")));
+    site.disk("d.img");
+    let said = site.verb(&["reload"]).succeeds();
+    for words in [
+        "changed: volume a: mode writeback becomes writethrough",
+        "pending: volume a: queues 2 becomes 7 when it is attached again",
+        "pending: volume b is not in the file: it is served until `detach b`",
+        "changed: volume d is being attached",
+    ] {
+        assert!(said.contains(words), "{said}\nlacks: {words}");
+    }
+    site.wait(|| site.verb(&["list"]).succeeds().lines().filter(|line| line.contains(" ok ")).count() == 4);
+    site.wait(|| site.verb(&["status", "a"]).succeeds().contains("writethrough"));
+    Client::connect(&site.socket("d"), ClientOptions::default()).assert_works(0, 7);
+
+    site.write_config(&format!("{text}[[volume]]\nnmae = \"x\"\n"));
+    site.verb(&["reload"]).fails(2, &["unknown key `nmae`", "did you mean `name`?"]);
+    site.write_config(&text);
+    site.hang_up();
+    site.wait(|| site.log().contains("reload: changed: volume a: mode writethrough becomes writeback"));
+    site.wait(|| site.log().contains("reload: pending: volume d is not in the file"));
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.stop();
+}
+
+#[test]
+fn metrics_are_well_formed_and_add_up() {
+    let site = Site::new(&["a", "b"]);
+    let mut client = Client::connect(&site.socket("a"), ClientOptions::default());
+    for at in 0..64 {
+        let done = client.execute(&Request::write(at * 64, vec![at as u8; 16384]));
+        assert_eq!(done.status, 0);
+    }
+    for at in 0..64 {
+        client.execute(&Request::read(at * 64, 16384));
+        client.execute(&Request::read(MIB / 512 * 32 + at * 64, 8192));
+    }
+    client.execute(&Request::flush());
+    let (head, page) = site.http("GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    assert!(head.starts_with("HTTP/1.1 200") && head.contains("text/plain; version=0.0.4"), "{head}");
+    let samples = control_support::parse_metrics(&page);
+    let of_a = |name: &str| {
+        let series = format!("pcache_volume_{name}{{cache=\"pmem\",volume=\"a\"}}");
+        *samples.get(&series).unwrap_or_else(|| panic!("no {series} in {page}"))
+    };
+    assert_eq!((of_a("writes_total"), of_a("write_bytes_total")), (64.0, 64.0 * 16384.0));
+    assert_eq!(of_a("reads_total"), 128.0);
+    assert_eq!(of_a("read_hits_total") + of_a("read_misses_total"), 128.0);
+    assert_eq!(of_a("read_hit_bytes_total") + of_a("read_miss_bytes_total"), 64.0 * (16384.0 + 8192.0));
+    assert_eq!(of_a("read_hit_bytes_total"), 64.0 * 16384.0);
+    assert_eq!((of_a("flushes_total"), of_a("errors_total"), of_a("connected")), (1.0, 0.0, 1.0));
+    let segments = |kind| samples[&format!("pcache_cache_segments{{cache=\"pmem\",use=\"{kind}\"}}")];
+    assert!(segments("used") >= 1.0 && segments("free") >= 1.0 && segments("bad") == 0.0);
+    let states = samples.iter().filter(|(name, _)| name.contains("_state{") && name.contains("\"a\""));
+    assert_eq!(states.map(|(_, value)| value).sum::<f64>(), 1.0);
+
+    for file in ["dashboard.json", "alerts.json"] {
+        let path = format!("{}/docs/monitoring/{file}", env!("CARGO_MANIFEST_DIR"));
+        let text = fs::read_to_string(path).expect("it is in the tree");
+        serde_json::from_str::<serde_json::Value>(&text).expect("it is JSON");
+        let names = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let names: Vec<&str> = names.filter(|name| name.starts_with("pcache_")).collect();
+        assert!(names.len() > 8, "{file} names hardly anything");
+        for name in names {
+            assert!(page.contains(&format!("# TYPE {name} ")), "{file} names {name}, which is not there");
+        }
+    }
+
+    site.verb(&["flush", "a"]).succeeds();
+    let (_, page) = site.http("GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let samples = control_support::parse_metrics(&page);
+    let series = |name: &str| samples[&format!("pcache_volume_{name}{{cache=\"pmem\",volume=\"a\"}}")];
+    assert_eq!((series("dirty_bytes"), series("written_back_bytes_total")), (0.0, 64.0 * 16384.0));
+    drop(client);
+    site.stop();
+}
+
+#[test]
+fn a_hostile_client_of_the_api_touches_no_volume_and_costs_little() {
+    let site = Site::new(&["a"]);
+    let load = Load::begin(&site, "a", Mix::default());
+    let pid = site.pid();
+    let before = control_support::anonymous_bytes(pid);
+    let connect = || UnixStream::connect(site.control()).expect("the socket takes connections");
+    // Slow, oversized, and nonsense; then far more than there are places.
+    let mut kept = Vec::new();
+    for round in 0..200 {
+        let mut stream = connect();
+        let long = vec![b'a'; 256 << 10];
+        let bytes: Vec<u8> = match round % 8 {
+            0 => b"GET /v1/st".to_vec(),
+            1 => [&b"GET /"[..], &long].concat(),
+            2 => [&b"GET / HTTP/1.1\r\nx: "[..], &long].concat(),
+            3 => b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(),
+            4 => b"POST /v1/volumes HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999999\r\n\r\n{".to_vec(),
+            5 => [&b"POST /v1/volumes HTTP/1.1\r\nhost: x\r\ncontent-length: 262144\r\n\r\n"[..], &long]
+                .concat(),
+            6 => b"POST /v1/volumes HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n".to_vec(),
+            _ => {
+                b"DELETE /v1/volumes/%2e%2e%2fa?dirty=discard&force=yes HTTP/1.1\r\nhost: x\r\n\r\n".to_vec()
+            }
+        };
+        stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
+        // It may hang up in the middle: that is its right.
+        drop(stream.write_all(&bytes));
+        if round % 3 == 0 {
+            kept.push(stream);
+        }
+    }
+    let grown = control_support::anonymous_bytes(pid).saturating_sub(before);
+    eprintln!("{} connections kept, {} KiB more in memory", kept.len(), grown >> 10);
+    assert!(grown < 48 * MIB, "a client makes the daemon grow by {grown} bytes");
+    drop(kept);
+    // Those who went leave their places.
+    let begun = Instant::now();
+    site.wait(|| site.try_verb(&["status"]).is_success());
+    eprintln!("answers again after {:?}", begun.elapsed());
+
+    for (request, status) in [
+        ("GET /nothing HTTP/1.1\r\n", "404"),
+        ("PUT /v1/status HTTP/1.1\r\n", "405"),
+        ("POST /v1/volumes/a/flush HTTP/1.1\r\ncontent-length: 2\r\n", "400"),
+        ("DELETE /v1/volumes/a HTTP/1.1\r\n", "400"),
+        ("DELETE /v1/volumes/a?dirty=keep&colour=red HTTP/1.1\r\n", "400"),
+        ("DELETE /v1/jobs/x HTTP/1.1\r\n", "400"),
+        ("GET /v1/jobs/999 HTTP/1.1\r\n", "404"),
+        ("GET /v1/volumes/b HTTP/1.1\r\n", "404"),
+    ] {
+        let body = if request.contains("content-length") { "{}" } else { "" };
+        let (head, body) = site.http(&format!("{request}host: x\r\nconnection: close\r\n\r\n{body}"));
+        assert!(head.starts_with(&format!("HTTP/1.1 {status}")), "{request} gave {head}");
+        let refusal: serde_json::Value = serde_json::from_str(&body).expect("a refusal is JSON");
+        assert!(refusal["message"].as_str().is_some_and(|why| why.len() > 8), "{request} gave {body}");
+    }
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.stop();
+}
+
+#[test]
+fn a_verb_that_is_interrupted_calls_its_job_off_and_the_next_goes_on() {
+    // A disk that hangs: nothing reaches it, so a drain stands still until it is called off.
+    let Some((fuse, site)) = Site::on_fuse() else {
+        eprintln!("not run: this host has no FUSE");
+        return;
+    };
+    let mut client = Client::connect(&site.socket("a"), ClientOptions::default());
+    for at in 0..32 {
+        assert_eq!(client.execute(&Request::write(at * 128, vec![7; 65536])).status, 0);
+    }
+    fuse.set(client::Faults::hang());
+    let mut verb = site.spawn(&["flush", "a"]);
+    site.wait(|| {
+        site.http("GET /v1/jobs HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").1.contains("running")
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(verb.try_wait().unwrap().is_none(), "the disk hangs, and so does the flush");
+    // Everybody else is served meanwhile.
+    site.verb(&["status"]).succeeds();
+    Verb::interrupt(&verb);
+    let status = verb.wait().unwrap();
+    let mut said = String::new();
+    verb.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("cancelled") && said.contains("interrupted"), "{said}");
+    fuse.release();
+    site.verb(&["flush", "a"]).succeeds();
+    drop(client);
+    site.stop();
+}
+
+#[test]
+fn verbs_end_with_the_status_that_help_documents() {
+    let site = Site::new(&["webserver"]);
+    site.verb(&["status", "webservr"]).fails(1, &["no volume `webservr`: did you mean `webserver`?"]);
+    site.verb(&["detach", "webserver"]).fails(2, &["--drain"]);
+    site.verb(&["set", "webserver", "--cache-mode", "writebak"]).fails(2, &["writeback"]);
+    site.verb(&["stats", "--reset"]).fails(2, &["one volume at a time"]);
+    let (config, directory) = (site.path("pcache.toml"), site.path("man"));
+    let checked = Verb::run(&["check-config", &config]).succeeds();
+    assert!(checked.contains("can be served") && checked.contains("volume  webserver:"), "{checked}");
+    let nobody = site.path("nobody.sock");
+    Verb::run(&["status", "--control", &nobody]).fails(6, &["no daemon answers", &nobody]);
+    fs::create_dir(&directory).unwrap();
+    Verb::run(&["generate", "man", &directory]).succeeds_silently();
+    let pages: Vec<_> = fs::read_dir(&directory).unwrap().map(|page| page.unwrap().file_name()).collect();
+    for page in ["pcache-vhost.1", "pcache-vhost-attach.1", "pcache-vhost-drain.1"] {
+        assert!(pages.iter().any(|name| name == page), "{page} is not among {pages:?}");
+    }
+    let script = Verb::run(&["generate", "completion", "bash"]).succeeds();
+    assert!(script.contains("--keep-dirty"), "the completion knows the options of detach");
+    site.stop();
+}
