@@ -100,7 +100,8 @@ impl<'a> Driver<'a> {
         if crooked {
             addresses = [(); 3].map(|()| input.edge());
         }
-        let setup = RingSetup { size, addresses, base, features: bits, inflight: features & 32 == 0 };
+        let setup =
+            RingSetup { size, addresses, base: base.into(), features: bits, inflight: features & 32 == 0 };
         let ledger = Ledger { honest: !crooked, ..Ledger::default() };
         let disk = Shared::new(ledger);
         let mut driver = Self {
@@ -212,7 +213,7 @@ impl<'a> Driver<'a> {
             self.tamper();
         }
         // The VMM says what it knows, which is the used index.
-        self.setup.base = self.get(USED + 2);
+        self.setup.base = self.get(USED + 2).into();
         self.deaths += 1;
         self.start();
     }
@@ -437,7 +438,7 @@ impl<'a> Driver<'a> {
         if self.honest {
             assert!(!self.bench.is_broken(), "an honest driver's ring is broken");
             assert!(self.waiting.is_empty(), "never came back: {:?}", self.waiting);
-            assert_eq!(self.bench.stop(), Some(self.available), "the position of an idle ring");
+            assert_eq!(self.bench.stop(), Some(self.available.into()), "the position of an idle ring");
         } else {
             self.drain();
         }

@@ -16,18 +16,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::vhost_user::message::{
-    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr,
-    VhostUserVringState,
+    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserInflight, VhostUserLog, VhostUserMemory,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64,
+    VhostUserVringAddr, VhostUserVringState,
 };
 use vm_memory::ByteValued;
 
 use super::config_space;
 use super::decode::{QUEUE_MASK, Refusal, body, bytes_of, config_message, number, only_fd, spec};
+use super::dirty_log::DirtyLog;
 use super::features::{Features, protocol_offered};
-use super::inflight::InflightArea;
+use super::inflight::{InflightArea, Shape};
 use super::memory::{MAX_REGIONS, MemoryMap, SharedMemory};
 use super::message::{Connection, ConnectionError, Message, exactly};
+use super::notify::Notifier;
 use super::ring::RingAddresses;
 use super::server::Options;
 use super::vring::{Kick, RingContext, Vring};
@@ -35,6 +37,9 @@ use crate::volume::Disk;
 
 /// Queues a message that carries a descriptor can name.
 const QUEUES_MAX: u16 = 256;
+
+/// Flag of a ring whose writes are to be logged.
+const VRING_F_LOG: u32 = 1;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +81,10 @@ pub(super) struct Session<D: Disk> {
     memory: Arc<SharedMemory>,
     rings: Vec<Vring>,
     inflight: Option<InflightArea>,
+    /// Where the VMM wants to be told what we write, if it has said so.
+    log: Option<Arc<DirtyLog>>,
+    /// Who is told that the log has changed.
+    log_changed: Arc<Notifier>,
     /// The write-back byte of the configuration.
     writeback: bool,
     /// Whether the driver has chosen it in this session.
@@ -99,6 +108,8 @@ impl<D: Disk> Session<D> {
             memory: Arc::default(),
             rings: (0..queues).map(|_| Vring::default()).collect(),
             inflight: None,
+            log: None,
+            log_changed: Arc::default(),
             writeback,
             writeback_chosen: false,
         }
@@ -158,6 +169,8 @@ impl<D: Disk> Session<D> {
             | FrontendReq::SET_VRING_CALL
             | FrontendReq::SET_VRING_ERR
             | FrontendReq::SET_INFLIGHT_FD
+            | FrontendReq::SET_LOG_BASE
+            | FrontendReq::SET_LOG_FD
             | FrontendReq::ADD_MEM_REG
             // Old front ends send the region's own descriptor along.
             | FrontendReq::REM_MEM_REG => 1,
@@ -181,6 +194,8 @@ impl<D: Disk> Session<D> {
             FrontendReq::GET_MAX_MEM_SLOTS => Reply::number(MAX_REGIONS as u64),
             FrontendReq::ADD_MEM_REG => self.add_mem_reg(&message, fds),
             FrontendReq::REM_MEM_REG => self.rem_mem_reg(&message),
+            FrontendReq::SET_LOG_BASE => self.set_log_base(body(&message)?, fds),
+            FrontendReq::SET_LOG_FD => self.set_log_fd(fds),
             FrontendReq::SET_VRING_NUM => self.set_vring_num(body(&message)?),
             FrontendReq::SET_VRING_BASE => self.set_vring_base(body(&message)?),
             FrontendReq::SET_VRING_ADDR => self.set_vring_addr(body(&message)?),
@@ -213,7 +228,10 @@ impl<D: Disk> Session<D> {
         }
         let features = Features(bits);
         if features != self.features {
-            self.while_stopped(|session| session.features = features);
+            self.while_stopped(|session| {
+                session.features = features;
+                session.apply_log();
+            });
         }
         self.apply_write_cache();
         Ok(Reply::Done)
@@ -309,7 +327,10 @@ impl<D: Disk> Session<D> {
             let region = exactly(bytes).ok_or(MALFORMED)?;
             map = map.with(spec(&region), fd, self.options.guest_memory_max)?;
         }
-        self.while_stopped(|session| session.memory.replace(map));
+        self.while_stopped(|session| {
+            session.memory.replace(map);
+            session.apply_log();
+        });
         Ok(Reply::Done)
     }
 
@@ -332,6 +353,34 @@ impl<D: Disk> Session<D> {
         Ok(Reply::Done)
     }
 
+    // The dirty log.
+
+    /// Answers always, whether asked to or not: front ends wait for it.
+    fn set_log_base(&mut self, place: VhostUserLog, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
+        self.require(Protocol::LOG_SHMFD)?;
+        let fd = fds.pop().ok_or(Refusal::Malformed("a dirty log needs a descriptor"))?;
+        let changed = Arc::clone(&self.log_changed);
+        let log = Arc::new(DirtyLog::open(fd, place.mmap_offset, place.mmap_size, changed)?);
+        // What is in flight would be noted in the old one.
+        self.while_stopped(|session| {
+            session.log = Some(log);
+            session.apply_log();
+        });
+        Reply::number(0)
+    }
+
+    fn set_log_fd(&mut self, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
+        self.log_changed.set(fds.pop());
+        Ok(Reply::Done)
+    }
+
+    /// Notes what is written from now on, if the VMM wants it noted and has said where.
+    fn apply_log(&mut self) {
+        let log = self.log.as_ref().filter(|_| self.features.log_all());
+        let map = MemoryMap::clone(&self.memory.current()).with_log(log.map(Arc::clone));
+        self.memory.replace(map);
+    }
+
     // Rings.
 
     fn ring(&mut self, index: u64) -> Result<(u16, &mut Vring), Refusal> {
@@ -344,8 +393,10 @@ impl<D: Disk> Session<D> {
 
     fn set_vring_num(&mut self, state: VhostUserVringState) -> Result<Reply, Refusal> {
         let (size, limit) = (state.num, self.disk.config().queue_size);
+        let packed = self.features.packed();
         let (_, ring) = self.ring(u64::from(state.index))?;
-        if !size.is_power_of_two() || size > u32::from(limit) {
+        let is_possible = size.is_power_of_two() || (packed && size > 0);
+        if !is_possible || size > u32::from(limit) {
             return Err(Refusal::RingSize { size, limit });
         }
         if ring.is_running() && u32::from(ring.size) != size {
@@ -356,8 +407,11 @@ impl<D: Disk> Session<D> {
     }
 
     fn set_vring_base(&mut self, state: VhostUserVringState) -> Result<Reply, Refusal> {
-        let num = state.num;
-        let base = u16::try_from(num).map_err(|_| Refusal::RingPosition(num))?;
+        let base = state.num;
+        // A packed ring has two positions in it.
+        if !self.features.packed() && base > u32::from(u16::MAX) {
+            return Err(Refusal::RingPosition(base));
+        }
         let (_, ring) = self.ring(u64::from(state.index))?;
         if ring.is_running() {
             return Err(Refusal::RingRunning);
@@ -375,12 +429,13 @@ impl<D: Disk> Session<D> {
         if !addresses.are_aligned() {
             return Err(Refusal::Unaligned);
         }
+        let log_at = (message.flags & VRING_F_LOG != 0).then_some(message.log);
         let patience = self.patience();
         let (index, ring) = self.ring(u64::from(message.index))?;
         // The same addresses come again when a VMM changes the flags of a running ring.
-        if ring.addresses != Some(addresses) {
+        if (ring.addresses, ring.log_at) != (Some(addresses), log_at) {
             ring.stop(patience);
-            ring.addresses = Some(addresses);
+            (ring.addresses, ring.log_at) = (Some(addresses), log_at);
         }
         self.start(index)
     }
@@ -409,7 +464,7 @@ impl<D: Disk> Session<D> {
             .ring(u64::from(state.index))
             .map(|(index, ring)| ring.take_base(index, inflight.as_ref(), patience));
         self.inflight = inflight;
-        Reply::value(&VhostUserVringState::new(state.index, u32::from(base?)))
+        Reply::value(&VhostUserVringState::new(state.index, base?))
     }
 
     fn set_vring_kick(&mut self, value: u64, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
@@ -450,7 +505,8 @@ impl<D: Disk> Session<D> {
         if queues == 0 || queues > self.queues || size == 0 || size > self.disk.config().queue_size {
             return Reply::value(&VhostUserInflight::new(0, 0, queues, size));
         }
-        let (_, file, answer) = InflightArea::create(queues, size, self.writeback)?;
+        let shape = Shape { queues, queue_size: size, packed: self.features.packed() };
+        let (_, file, answer) = InflightArea::create(shape, self.writeback)?;
         Ok(Reply::WithFile(bytes_of(&answer), file))
     }
 
@@ -460,7 +516,7 @@ impl<D: Disk> Session<D> {
         if self.rings.iter().any(Vring::is_running) {
             return Err(Refusal::RingRunning);
         }
-        let area = InflightArea::open(fd, &shape)?;
+        let area = InflightArea::open(fd, &shape, self.features.packed())?;
         match area.writeback() {
             Some(earlier) if !self.writeback_chosen => {
                 self.writeback = earlier;
