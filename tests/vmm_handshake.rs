@@ -370,7 +370,7 @@ fn a_ring_stops_where_it_stood_and_goes_on_from_there() {
         for index in 0..2 {
             let base = client.stop_ring(index);
             assert_eq!(base, client.queues[index].avail_index(), "everything was used");
-            client.set_up_ring(index, base);
+            client.set_up_ring(index, base.into());
             client.wire.set_vring(Req::SetVringEnable, index as u16, 1);
         }
     }
@@ -385,7 +385,7 @@ fn requests_kicked_before_enable_are_served_at_enable() {
     assert!(client.submit(0, 3, &read, &Layout::plain(&read)));
     client.queues[0].store_avail();
     client.queues[0].kick();
-    client.set_up_ring(0, base);
+    client.set_up_ring(0, base.into());
     client.wire.set_vring(Req::SetVringEnable, 0, 1);
     let mut done = Vec::new();
     client.wait(&mut done);
