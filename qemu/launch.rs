@@ -32,6 +32,8 @@ pub enum Disk {
         queues: u16,
         /// Try to connect again this often after the server went away; never when `None`.
         reconnect_ms: Option<u32>,
+        /// Offer the guest packed rings.
+        packed: bool,
     },
     /// By QEMU itself from a raw file, with nothing of ours in between.
     Raw {
@@ -126,13 +128,14 @@ fn memory(command: &mut Command, machine: &Machine) {
 
 fn attach(command: &mut Command, index: usize, disk: &Disk) {
     match disk {
-        Disk::VhostUser { socket, queues, reconnect_ms } => {
+        Disk::VhostUser { socket, queues, reconnect_ms, packed } => {
             let mut chardev = option(&format!("socket,id=vhost{index},path="), socket);
             if let Some(milliseconds) = reconnect_ms {
                 chardev.push(format!(",reconnect-ms={milliseconds}"));
             }
             command.arg("-chardev").arg(chardev);
-            let device = format!("vhost-user-blk-pci,chardev=vhost{index},num-queues={queues}");
+            let packed = if *packed { ",packed=on" } else { "" };
+            let device = format!("vhost-user-blk-pci,chardev=vhost{index},num-queues={queues}{packed}");
             command.args(["-device", &device]);
         }
         Disk::Raw { path } => {

@@ -86,16 +86,28 @@ fn two_queues_and_two_processors_verify_every_block() {
 
 #[test]
 fn a_guest_under_load_notices_nothing_of_a_server_killed_and_restarted() {
+    killed_under_load(|storage| storage, "");
+}
+
+#[test]
+fn a_guest_with_packed_rings_notices_nothing_of_a_server_killed_and_restarted() {
+    // Bit 34 of what the driver and the device have agreed to.
+    killed_under_load(Storage::packed, "test \"$(cut -c35 /sys/block/vda/device/features)\" = 1\n");
+}
+
+/// A guest on `shape`, which `check` verifies, loses its server four times while it writes.
+fn killed_under_load(shape: impl FnOnce(Storage) -> Storage, check: &str) {
     let Some(host) = host() else { return };
     if Program::chosen() == Program::StorageDaemon {
         return inapplicable("qemu-storage-daemon does not track requests in flight and loses them here");
     }
     const KILLS: u32 = 4;
-    let storage = Storage::new(Program::chosen(), 64, 512).queues(2);
+    let storage = shape(Storage::new(Program::chosen(), 64, 512).queues(2));
     let mut server = storage.serve();
     // A fixed rate makes the writing last about 12 s on a fast machine as on a slow one.
     let script = format!(
         "disk vda\n\
+         {check}\
          mark started\n\
          {}\
          mark done\n\
