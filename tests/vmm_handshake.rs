@@ -473,6 +473,31 @@ fn a_reset_device_starts_again_from_nothing() {
 }
 
 #[test]
+fn the_device_status_is_kept_and_zero_resets_the_device() {
+    if is_peer() {
+        return;
+    }
+    let (_workspace, daemon) = server(2);
+    let mut client = Client::connect(daemon.socket(), options(2, true));
+    assert_ne!(client.protocol & protocol::STATUS, 0);
+    assert_eq!(client.wire.get_u64(Req::GetStatus), 0);
+    for status in [1, 3, 11, 15] {
+        client.wire.set_u64(Req::SetStatus, status);
+        assert_eq!(client.wire.get_u64(Req::GetStatus), status);
+    }
+    exchange(&mut client, 1);
+    client.wire.set_u64(Req::SetStatus, 0);
+    assert_eq!(client.wire.get_u64(Req::GetStatus), 0);
+    client.queues.iter_mut().for_each(Queue::reset);
+    client.wire.set_u64(Req::SetFeatures, client.features);
+    for index in 0..2 {
+        client.set_up_ring(index, 0);
+        client.wire.set_vring(Req::SetVringEnable, index as u16, 1);
+    }
+    exchange(&mut client, 2);
+}
+
+#[test]
 fn connections_come_and_go_and_leave_no_descriptor_behind() {
     let (_workspace, mut daemon) = server(1);
     let mut counts = Vec::new();

@@ -89,8 +89,8 @@ impl Features {
     }
 }
 
-/// Protocol features offered. The back-end channel, STATUS and device state are added here, each
-/// with its messages in `session`, when they work in full.
+/// Protocol features offered. The back-end channel and device state are added here, each with its
+/// messages in `session`, when they work in full.
 pub(super) fn protocol_offered() -> u64 {
     (Protocol::MQ
         | Protocol::LOG_SHMFD
@@ -98,6 +98,7 @@ pub(super) fn protocol_offered() -> u64 {
         | Protocol::CONFIG
         | Protocol::INFLIGHT_SHMFD
         | Protocol::RESET_DEVICE
+        | Protocol::STATUS
         | Protocol::CONFIGURE_MEM_SLOTS)
         .bits()
 }
@@ -123,6 +124,6 @@ mod tests {
         let known = 1 << 2 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 14;
         let transport = 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32 | 1 << 34;
         assert_eq!(bits & !(known | transport), 0, "{bits:#x}");
-        assert_eq!(protocol_offered(), 1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15);
+        assert_eq!(protocol_offered(), 1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16);
     }
 }

@@ -85,6 +85,8 @@ pub(super) struct Session<D: Disk> {
     log: Option<Arc<DirtyLog>>,
     /// Who is told that the log has changed.
     log_changed: Arc<Notifier>,
+    /// The device status as the VMM last set it.
+    status: u8,
     /// The write-back byte of the configuration.
     writeback: bool,
     /// Whether the driver has chosen it in this session.
@@ -110,6 +112,7 @@ impl<D: Disk> Session<D> {
             inflight: None,
             log: None,
             log_changed: Arc::default(),
+            status: 0,
             writeback,
             writeback_chosen: false,
         }
@@ -187,6 +190,8 @@ impl<D: Disk> Session<D> {
             FrontendReq::SET_OWNER => Ok(Reply::Done),
             FrontendReq::RESET_OWNER => self.disable_rings(),
             FrontendReq::RESET_DEVICE => self.reset_device(),
+            FrontendReq::SET_STATUS => self.set_status(number(&message)?),
+            FrontendReq::GET_STATUS => self.get_status(),
             FrontendReq::GET_QUEUE_NUM => Reply::number(u64::from(self.queues)),
             FrontendReq::GET_CONFIG => self.get_config(&message),
             FrontendReq::SET_CONFIG => self.set_config(&message),
@@ -256,8 +261,32 @@ impl<D: Disk> Session<D> {
             *ring = Vring::default();
         }
         self.features = Features::default();
+        self.status = 0;
         self.inflight = None;
+        self.apply_log();
         Ok(Reply::Done)
+    }
+
+    /// Zero resets the device, as it does for its driver (virtio 1.3 §2.4.1): rings stop and forget.
+    /// Whom they notify stays, for that is the VMM's business and not the driver's.
+    fn set_status(&mut self, status: u64) -> Result<Reply, Refusal> {
+        self.require(Protocol::STATUS)?;
+        self.status = u8::try_from(status).map_err(|_| Refusal::Malformed("a status of more than a byte"))?;
+        if status == 0 {
+            self.stop_all(Some(self.patience_left()));
+            for ring in &mut self.rings {
+                let (call, error) = (Arc::clone(&ring.call), Arc::clone(&ring.error));
+                *ring = Vring::default();
+                (ring.call, ring.error) = (call, error);
+            }
+            self.inflight = None;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn get_status(&self) -> Result<Reply, Refusal> {
+        self.require(Protocol::STATUS)?;
+        Reply::number(u64::from(self.status))
     }
 
     fn disable_rings(&mut self) -> Result<Reply, Refusal> {

@@ -115,6 +115,8 @@ impl ClientOptions {
             | protocol::CONFIG
             | protocol::INFLIGHT_SHMFD
             | protocol::RESET_DEVICE
+            | protocol::LOG_SHMFD
+            | protocol::STATUS
             | protocol::CONFIGURE_MEM_SLOTS;
         if !self.inflight {
             taken &= !protocol::INFLIGHT_SHMFD;

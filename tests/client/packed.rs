@@ -126,6 +126,14 @@ impl Packed {
         memory.store(driver_area + 2, if event_idx { EVENT_DESC } else { 0 });
     }
 
+    /// Asks for a call when the slot `slots` behind the next one is used.
+    pub fn arm_after(&self, memory: &Memory, driver_area: u64, slots: u16) {
+        let mut place = self.used;
+        place.step(slots, self.size);
+        memory.store(driver_area, place.bits());
+        memory.store(driver_area + 2, EVENT_DESC);
+    }
+
     /// The next used descriptor, if it is there: its id and length.
     pub fn next_used(&self, memory: &Memory, desc_at: u64) -> Option<(u16, u32)> {
         let at = desc_at + 16 * u64::from(self.used.slot);

@@ -438,6 +438,16 @@ impl Queue {
         self.used_index() == self.used
     }
 
+    /// Asks for a call once `count` more chains are used, each of which has one slot.
+    pub fn arm_after(&self, count: u16) {
+        assert!(self.event_idx && count > 0);
+        if let Some(packed) = &self.packed {
+            return packed.arm_after(&self.memory, self.avail_at, count - 1);
+        }
+        let event = self.used.wrapping_add(count - 1);
+        self.memory.store(self.avail_at + 4 + 2 * u64::from(self.size), event);
+    }
+
     /// Takes a call that may have come.
     pub fn take_call(&mut self) {
         if let Ok(calls) = self.call.read() {

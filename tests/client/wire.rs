@@ -44,6 +44,7 @@ pub mod protocol {
     pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub const RESET_DEVICE: u64 = 1 << 13;
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    pub const STATUS: u64 = 1 << 16;
 }
 
 /// Requests of a front end.
@@ -56,6 +57,7 @@ pub enum Req {
     ResetOwner = 4,
     SetMemTable = 5,
     SetLogBase = 6,
+    SetLogFd = 7,
     SetVringNum = 8,
     SetVringAddr = 9,
     SetVringBase = 10,
@@ -76,6 +78,8 @@ pub enum Req {
     GetMaxMemSlots = 36,
     AddMemReg = 37,
     RemMemReg = 38,
+    SetStatus = 39,
+    GetStatus = 40,
 }
 
 const VERSION: u32 = 1;
