@@ -107,6 +107,17 @@ impl Storage {
         Disk::Raw { path: self.backing() }
     }
 
+    /// Goes to another host, which shares the backing image and has a cache of its own.
+    ///
+    /// # Panics
+    ///
+    /// When the cache was not drained.
+    pub fn move_to_another_host(&self) {
+        self.drain();
+        self.check();
+        fs::remove_file(self.cache()).expect("the cache stays behind");
+    }
+
     /// Starts the server and returns when it listens.
     ///
     /// # Panics

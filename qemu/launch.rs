@@ -76,6 +76,10 @@ pub struct Machine<'a> {
     pub console: &'a Path,
     /// A socket that the caller already listens on; the guest's report port.
     pub report: Option<&'a Path>,
+    /// Where QEMU listens for QMP, if it is to be told anything.
+    pub monitor: Option<&'a Path>,
+    /// The file with a guest's state to go on with, instead of a boot.
+    pub incoming: Option<&'a Path>,
 }
 
 /// The command that starts a machine.
@@ -95,6 +99,14 @@ pub fn command(machine: &Machine) -> Command {
         command.arg("-chardev").arg(option("socket,id=report,path=", report));
         command.args(["-device", "virtio-serial-pci"]);
         command.args(["-device", "virtserialport,chardev=report,name=pcache.report"]);
+    }
+    if let Some(monitor) = machine.monitor {
+        command
+            .arg("-qmp")
+            .arg(option("unix:", monitor).into_string().expect("a plain path") + ",server=on,wait=off");
+    }
+    if let Some(incoming) = machine.incoming {
+        command.arg("-incoming").arg(option("file:", incoming));
     }
     for (index, disk) in machine.disks.iter().enumerate() {
         attach(&mut command, index, disk);
