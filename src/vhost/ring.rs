@@ -240,7 +240,7 @@ pub(super) trait Ring: Sized + Send + std::fmt::Debug + 'static {
     fn used(&self) -> u32;
 
     /// What lies between its two positions without being one of the `busy` chains in flight. It
-    /// never changes while the ring runs.
+    /// never changes while the ring runs. Asked between turns, when everything put is published.
     #[cfg(feature = "sim")]
     fn skew(&self, busy: u16) -> u16;
 

@@ -10,15 +10,17 @@
 //!   in-flight tracking, and when the connection ends, queues stop without it after a while;
 //! - a session that ends has stopped its queues and unmapped its memory.
 
+mod areas;
+
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::vhost_user::message::{
-    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserInflight, VhostUserLog, VhostUserMemory,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64,
-    VhostUserVringAddr, VhostUserVringState,
+    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr,
+    VhostUserVringState,
 };
 use vm_memory::ByteValued;
 
@@ -26,7 +28,7 @@ use super::config_space;
 use super::decode::{QUEUE_MASK, Refusal, body, bytes_of, config_message, number, only_fd, spec};
 use super::dirty_log::DirtyLog;
 use super::features::{Features, protocol_offered};
-use super::inflight::{InflightArea, Shape};
+use super::inflight::InflightArea;
 use super::memory::{MAX_REGIONS, MemoryMap, SharedMemory};
 use super::message::{Connection, ConnectionError, Message, exactly};
 use super::notify::Notifier;
@@ -382,34 +384,6 @@ impl<D: Disk> Session<D> {
         Ok(Reply::Done)
     }
 
-    // The dirty log.
-
-    /// Answers always, whether asked to or not: front ends wait for it.
-    fn set_log_base(&mut self, place: VhostUserLog, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
-        self.require(Protocol::LOG_SHMFD)?;
-        let fd = fds.pop().ok_or(Refusal::Malformed("a dirty log needs a descriptor"))?;
-        let changed = Arc::clone(&self.log_changed);
-        let log = Arc::new(DirtyLog::open(fd, place.mmap_offset, place.mmap_size, changed)?);
-        // What is in flight would be noted in the old one.
-        self.while_stopped(|session| {
-            session.log = Some(log);
-            session.apply_log();
-        });
-        Reply::number(0)
-    }
-
-    fn set_log_fd(&mut self, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
-        self.log_changed.set(fds.pop());
-        Ok(Reply::Done)
-    }
-
-    /// Notes what is written from now on, if the VMM wants it noted and has said where.
-    fn apply_log(&mut self) {
-        let log = self.log.as_ref().filter(|_| self.features.log_all());
-        let map = MemoryMap::clone(&self.memory.current()).with_log(log.map(Arc::clone));
-        self.memory.replace(map);
-    }
-
     // Rings.
 
     fn ring(&mut self, index: u64) -> Result<(u16, &mut Vring), Refusal> {
@@ -522,38 +496,6 @@ impl<D: Disk> Session<D> {
             // What was published just before may have been told to the old descriptor only.
             ring.call.notify();
         }
-        Ok(Reply::Done)
-    }
-
-    // Requests in flight.
-
-    fn get_inflight_fd(&mut self, wanted: VhostUserInflight) -> Result<Reply, Refusal> {
-        self.require(Protocol::INFLIGHT_SHMFD)?;
-        let (queues, size) = (wanted.num_queues, wanted.queue_size);
-        // An area of no bytes is how a refusal looks here.
-        if queues == 0 || queues > self.queues || size == 0 || size > self.disk.config().queue_size {
-            return Reply::value(&VhostUserInflight::new(0, 0, queues, size));
-        }
-        let shape = Shape { queues, queue_size: size, packed: self.features.packed() };
-        let (_, file, answer) = InflightArea::create(shape, self.writeback)?;
-        Ok(Reply::WithFile(bytes_of(&answer), file))
-    }
-
-    fn set_inflight_fd(&mut self, shape: VhostUserInflight, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
-        self.require(Protocol::INFLIGHT_SHMFD)?;
-        let fd = fds.pop().ok_or(Refusal::Malformed("an in-flight area needs a descriptor"))?;
-        if self.rings.iter().any(Vring::is_running) {
-            return Err(Refusal::RingRunning);
-        }
-        let area = InflightArea::open(fd, &shape, self.features.packed())?;
-        match area.writeback() {
-            Some(earlier) if !self.writeback_chosen => {
-                self.writeback = earlier;
-                self.apply_write_cache();
-            }
-            _ => area.set_writeback(self.writeback),
-        }
-        self.inflight = Some(area);
         Ok(Reply::Done)
     }
 

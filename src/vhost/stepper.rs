@@ -71,10 +71,13 @@ pub struct QueueStepper<D: Disk> {
     skew: u16,
 }
 
+/// A queue of disk `D` with a ring of layout `R`.
+type DiskWorker<D, R> = Worker<<D as Disk>::Queue<GuestBuffer>, R>;
+
 /// A queue of either layout.
 enum Either<D: Disk> {
-    Split(Worker<D::Queue<GuestBuffer>, SplitRing>),
-    Packed(Worker<D::Queue<GuestBuffer>, PackedRing>),
+    Split(DiskWorker<D, SplitRing>),
+    Packed(DiskWorker<D, PackedRing>),
 }
 
 /// Says `$body` of whichever worker it is.
@@ -262,7 +265,7 @@ fn begin<D: Disk, R: Ring>(
     vring: &Vring,
     addresses: RingAddresses,
     context: &RingContext<'_, D>,
-) -> Option<(Worker<D::Queue<GuestBuffer>, R>, u16)> {
+) -> Option<(DiskWorker<D, R>, u16)> {
     let start = vring.prepare::<D, R>(0, addresses, context).ok()?;
     let queue = start.disk.open_queue::<GuestBuffer>(0, Waker::default()).ok()?;
     let mut worker = Worker::new(start, queue);
@@ -270,6 +273,8 @@ fn begin<D: Disk, R: Ring>(
     let resumed = !worker.resubmit.is_empty();
     let before = worker.ring.skew(worker.resubmit.len() as u16);
     worker.resume();
+    // As the first turn would: a ring's books are whole between turns.
+    worker.publish();
     let skew = worker.ring.skew(worker.busy);
     // What comes after a chain that breaks the ring is not taken again.
     assert!(!resumed || worker.broken.is_some() || skew == before, "chains are lost when a ring resumes");
