@@ -320,28 +320,6 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn collect_packed(&mut self) {
-        while let Some(packed) = &mut self.packed {
-            let at = DESCRIPTORS + 16 * u64::from(packed.looks_at());
-            let mut bytes = [0; 16];
-            self.bench.read(at, &mut bytes);
-            let word = u128::from_le_bytes(bytes);
-            let (written, id, flags) = ((word >> 64) as u32, (word >> 96) as u16, (word >> 112) as u16);
-            if !packed.is_used(flags) {
-                break;
-            }
-            assert!(packed.take_back(id), "{id} comes back and has no slots");
-            let found = self.waiting.iter().position(|waiting| waiting.head == id);
-            let found = found.unwrap_or_else(|| panic!("{id} comes back and was not under way"));
-            let waiting = self.waiting.swap_remove(found);
-            self.judge(&waiting, written);
-            self.free.extend(&waiting.slots);
-        }
-        if self.waiting.is_empty() {
-            self.next_buffer = BUFFERS;
-        }
-    }
-
     fn judge(&self, waiting: &Waiting, written: u32) {
         let mut status = [0];
         self.bench.read(waiting.status_at, &mut status);
@@ -466,33 +444,6 @@ impl<'a> Driver<'a> {
         Some(slots)
     }
 
-    /// The same in a packed ring; one slot means a table.
-    fn place_packed(&mut self, parts: &[(u64, u32, u16)], count: usize) -> Option<Vec<u16>> {
-        if !self.packed.as_ref()?.has_room(count) {
-            return None;
-        }
-        let mut parts = parts.to_vec();
-        if count < parts.len() {
-            let len = 16 * parts.len() as u64;
-            let at = self.buffer(len)?;
-            for (i, &(addr, len, flags)) in parts.iter().enumerate() {
-                self.bench.write(at + 16 * i as u64, &descriptor(addr, len, 0, flags));
-            }
-            parts = vec![(at, len as u32, INDIRECT)];
-        }
-        let last = parts.len() - 1;
-        let flags: Vec<u16> =
-            parts.iter().enumerate().map(|(i, part)| part.2 | if i < last { NEXT } else { 0 }).collect();
-        let id = self.free.pop().expect("as many ids as slots");
-        let placed = self.packed.as_mut()?.place(id, &flags);
-        for ((slot, flags), (addr, len, _)) in placed.into_iter().zip(parts) {
-            let at = DESCRIPTORS + 16 * u64::from(slot);
-            let old = self.get(at + 14);
-            self.bench.write(at, &descriptor(addr, len, id, flags.unwrap_or(old)));
-        }
-        Some(vec![id])
-    }
-
     /// Any descriptor into any slot of the ring's table, or of what may be an indirect one.
     fn wild_descriptor(&mut self, input: &mut Input<'_>) {
         self.tamper();
@@ -528,18 +479,6 @@ impl<'a> Driver<'a> {
         }
         self.offer_wild(0);
         self.turn();
-    }
-
-    /// A split ring's descriptor in the ring's own layout, a packed one's as if made available.
-    fn laid_out(&self, bytes: [u8; 16]) -> [u8; 16] {
-        let Some(packed) = &self.packed else { return bytes };
-        let mut out = bytes;
-        let (low, high) = out[12..].split_at_mut(2);
-        low.swap_with_slice(high);
-        let flags = u16::from_le_bytes([out[14], out[15]]);
-        let state = if flags & 0x40 == 0 { packed.slot(0).1 } else { 0 };
-        out[14..].copy_from_slice(&(flags ^ state).to_le_bytes());
-        out
     }
 
     /// Everything published comes back, exactly once.
