@@ -147,6 +147,8 @@ fn command(host: &Host, vmm: Vmm, disk: &Disk, append: &str, console: &Path) -> 
             nvdimm: None,
             console,
             report: None,
+            monitor: None,
+            incoming: None,
         }),
         Vmm::CloudHypervisor => {
             let Disk::VhostUser { socket, .. } = disk else {

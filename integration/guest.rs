@@ -18,6 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::cpio::Archive;
+use crate::monitor::{FAST, Monitor, SLOW};
 use crate::prepare::Host;
 use crate::qemu::{self, Disk, Machine, Nvdimm};
 
@@ -31,8 +32,12 @@ pub struct GuestOptions {
     nvdimm: Option<Nvdimm>,
     files: Vec<(String, u32, Vec<u8>)>,
     fio: bool,
+    incoming: Option<PathBuf>,
     timeout: Duration,
 }
+
+/// QEMU's monitor, in the guest's directory.
+const MONITOR: &str = "qmp.sock";
 
 /// The default deadline for a whole guest. Seconds suffice on an idle machine; a busy one that
 /// translates instructions may need many times that.
@@ -49,8 +54,15 @@ impl GuestOptions {
             nvdimm: None,
             files: Vec::new(),
             fio: false,
+            incoming: None,
             timeout: DEADLINE,
         }
+    }
+
+    /// Goes on with the state that [`Guest::migrate`] has left in `file`, instead of booting.
+    pub fn incoming(mut self, file: &Path) -> Self {
+        self.incoming = Some(file.to_owned());
+        self
     }
 
     /// Adds a disk; the first is vda.
@@ -181,6 +193,8 @@ impl Guest {
             nvdimm: options.nvdimm.as_ref(),
             console: &console,
             report: Some(&report),
+            monitor: Some(&files.path().join(MONITOR)),
+            incoming: options.incoming.as_deref(),
         };
         let stderr = File::create(files.path().join("qemu.log")).expect("a log for QEMU");
         let mut qemu = qemu::command(&machine)
@@ -277,6 +291,35 @@ impl Guest {
             }
             Err(account) => panic!("{account}"),
         }
+    }
+
+    /// Moves the running guest's state into `file`, and ends its QEMU.
+    ///
+    /// # Panics
+    ///
+    /// When QEMU refuses, or does not end the migration before the deadline.
+    pub fn migrate(mut self, file: &Path) {
+        let mut monitor = self.monitor();
+        monitor.start_migration(file, FAST);
+        monitor.await_migration("completed", self.deadline);
+        self.end();
+    }
+
+    /// Begins to move its state, lets it go on for `time`, and thinks better of it.
+    ///
+    /// # Panics
+    ///
+    /// As [`Guest::migrate`], and when it was over before `time`.
+    pub fn migrate_and_cancel(&self, file: &Path, time: Duration) {
+        let mut monitor = self.monitor();
+        monitor.start_migration(file, SLOW);
+        std::thread::sleep(time);
+        monitor.execute("migrate_cancel", "{}");
+        monitor.await_migration("cancelled", self.deadline);
+    }
+
+    fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.files.path().join(MONITOR))
     }
 
     /// Takes the power away, now.

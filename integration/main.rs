@@ -6,6 +6,7 @@
 mod bare;
 mod cpio;
 mod guest;
+mod monitor;
 mod prepare;
 mod server;
 

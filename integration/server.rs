@@ -54,6 +54,7 @@ pub struct Storage {
     sockets: tempfile::TempDir,
     cache_mib: u64,
     queues: u16,
+    packed: bool,
 }
 
 impl Storage {
@@ -64,7 +65,7 @@ impl Storage {
             .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
             .expect("a directory for the disk");
         let sockets = tempfile::Builder::new().prefix("pcache-").tempdir().expect("a directory for sockets");
-        let storage = Self { program, files, sockets, cache_mib, queues: 1 };
+        let storage = Self { program, files, sockets, cache_mib, queues: 1, packed: false };
         let image = File::create(storage.backing()).expect("create the backing image");
         image.set_len(backing_mib << 20).expect("size the backing image");
         storage
@@ -73,6 +74,12 @@ impl Storage {
     /// Serves this many virtqueues.
     pub fn queues(mut self, queues: u16) -> Self {
         self.queues = queues;
+        self
+    }
+
+    /// Attached with packed rings.
+    pub fn packed(mut self) -> Self {
+        self.packed = true;
         self
     }
 
@@ -92,12 +99,23 @@ impl Storage {
 
     /// The disk as a guest attaches it while a server runs.
     pub fn attached(&self, reconnect_ms: Option<u32>) -> Disk {
-        Disk::VhostUser { socket: self.socket(), queues: self.queues, reconnect_ms }
+        Disk::VhostUser { socket: self.socket(), queues: self.queues, reconnect_ms, packed: self.packed }
     }
 
     /// The backing image alone, attached without us.
     pub fn bare(&self) -> Disk {
         Disk::Raw { path: self.backing() }
+    }
+
+    /// Goes to another host, which shares the backing image and has a cache of its own.
+    ///
+    /// # Panics
+    ///
+    /// When the cache was not drained.
+    pub fn move_to_another_host(&self) {
+        self.drain();
+        self.check();
+        fs::remove_file(self.cache()).expect("the cache stays behind");
     }
 
     /// Starts the server and returns when it listens.

@@ -32,6 +32,8 @@ pub enum Disk {
         queues: u16,
         /// Try to connect again this often after the server went away; never when `None`.
         reconnect_ms: Option<u32>,
+        /// Offer the guest packed rings.
+        packed: bool,
     },
     /// By QEMU itself from a raw file, with nothing of ours in between.
     Raw {
@@ -74,6 +76,10 @@ pub struct Machine<'a> {
     pub console: &'a Path,
     /// A socket that the caller already listens on; the guest's report port.
     pub report: Option<&'a Path>,
+    /// Where QEMU listens for QMP, if it is to be told anything.
+    pub monitor: Option<&'a Path>,
+    /// The file with a guest's state to go on with, instead of a boot.
+    pub incoming: Option<&'a Path>,
 }
 
 /// The command that starts a machine.
@@ -93,6 +99,14 @@ pub fn command(machine: &Machine) -> Command {
         command.arg("-chardev").arg(option("socket,id=report,path=", report));
         command.args(["-device", "virtio-serial-pci"]);
         command.args(["-device", "virtserialport,chardev=report,name=pcache.report"]);
+    }
+    if let Some(monitor) = machine.monitor {
+        command
+            .arg("-qmp")
+            .arg(option("unix:", monitor).into_string().expect("a plain path") + ",server=on,wait=off");
+    }
+    if let Some(incoming) = machine.incoming {
+        command.arg("-incoming").arg(option("file:", incoming));
     }
     for (index, disk) in machine.disks.iter().enumerate() {
         attach(&mut command, index, disk);
@@ -126,13 +140,14 @@ fn memory(command: &mut Command, machine: &Machine) {
 
 fn attach(command: &mut Command, index: usize, disk: &Disk) {
     match disk {
-        Disk::VhostUser { socket, queues, reconnect_ms } => {
+        Disk::VhostUser { socket, queues, reconnect_ms, packed } => {
             let mut chardev = option(&format!("socket,id=vhost{index},path="), socket);
             if let Some(milliseconds) = reconnect_ms {
                 chardev.push(format!(",reconnect-ms={milliseconds}"));
             }
             command.arg("-chardev").arg(chardev);
-            let device = format!("vhost-user-blk-pci,chardev=vhost{index},num-queues={queues}");
+            let packed = if *packed { ",packed=on" } else { "" };
+            let device = format!("vhost-user-blk-pci,chardev=vhost{index},num-queues={queues}{packed}");
             command.args(["-device", &device]);
         }
         Disk::Raw { path } => {

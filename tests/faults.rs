@@ -448,7 +448,7 @@ fn a_ring_stops_without_the_disk_and_goes_on_with_what_it_left() {
         assert!(took < STOP, "{what}: {took:?}");
         assert_eq!(base, rig.bad.client.queues[queue].used_index(), "{what}: what was returned");
         // The VMM goes on: the ring's requests are submitted again, while the first try still hangs.
-        rig.bad.client.set_up_ring(queue, base);
+        rig.bad.client.set_up_ring(queue, base.into());
         rig.bad.client.queues[queue].kick();
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(rig.bad.poll(), 1, "{what}: the disk still hangs");

@@ -205,6 +205,12 @@ fn bad_rest(memory: &Memory) -> Vec<Bad> {
             [words(&[300, 1, 0]), vec![1]].concat(),
             &[],
         ),
+        bad("a dirty log without file", Req::SetLogBase, longs(&[4096, 0]), &[]),
+        bad("a dirty log of no bytes", Req::SetLogBase, longs(&[0, 0]), &[fd]),
+        bad("a dirty log longer than its file", Req::SetLogBase, longs(&[len + 1, 0]), &[fd]),
+        bad("a dirty log that overflows", Req::SetLogBase, longs(&[4096, u64::MAX - 64]), &[fd]),
+        bad("a dirty log in two files", Req::SetLogBase, longs(&[4096, 0]), &[fd, fd]),
+        bad("a device status of nine bits", Req::SetStatus, longs(&[0x100]), &[]),
         bad("configuration cut short", Req::SetConfig, words(&[32, 16, 0]), &[]),
         bad("the capacity written", Req::SetConfig, [words(&[0, 8, 0]), vec![1; 8]].concat(), &[]),
     ]
@@ -406,7 +412,7 @@ fn a_front_end_that_leaves_its_own_socket_behind_is_gone_all_the_same() {
 
 /// A message that may be right, nearly right, or wrong; numbers are such that they often fit together.
 fn random_message(rng: &mut client::Rng, memory: &Memory, queues: &[Queue]) -> (u32, Vec<u8>, Vec<RawFd>) {
-    const KNOWN: [Req; 25] = [
+    const KNOWN: [Req; 28] = [
         Req::GetFeatures,
         Req::SetFeatures,
         Req::SetOwner,
@@ -432,6 +438,9 @@ fn random_message(rng: &mut client::Rng, memory: &Memory, queues: &[Queue]) -> (
         Req::GetMaxMemSlots,
         Req::AddMemReg,
         Req::RemMemReg,
+        Req::SetStatus,
+        Req::GetStatus,
+        Req::SetLogFd,
     ];
     const RING: [Req; 8] = [
         Req::SetVringNum,
@@ -451,14 +460,24 @@ fn random_message(rng: &mut client::Rng, memory: &Memory, queues: &[Queue]) -> (
     let number = [0, 1, 1, 1, 16, 16, 16, 16, 17, 1 << 20][rng.below(10) as usize];
     let memfd = memory.file().as_raw_fd();
     let event = queue.kick.as_raw_fd();
-    let features = feature::VERSION_1 | feature::PROTOCOL_FEATURES | (u64::from(number & 1) << 29);
+    let mut features = feature::VERSION_1 | feature::PROTOCOL_FEATURES | (u64::from(number & 1) << 29);
+    if rng.chance(20) {
+        features |= [feature::LOG_ALL, feature::RING_PACKED][rng.below(2) as usize];
+    }
     let (mut body, mut fds) = match request {
         Req::SetFeatures => (longs(&[features]), vec![]),
-        Req::SetProtocolFeatures => (longs(&[0x9209 | rng.below(2) << 3]), vec![]),
+        Req::SetProtocolFeatures => (longs(&[0x1920b | rng.below(2) << 3]), vec![]),
         Req::SetMemTable => (table(memory.regions()), vec![memfd; 2]),
         Req::AddMemReg => (single(region), vec![memfd]),
         Req::RemMemReg => (single(region), vec![]),
-        Req::SetVringAddr => (ring_addresses(memory, queue, 0), vec![]),
+        Req::SetVringAddr => {
+            let mut body = ring_addresses(memory, queue, queue.used_at);
+            body[4] = rng.chance(30).into();
+            (body, vec![])
+        }
+        Req::SetLogBase => (longs(&[1 << 18, 4096 * rng.below(2)]), vec![memfd]),
+        Req::SetStatus => (longs(&[[0, 1, 4, 15, 15][rng.below(5) as usize]]), vec![]),
+        Req::SetLogFd => (longs(&[0]), vec![event]),
         Req::SetVringNum | Req::SetVringBase | Req::GetVringBase | Req::SetVringEnable => {
             (vring_state(index, number), vec![])
         }

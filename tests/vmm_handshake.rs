@@ -370,7 +370,7 @@ fn a_ring_stops_where_it_stood_and_goes_on_from_there() {
         for index in 0..2 {
             let base = client.stop_ring(index);
             assert_eq!(base, client.queues[index].avail_index(), "everything was used");
-            client.set_up_ring(index, base);
+            client.set_up_ring(index, base.into());
             client.wire.set_vring(Req::SetVringEnable, index as u16, 1);
         }
     }
@@ -385,7 +385,7 @@ fn requests_kicked_before_enable_are_served_at_enable() {
     assert!(client.submit(0, 3, &read, &Layout::plain(&read)));
     client.queues[0].store_avail();
     client.queues[0].kick();
-    client.set_up_ring(0, base);
+    client.set_up_ring(0, base.into());
     client.wire.set_vring(Req::SetVringEnable, 0, 1);
     let mut done = Vec::new();
     client.wait(&mut done);
@@ -463,6 +463,31 @@ fn a_reset_device_starts_again_from_nothing() {
     assert_ne!(client.protocol & protocol::RESET_DEVICE, 0);
     exchange(&mut client, 1);
     client.wire.tell(Req::ResetDevice, &[], &[]);
+    client.queues.iter_mut().for_each(Queue::reset);
+    client.wire.set_u64(Req::SetFeatures, client.features);
+    for index in 0..2 {
+        client.set_up_ring(index, 0);
+        client.wire.set_vring(Req::SetVringEnable, index as u16, 1);
+    }
+    exchange(&mut client, 2);
+}
+
+#[test]
+fn the_device_status_is_kept_and_zero_resets_the_device() {
+    if is_peer() {
+        return;
+    }
+    let (_workspace, daemon) = server(2);
+    let mut client = Client::connect(daemon.socket(), options(2, true));
+    assert_ne!(client.protocol & protocol::STATUS, 0);
+    assert_eq!(client.wire.get_u64(Req::GetStatus), 0);
+    for status in [1, 3, 11, 15] {
+        client.wire.set_u64(Req::SetStatus, status);
+        assert_eq!(client.wire.get_u64(Req::GetStatus), status);
+    }
+    exchange(&mut client, 1);
+    client.wire.set_u64(Req::SetStatus, 0);
+    assert_eq!(client.wire.get_u64(Req::GetStatus), 0);
     client.queues.iter_mut().for_each(Queue::reset);
     client.wire.set_u64(Req::SetFeatures, client.features);
     for index in 0..2 {

@@ -86,16 +86,28 @@ fn two_queues_and_two_processors_verify_every_block() {
 
 #[test]
 fn a_guest_under_load_notices_nothing_of_a_server_killed_and_restarted() {
+    killed_under_load(|storage| storage, "");
+}
+
+#[test]
+fn a_guest_with_packed_rings_notices_nothing_of_a_server_killed_and_restarted() {
+    // Bit 34 of what the driver and the device have agreed to.
+    killed_under_load(Storage::packed, "test \"$(cut -c35 /sys/block/vda/device/features)\" = 1\n");
+}
+
+/// A guest on `shape`, which `check` verifies, loses its server four times while it writes.
+fn killed_under_load(shape: impl FnOnce(Storage) -> Storage, check: &str) {
     let Some(host) = host() else { return };
     if Program::chosen() == Program::StorageDaemon {
         return inapplicable("qemu-storage-daemon does not track requests in flight and loses them here");
     }
     const KILLS: u32 = 4;
-    let storage = Storage::new(Program::chosen(), 64, 512).queues(2);
+    let storage = shape(Storage::new(Program::chosen(), 64, 512).queues(2));
     let mut server = storage.serve();
     // A fixed rate makes the writing last about 12 s on a fast machine as on a slow one.
     let script = format!(
         "disk vda\n\
+         {check}\
          mark started\n\
          {}\
          mark done\n\
@@ -113,6 +125,64 @@ fn a_guest_under_load_notices_nothing_of_a_server_killed_and_restarted() {
         server = storage.serve();
     }
     assert!(!guest.has_passed("done"), "the guest was done before the last restart");
+    guest.finish();
+    server.stop();
+    storage.check();
+}
+
+#[test]
+fn a_guest_under_load_migrates_there_and_back_and_once_changes_its_mind() {
+    migrate(|storage| storage);
+}
+
+#[test]
+fn a_guest_with_packed_rings_migrates_there_and_back_and_once_changes_its_mind() {
+    migrate(Storage::packed);
+}
+
+/// A guest that writes and verifies moves from QEMU to QEMU and from server to server: the first stops
+/// and drains, the other has a cache of its own on the same backing image. `PCACHE_MIGRATIONS` sets how
+/// often (default 2); one in the middle is cancelled.
+fn migrate(shape: impl FnOnce(Storage) -> Storage) {
+    let Some(host) = host() else { return };
+    if Program::chosen() == Program::StorageDaemon {
+        return inapplicable("a second server on the same image is ours to have");
+    }
+    let migrations: u32 = match std::env::var("PCACHE_MIGRATIONS") {
+        Ok(text) => text.parse().expect("PCACHE_MIGRATIONS is a number"),
+        Err(_) => 2,
+    };
+    let storage = shape(Storage::new(Program::chosen(), 64, 512).queues(2));
+    let mut server = storage.serve();
+    let seconds = 6 + 4 * migrations;
+    let script = format!(
+        "disk vda\n\
+         mark started\n\
+         {}\
+         mark done\n\
+         no_kernel_errors\n",
+        fio(&format!(
+            "--numjobs=2 --size={}M --offset_increment=128M --bs=4k --iodepth=8 --rate_iops=1000,1000",
+            seconds * 4
+        ))
+    );
+    let options = GuestOptions::new(script).vcpus(2).memory_mib(512).fio().disk(storage.attached(None));
+    let directory = tempfile::tempdir().expect("a directory for the guest's state");
+    let mut guest = Guest::boot(host, options.clone());
+    guest.wait_for("started");
+    for migration in 0..migrations {
+        let state = directory.path().join(format!("state{migration}"));
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        if migration == migrations / 2 {
+            guest.migrate_and_cancel(&state, std::time::Duration::from_secs(1));
+        }
+        assert!(!guest.has_passed("done"), "the guest was done before migration {migration}");
+        guest.migrate(&state);
+        server.stop();
+        storage.move_to_another_host();
+        server = storage.serve();
+        guest = Guest::boot(host, options.clone().incoming(&state));
+    }
     guest.finish();
     server.stop();
     storage.check();

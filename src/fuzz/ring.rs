@@ -7,11 +7,13 @@
 //! memory is touched. No system call is made, so an execution takes microseconds.
 
 mod disk;
+mod packed;
 
 use std::cell::RefCell;
 use std::sync::Arc;
 
 use self::disk::{Ledger, Shared, content};
+use self::packed::Packed;
 use super::Input;
 use crate::vhost::{QueueStepper, RingSetup};
 use crate::volume::Status;
@@ -54,6 +56,9 @@ struct Driver<'a> {
     setup: RingSetup,
     honest: bool,
     runs: bool,
+    /// Of a packed ring, where the driver stands.
+    packed: Option<Packed>,
+    /// Descriptors of a split ring, ids of a packed one.
     free: Vec<u16>,
     waiting: Vec<Waiting>,
     available: u16,
@@ -88,9 +93,14 @@ pub fn ring(bytes: &[u8]) {
 impl<'a> Driver<'a> {
     fn begin(bench: &'a mut QueueStepper<Shared>, input: &mut Input<'_>) -> Self {
         let (shape, features) = (input.byte(), input.byte());
-        let size = 1u16 << (shape & 7).min(6);
+        let is_packed = features & 64 != 0;
+        let mut size = 1u16 << (shape & 7).min(6);
+        // A packed ring may have any size.
+        if is_packed && size > 2 && shape & 16 != 0 {
+            size -= 1;
+        }
         // SEG_MAX, BLK_SIZE, CONFIG_WCE and the like change nothing here.
-        let mut bits = 1 << 32 | 1 << 30;
+        let mut bits = 1 << 32 | 1 << 30 | u64::from(is_packed) << 34;
         for (bit, at) in [(9, 0), (13, 1), (14, 2), (28, 3), (29, 4)] {
             bits |= u64::from(!features >> at & 1) << bit;
         }
@@ -100,7 +110,8 @@ impl<'a> Driver<'a> {
         if crooked {
             addresses = [(); 3].map(|()| input.edge());
         }
-        let setup = RingSetup { size, addresses, base, features: bits, inflight: features & 32 == 0 };
+        let place = if is_packed { packed::START } else { base.into() };
+        let setup = RingSetup { size, addresses, base: place, features: bits, inflight: features & 32 == 0 };
         let ledger = Ledger { honest: !crooked, ..Ledger::default() };
         let disk = Shared::new(ledger);
         let mut driver = Self {
@@ -109,6 +120,7 @@ impl<'a> Driver<'a> {
             setup,
             honest: !crooked,
             runs: false,
+            packed: is_packed.then(|| Packed::new(size)),
             free: (0..size).rev().collect(),
             waiting: Vec::new(),
             available: base,
@@ -117,8 +129,10 @@ impl<'a> Driver<'a> {
             next_sector: 1,
             deaths: 0,
         };
-        driver.put(AVAILABLE + 2, base);
-        driver.put(USED + 2, base);
+        if !is_packed {
+            driver.put(AVAILABLE + 2, base);
+            driver.put(USED + 2, base);
+        }
         driver.start();
         driver
     }
@@ -131,6 +145,18 @@ impl<'a> Driver<'a> {
         let mut bytes = [0; 2];
         self.bench.read(at, &mut bytes);
         u16::from_le_bytes(bytes)
+    }
+
+    /// Shows the device everything placed.
+    fn show(&mut self) {
+        match &mut self.packed {
+            None => self.put(AVAILABLE + 2, self.available),
+            Some(packed) => {
+                for (slot, flags) in packed.show() {
+                    self.put(DESCRIPTORS + 16 * u64::from(slot) + 14, flags);
+                }
+            }
+        }
     }
 
     /// From here on the driver is not to be believed.
@@ -174,22 +200,23 @@ impl<'a> Driver<'a> {
             }
             13 => {
                 self.tamper();
-                let at = input.half() % 1040;
+                let at = input.half() % 2080;
                 let len = input.below(24);
                 self.bench.poke_area(at.into(), input.slice(len));
             }
             14 | 15 => self.wild_descriptor(input),
             16 => {
                 self.tamper();
-                let slot = u64::from(self.available % self.setup.size);
-                self.put(AVAILABLE + 4 + 2 * slot, u16::from(input.byte()) % (self.setup.size * 2));
-                self.available = self.available.wrapping_add(1);
-                self.put(AVAILABLE + 2, self.available);
+                self.offer_wild(u16::from(input.byte()) % (self.setup.size * 2));
             }
             17 => {
                 self.tamper();
-                self.available = self.available.wrapping_add(input.half());
-                self.put(AVAILABLE + 2, self.available);
+                let jump = input.half();
+                self.available = self.available.wrapping_add(jump);
+                match &self.packed {
+                    None => self.put(AVAILABLE + 2, self.available),
+                    Some(_) => self.put(DESCRIPTORS + 16 * u64::from(jump % self.setup.size) + 14, jump),
+                }
             }
             18 => {
                 self.tamper();
@@ -199,7 +226,27 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// Offers a head, or a slot with an id, that may be none.
+    fn offer_wild(&mut self, head: u16) {
+        if let Some(packed) = &self.packed {
+            let (slot, state) = packed.slot(head >> 4);
+            let at = DESCRIPTORS + 16 * u64::from(slot);
+            self.put(at + 12, head);
+            let flags = self.get(at + 14) & 7;
+            return self.put(at + 14, flags | state);
+        }
+        let slot = u64::from(self.available % self.setup.size);
+        self.put(AVAILABLE + 4 + 2 * slot, head);
+        self.available = self.available.wrapping_add(1);
+        self.put(AVAILABLE + 2, self.available);
+    }
+
     fn notifications(&mut self, input: &mut Input<'_>) {
+        if self.packed.is_some() {
+            let (event, flags) = (input.half(), u16::from(input.byte() & 3));
+            self.put(AVAILABLE, event);
+            return self.put(AVAILABLE + 2, flags);
+        }
         let event = self.used.wrapping_add(input.byte() as i8 as u16);
         self.put(AVAILABLE, event & 1);
         self.put(AVAILABLE + 4 + 2 * u64::from(self.setup.size), event);
@@ -211,8 +258,12 @@ impl<'a> Driver<'a> {
         if !self.setup.inflight && !self.waiting.is_empty() {
             self.tamper();
         }
-        // The VMM says what it knows, which is the used index.
-        self.setup.base = self.get(USED + 2);
+        // The VMM says what it knows, which is the used index, and of a packed ring nothing.
+        self.setup.base = match &self.packed {
+            None => self.get(USED + 2).into(),
+            Some(_) if self.setup.inflight => packed::START,
+            Some(packed) => packed.position(),
+        };
         self.deaths += 1;
         self.start();
     }
@@ -247,6 +298,9 @@ impl<'a> Driver<'a> {
 
     /// Takes used elements, and compares each with what it was promised.
     fn collect(&mut self) {
+        if self.packed.is_some() {
+            return self.collect_packed();
+        }
         let used = self.get(USED + 2);
         while self.used != used {
             let slot = u64::from(self.used % self.setup.size);
@@ -347,10 +401,10 @@ impl<'a> Driver<'a> {
             written: room as u32 + 1,
         });
         if cuts & 32 == 0 {
-            self.put(AVAILABLE + 2, self.available);
+            self.show();
         }
         if cuts & 64 == 0 {
-            self.put(AVAILABLE + 2, self.available);
+            self.show();
             self.turn();
         }
     }
@@ -358,6 +412,9 @@ impl<'a> Driver<'a> {
     /// Puts a chain into free descriptors and offers it.
     fn place(&mut self, parts: &[(u64, u32, u16)], table: bool) -> Option<Vec<u16>> {
         let count = if table { 1 } else { parts.len() };
+        if self.packed.is_some() {
+            return self.place_packed(parts, count);
+        }
         if self.free.len() < count {
             return None;
         }
@@ -392,7 +449,7 @@ impl<'a> Driver<'a> {
         self.tamper();
         let slot = input.byte();
         let base = if slot & 0x80 == 0 { DESCRIPTORS } else { BUFFERS };
-        let bytes = wild(input);
+        let bytes = self.laid_out(wild(input));
         self.bench.write(base + 16 * u64::from(slot & 0x3f), &bytes);
     }
 
@@ -406,7 +463,13 @@ impl<'a> Driver<'a> {
         let count = u16::from(code >> 4).min(self.setup.size - 1).min(8);
         let mut bytes = descriptor(BUFFERS, 16, NEXT, 1);
         for slot in 0..=count {
-            self.bench.write(DESCRIPTORS + 16 * u64::from(slot), &bytes);
+            match &self.packed {
+                None => self.bench.write(DESCRIPTORS + 16 * u64::from(slot), &bytes),
+                Some(packed) => {
+                    let at = DESCRIPTORS + 16 * u64::from(packed.slot(slot).0);
+                    self.bench.write(at, &self.laid_out(bytes))
+                }
+            };
             bytes = wild(input);
             // Most of them in order: a chain that ends at once has been tried often enough.
             if bytes[14] & 0x80 == 0 {
@@ -414,10 +477,7 @@ impl<'a> Driver<'a> {
                 bytes[12] |= NEXT as u8 * u8::from(slot + 1 < count);
             }
         }
-        let slot = u64::from(self.available % self.setup.size);
-        self.put(AVAILABLE + 4 + 2 * slot, 0);
-        self.available = self.available.wrapping_add(1);
-        self.put(AVAILABLE + 2, self.available);
+        self.offer_wild(0);
         self.turn();
     }
 
@@ -427,7 +487,7 @@ impl<'a> Driver<'a> {
             return;
         }
         self.disk.ledger().holds = false;
-        self.put(AVAILABLE + 2, self.available);
+        self.show();
         for _ in 0..TURNS_MAX {
             if !self.turn() && self.bench.pending() == 0 {
                 break;
@@ -437,7 +497,8 @@ impl<'a> Driver<'a> {
         if self.honest {
             assert!(!self.bench.is_broken(), "an honest driver's ring is broken");
             assert!(self.waiting.is_empty(), "never came back: {:?}", self.waiting);
-            assert_eq!(self.bench.stop(), Some(self.available), "the position of an idle ring");
+            let position = self.packed.as_ref().map_or(self.available.into(), Packed::position);
+            assert_eq!(self.bench.stop(), Some(position), "the position of an idle ring");
         } else {
             self.drain();
         }

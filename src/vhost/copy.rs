@@ -13,6 +13,13 @@ use std::sync::atomic::{Ordering, fence};
 pub(super) use crate::pmem::guard::{Fault, copy_in, copy_out};
 use crate::sync::access;
 
+/// A moment at which a test may let the process die: before each access to what outlives it.
+#[cfg(not(test))]
+#[inline(always)]
+pub(super) fn step() {}
+#[cfg(test)]
+pub(super) use super::testing::step;
+
 /// Reads a 16-bit index; what its writer stored before it is visible afterwards (acquire).
 ///
 /// # Safety
@@ -41,6 +48,7 @@ pub(super) unsafe fn load_u16(src: *const u8) -> Result<u16, Fault> {
 pub(super) unsafe fn store_u16(dst: *mut u8, value: u16) -> Result<(), Fault> {
     fence(Ordering::Release);
     access();
+    step();
     // SAFETY: the caller vouches for `dst`.
     unsafe { copy_out(&value.to_le_bytes(), dst) }
 }

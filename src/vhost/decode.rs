@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use vhost::vhost_user::message::{VhostUserConfig, VhostUserMemoryRegion, VhostUserU64};
 use vm_memory::ByteValued;
 
+use super::dirty_log::LogError;
 use super::inflight::InflightError;
 use super::memory::{MemoryError, RegionSpec};
 use super::message::{Message, exactly};
@@ -43,6 +44,8 @@ pub(super) enum Refusal {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    #[error(transparent)]
+    Log(#[from] LogError),
     #[error(transparent)]
     Start(#[from] StartError),
     #[error("only the write-back byte of the configuration can be written")]

@@ -10,6 +10,7 @@
 //!   against shrinking where its kind allows; if it shrinks all the same, the copy fails;
 //! - spans do not overlap in guest addresses, none wraps, and their number and sum are bounded. In
 //!   VMM addresses they may: one block of RAM can be visible at two guest addresses;
+//! - while a VMM keeps a dirty log, every write of ours is noted in it;
 //! - a [`HostRange`] never leaves this module and `ring` except beside the map it points into.
 
 use std::cell::Cell;
@@ -20,6 +21,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::{Arc, PoisonError};
 
 use super::copy::{self, Fault};
+use super::dirty_log::DirtyLog;
 use super::fds;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{self, Mutex};
@@ -188,6 +190,8 @@ pub(super) struct MemoryMap {
     spans: Vec<Span>,
     /// What the spans point into, in the same order.
     mappings: Vec<Arc<Mapping>>,
+    /// Where writes are noted while the VMM copies this memory to another host.
+    log: Option<Arc<DirtyLog>>,
 }
 
 // SAFETY: spans are addresses inside the mappings beside them, which are Send and Sync.
@@ -248,6 +252,28 @@ impl MemoryMap {
         Ok(map)
     }
 
+    /// The same map, with its writes noted in `log` or not at all.
+    pub fn with_log(self, log: Option<Arc<DirtyLog>>) -> Self {
+        Self { log, ..self }
+    }
+
+    /// Notes a write to a guest address by whoever does not go through [`MemoryMap::write`].
+    pub fn note(&self, guest: u64, len: usize) {
+        if let Some(log) = &self.log {
+            log.mark(guest, len);
+        }
+    }
+
+    /// The same for a place in a region, as this map has it.
+    pub fn note_host(&self, at: *const u8, len: usize) {
+        let Some(log) = &self.log else { return };
+        let place =
+            |span: &Span| at.addr().checked_sub(span.host.addr()).filter(|&skip| (skip as u64) < span.len);
+        if let Some((span, skip)) = self.spans.iter().find_map(|span| Some((span, place(span)?))) {
+            log.mark(span.guest + skip as u64, len);
+        }
+    }
+
     /// Where `len` bytes at a VMM's address lie, if one region has them all.
     pub fn at_user(&self, user: u64, len: usize) -> Option<HostRange> {
         self.spans.iter().find_map(|span| {
@@ -306,6 +332,7 @@ impl MemoryMap {
             // SAFETY: the range lies in a mapping that `self` keeps alive, mapped writable.
             result = result.and(unsafe { copy::copy_out(part, range.at) });
         });
+        self.note(guest, src.len());
         if complete { result } else { Err(Fault) }
     }
 
@@ -430,7 +457,9 @@ impl Buffer for GuestBuffer {
         self.each(at, src.len(), |dst, done, len| {
             // SAFETY: the piece lies in a range of a mapping that `self.map` keeps alive, mapped
             // writable.
-            unsafe { copy::copy_out(&src[done..done + len], dst) }
+            let copied = unsafe { copy::copy_out(&src[done..done + len], dst) };
+            self.map.note_host(dst, len);
+            copied
         })
     }
 }

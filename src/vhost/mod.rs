@@ -21,18 +21,22 @@
 mod config_space;
 mod copy;
 mod decode;
+mod dirty_log;
 mod fds;
 mod features;
 mod idle;
 mod inflight;
+mod inflight_packed;
 mod memory;
 mod message;
 mod notify;
+mod packed;
 mod queue;
 mod request;
 mod ring;
 mod server;
 mod session;
+mod split;
 mod vring;
 
 #[cfg(feature = "sim")]

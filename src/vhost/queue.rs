@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::features::Features;
 use super::idle::{Idle, Sleeper};
-use super::inflight::InflightQueue;
+use super::inflight::Tracker;
 use super::memory::{GuestBuffer, HostRange, MemoryMap, SharedMemory};
 use super::notify::Notifier;
 use super::request::{Action, Parser};
@@ -42,17 +42,17 @@ const BATCH: u16 = 16;
 const PUBLISH_EVERY: usize = 8;
 
 /// What a queue thread is made of.
-pub(super) struct QueueStart<D: Disk> {
+pub(super) struct QueueStart<D: Disk, R: Ring> {
     pub index: u16,
     /// For thread names and log lines.
     pub name: Arc<str>,
     pub disk: Arc<D>,
     pub memory: Arc<SharedMemory>,
-    pub ring: Ring,
+    pub ring: R,
     pub features: Features,
     pub call: Arc<Notifier>,
     pub error: Arc<Notifier>,
-    pub inflight: Option<InflightQueue>,
+    pub inflight: Option<R::Tracker>,
     /// Chains an earlier life has taken and not returned.
     pub resubmit: Vec<u16>,
     /// Longest time to poll before sleeping.
@@ -62,10 +62,10 @@ pub(super) struct QueueStart<D: Disk> {
 /// How a queue ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Stopped {
-    /// Position of the first head not returned.
-    pub base: u16,
-    /// The used index.
-    pub used: u16,
+    /// Position of the first head not returned, as GET_VRING_BASE words it.
+    pub base: u32,
+    /// The used position, as the ring's tracker words it.
+    pub used: u32,
     /// Whether the ring could not be believed, or the disk not be opened.
     pub broken: bool,
     /// Heads taken and not returned, because the disk did not answer.
@@ -127,7 +127,10 @@ impl QueueHandle {
 ///
 /// # Errors
 /// The kernel refused a resource, or `kick` cannot be waited for.
-pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>) -> io::Result<QueueHandle> {
+pub(super) fn spawn<D: Disk, R: Ring>(
+    start: QueueStart<D, R>,
+    kick: Option<BorrowedFd<'_>>,
+) -> io::Result<QueueHandle> {
     let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let sleeper = Sleeper::new(&event, kick)?;
     let stop = Arc::new(StopRequest(AtomicU64::new(StopRequest::RUN)));
@@ -142,11 +145,16 @@ pub(super) fn spawn<D: Disk>(start: QueueStart<D>, kick: Option<BorrowedFd<'_>>)
 }
 
 /// What is said of a queue that never ran, or of which nothing is known.
-fn not_run(ring: &Ring) -> Stopped {
-    Stopped { base: ring.next_avail(), used: ring.next_used(), broken: true, left: 0 }
+fn not_run(ring: &impl Ring) -> Stopped {
+    Stopped { base: ring.base(0), used: ring.used(), broken: true, left: 0 }
 }
 
-fn run<D: Disk>(start: QueueStart<D>, sleeper: Sleeper, stop: &StopRequest, waker: Waker) -> Stopped {
+fn run<D: Disk, R: Ring>(
+    start: QueueStart<D, R>,
+    sleeper: Sleeper,
+    stop: &StopRequest,
+    waker: Waker,
+) -> Stopped {
     let at = not_run(&start.ring);
     match start.disk.open_queue::<GuestBuffer>(start.index, waker) {
         Ok(queue) => Worker::new(start, queue).run(sleeper, stop),
@@ -201,20 +209,20 @@ impl Worst {
     }
 }
 
-struct Worker<Q> {
+struct Worker<Q, R: Ring> {
     index: u16,
     name: Arc<str>,
     serial: [u8; 20],
     features: Features,
     queue: Q,
-    ring: Ring,
+    ring: R,
     shared: Arc<SharedMemory>,
     generation: u64,
     /// A snapshot of this queue's own, so that its count of users is no line shared with others.
     memory: Arc<MemoryMap>,
     call: Arc<Notifier>,
     error: Arc<Notifier>,
-    inflight: Option<InflightQueue>,
+    inflight: Option<R::Tracker>,
     resubmit: Vec<u16>,
     parser: Parser,
     slots: Vec<Slot>,
@@ -226,8 +234,8 @@ struct Worker<Q> {
     idle: Idle,
 }
 
-impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
-    fn new<D: Disk>(start: QueueStart<D>, queue: Q) -> Self {
+impl<Q: DiskQueue<GuestBuffer>, R: Ring> Worker<Q, R> {
+    fn new<D: Disk>(start: QueueStart<D, R>, queue: Q) -> Self {
         let generation = start.memory.generation();
         let memory = Arc::new(MemoryMap::clone(&start.memory.current()));
         Self {
@@ -259,7 +267,7 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         let mut waited: Option<Instant> = None;
         // An earlier life may have published without having notified; the driver does not mind one
         // notification too many.
-        if self.ring.next_used() != 0 {
+        if self.ring.used() != 0 {
             self.call.notify();
         }
         self.quiet();
@@ -296,8 +304,8 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         self.queue.park();
         let left = if self.queue.pending() > 0 { self.busy } else { 0 };
         let stopped = Stopped {
-            base: self.ring.next_avail().wrapping_sub(self.busy),
-            used: self.ring.next_used(),
+            base: self.ring.base(self.busy),
+            used: self.ring.used(),
             broken: self.broken.is_some(),
             left,
         };
@@ -341,7 +349,12 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
             return;
         }
         for head in heads {
-            if let Err(error) = self.accept(head) {
+            if let Err(error) = self.enter(head).and_then(|()| {
+                if let Some(inflight) = &mut self.inflight {
+                    inflight.recall(&mut self.ring, head);
+                }
+                self.execute(head)
+            }) {
                 self.break_ring(error);
                 break;
             }
@@ -355,15 +368,21 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         if count > 0 {
             self.refresh_memory();
         }
-        for _ in 0..count {
-            let head = self.ring.take()?;
-            if let Err(error) = self.accept(head) {
-                if matches!(error, RingError::HeadInFlight { .. }) {
-                    // The position counts heads that are ours or returned; this is neither.
-                    self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(1));
-                }
+        for taken in 0..count {
+            let Some(head) = self.ring.take()? else { return Ok(taken) };
+            if R::PACKED {
+                // It may have come since the first one was seen.
+                self.refresh_memory();
+            }
+            if let Err(error) = self.enter(head) {
+                // The position counts heads that are ours or returned; this is neither.
+                self.ring.untake();
                 return Err(error);
             }
+            if let Some(inflight) = &mut self.inflight {
+                inflight.begin(&self.ring, head);
+            }
+            self.execute(head)?;
             if self.broken.is_some() {
                 break;
             }
@@ -379,17 +398,20 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         }
     }
 
-    /// Parses and submits the chain at `head`.
-    fn accept(&mut self, head: u16) -> Result<(), RingError> {
+    /// Takes the slot of `head`.
+    fn enter(&mut self, head: u16) -> Result<(), RingError> {
         let slot = &mut self.slots[usize::from(head)];
         if slot.busy {
             return Err(RingError::HeadInFlight { head });
         }
         slot.busy = true;
         self.busy += 1;
-        if let Some(inflight) = &mut self.inflight {
-            inflight.begin(head);
-        }
+        Ok(())
+    }
+
+    /// Parses and submits the chain of `head`.
+    fn execute(&mut self, head: u16) -> Result<(), RingError> {
+        let slot = &mut self.slots[usize::from(head)];
         let mut ranges = std::mem::take(&mut slot.ranges);
         let parsed = self
             .parser
@@ -486,9 +508,13 @@ impl<Q: DiskQueue<GuestBuffer>> Worker<Q> {
         if self.batch.is_empty() {
             return;
         }
-        let shown = self.ring.publish();
+        let used = self.ring.used();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.before_publish(&self.batch, used);
+        }
+        let shown = self.ring.publish(&self.batch);
         if let (Ok(()), Some(inflight)) = (shown, &mut self.inflight) {
-            inflight.end_batch(&self.batch, self.ring.next_used());
+            inflight.end_batch(&self.batch, used);
         }
         self.batch.clear();
         match shown.and_then(|()| self.ring.needs_notification()) {

@@ -91,14 +91,14 @@ impl Parser {
         &self.ranges
     }
 
-    /// Parses the chain that starts at `head`, below the ring's size. `data` is cleared and gets the
-    /// places of the data.
+    /// Parses the chain of `head`, which `ring` has just taken or recalled. `data` is cleared and
+    /// gets the places of the data.
     ///
     /// # Errors
     /// The chain cannot carry a status.
-    pub fn parse(
+    pub fn parse<R: Ring>(
         &mut self,
-        ring: &Ring,
+        ring: &R,
         memory: &MemoryMap,
         features: Features,
         head: u16,
@@ -115,9 +115,9 @@ impl Parser {
     }
 
     /// Collects the chain's parts.
-    fn walk(
+    fn walk<R: Ring>(
         &mut self,
-        ring: &Ring,
+        ring: &R,
         memory: &MemoryMap,
         features: Features,
         head: u16,
@@ -125,14 +125,14 @@ impl Parser {
         self.readable.clear();
         self.writable.clear();
         (self.readable_len, self.writable_len) = (0, 0);
-        let mut index = head;
+        let mut index = ring.first(head);
         for _ in 0..ring.size() {
             let descriptor = ring.descriptor(index).map_err(|Fault| ChainError::Fault)?;
             if descriptor.is_indirect() {
                 return match (features.indirect(), descriptor.has_next()) {
                     (false, _) => Err(ChainError::IndirectNotNegotiated),
                     (_, true) => Err(ChainError::IndirectWithNext),
-                    _ => self.walk_table(memory, descriptor),
+                    _ => self.walk_table::<R>(memory, descriptor),
                 };
             }
             self.push(descriptor)?;
@@ -148,7 +148,7 @@ impl Parser {
     }
 
     /// Collects the parts in an indirect table.
-    fn walk_table(&mut self, memory: &MemoryMap, table: Descriptor) -> Result<(), ChainError> {
+    fn walk_table<R: Ring>(&mut self, memory: &MemoryMap, table: Descriptor) -> Result<(), ChainError> {
         let count = table.len / DESCRIPTOR_LEN as u32;
         if !table.len.is_multiple_of(DESCRIPTOR_LEN as u32) || count == 0 || count > TABLE_MAX {
             return Err(ChainError::IndirectLength { len: table.len });
@@ -156,7 +156,10 @@ impl Parser {
         let mut bytes = std::mem::take(&mut self.bytes);
         bytes.resize(table.len as usize, 0);
         let copied = memory.read(table.addr, &mut bytes).map_err(|Fault| ChainError::IndirectOutside);
-        let walked = copied.and_then(|()| self.walk_copy(&bytes, count as u16));
+        let walked = copied.and_then(|()| match R::PACKED {
+            true => self.walk_packed_copy(&bytes),
+            false => self.walk_copy(&bytes, count as u16),
+        });
         self.bytes = bytes;
         walked
     }
@@ -181,6 +184,20 @@ impl Parser {
             }
         }
         Err(ChainError::TooLong)
+    }
+
+    /// A packed ring's table has no links: all of it is the chain (virtio 1.3 §2.8.7).
+    fn walk_packed_copy(&mut self, table: &[u8]) -> Result<(), ChainError> {
+        for entry in table.chunks_exact(DESCRIPTOR_LEN) {
+            let mut bytes = [0; DESCRIPTOR_LEN];
+            bytes.copy_from_slice(entry);
+            let (descriptor, _) = Descriptor::decode_packed(&bytes, 0);
+            if descriptor.is_indirect() {
+                return Err(ChainError::NestedIndirect);
+            }
+            self.push(descriptor)?;
+        }
+        Ok(())
     }
 
     fn push(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::vhost::memory::GuestBuffer;
+use crate::vhost::split::SplitRing;
 use crate::vhost::testing::{
     Driver, INDIRECT, NEXT, Random, WRITE, disk_config, for_seeds, guest, with_region,
 };
@@ -11,7 +12,7 @@ const DATA: u64 = 0x2_0000;
 
 struct Bench {
     driver: Driver,
-    ring: Ring,
+    ring: SplitRing,
     features: Features,
     parser: Parser,
     data: Vec<HostRange>,
@@ -19,7 +20,7 @@ struct Bench {
 
 fn bench(size: u16) -> Bench {
     let map = Arc::new(with_region(&guest(0x10000), DATA, 0x20_0000));
-    let ring = Ring::new(Arc::clone(&map), Driver::addresses(), size, true, 0).unwrap();
+    let ring = SplitRing::new(Arc::clone(&map), Driver::addresses(), size, true, 0).unwrap();
     Bench {
         driver: Driver::new(map, size),
         ring,

@@ -1,40 +1,24 @@
-//! The split virtqueue (virtio 1.3 §2.7), device side, on raw pointers into guest memory.
+//! A virtqueue as its queue's thread sees it, whichever layout the driver chose.
 //!
-//! ```text
-//! descriptors   size × { addr u64, len u32, flags u16, next u16 }
-//! available     flags u16, idx u16, size × head u16, used_event u16
-//! used          flags u16, idx u16, size × { head u32, len u32 }, avail_event u16
-//! ```
+//! The two layouts share their life, not their bytes: chains are taken, found to be in flight, put
+//! back and published. So the thread is generic over [`Ring`] and compiled once for each layout;
+//! nothing is decided per descriptor. A ring's books about chains that an earlier process has taken
+//! are its [`Tracker`], whose layout in shared memory follows the ring's.
 //!
-//! Nothing here believes the driver: an index that runs more than a ring ahead or a head that is no
-//! descriptor is an error, and the ring is then not read again.
-//!
-//! Order, and what breaks if two steps are swapped:
-//! 1. load the available index (acquire), then heads and descriptors: else stale descriptors;
-//! 2. store used elements, then the used index (release): else the driver reads garbage elements;
-//! 3. store the used index, full fence, load the driver's event: else both sides sleep;
-//! 4. ask for notifications, full fence, load the available index: else both sides sleep.
+//! Nothing behind this trait believes the driver: what it returns as an error means that the ring is
+//! not read again.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
-};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-use super::copy::{self, Fault};
+use super::copy::Fault;
+use super::features::Features;
+use super::inflight::Tracker;
 use super::memory::MemoryMap;
-use crate::sync;
 
-/// Bytes of a descriptor.
+/// Bytes of a descriptor, in both layouts.
 pub(super) const DESCRIPTOR_LEN: usize = 16;
-
-const FLAGS_AT: usize = 0;
-const INDEX_AT: usize = 2;
-const ENTRIES_AT: usize = 4;
-const AVAIL_ENTRY: usize = 2;
-const USED_ENTRY: usize = 8;
 
 /// Why a ring is not read any more. The driver's fault, all of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -110,6 +94,25 @@ impl Descriptor {
         }
     }
 
+    /// From the bytes of one of a packed ring or table, whose successor is simply the one behind
+    /// it; and its buffer id.
+    pub fn decode_packed(bytes: &[u8; DESCRIPTOR_LEN], next: u16) -> (Self, u16) {
+        let word = u128::from_le_bytes(*bytes);
+        let descriptor =
+            Self { addr: word as u64, len: (word >> 64) as u32, flags: (word >> 112) as u16, next };
+        (descriptor, (word >> 96) as u16)
+    }
+
+    /// From the parts that an in-flight area keeps.
+    pub fn from_parts(addr: u64, len: u32, flags: u16, next: u16) -> Self {
+        Self { addr, len, flags, next }
+    }
+
+    /// Its flags as they were read.
+    pub fn flags(&self) -> u16 {
+        self.flags
+    }
+
     /// Whether the chain goes on.
     pub fn has_next(&self) -> bool {
         u32::from(self.flags) & VRING_DESC_F_NEXT != 0
@@ -131,231 +134,116 @@ impl Descriptor {
 pub(super) struct RingAddresses {
     /// Descriptor table, 16-aligned.
     pub descriptors: u64,
-    /// Available ring, 2-aligned.
+    /// Available ring, 2-aligned; of a packed ring the driver's event suppression, 4-aligned.
     pub available: u64,
-    /// Used ring, 4-aligned.
+    /// Used ring, or the device's event suppression, 4-aligned.
     pub used: u64,
 }
 
 impl RingAddresses {
-    /// Whether each part is aligned as virtio demands.
+    /// Whether each part is aligned as virtio demands of a ring of any layout.
     pub fn are_aligned(&self) -> bool {
         self.descriptors.is_multiple_of(16) && self.available.is_multiple_of(2) && self.used.is_multiple_of(4)
     }
 }
 
-/// A running split virtqueue. Only its queue's thread touches it.
-#[derive(Debug)]
-pub(super) struct Ring {
-    descriptors: *const u8,
-    available: *const u8,
-    used: *mut u8,
-    size: u16,
-    event_idx: bool,
-    next_avail: u16,
-    next_used: u16,
-    /// The used index at the last decision whether to notify; `None` before the first.
-    notified: Option<u16>,
-    /// Keeps the three pointers mapped.
-    _memory: Arc<MemoryMap>,
+/// Where a ring is and where it stands.
+#[derive(Clone, Debug)]
+pub(super) struct RingPlace {
+    /// What its addresses mean.
+    pub memory: Arc<MemoryMap>,
+    /// Where its parts are.
+    pub addresses: RingAddresses,
+    /// Descriptors.
+    pub size: u16,
+    /// Its position in the words of SET_VRING_BASE: where the next head is taken from and, of a
+    /// packed ring, where the next used descriptor goes.
+    pub base: u32,
+    /// Guest address under which writes to the used ring are logged, if they are to be logged.
+    pub log_at: Option<u64>,
 }
 
-// SAFETY: the pointers lie in mappings that `_memory` keeps alive, valid from any thread.
-#[expect(unsafe_code, reason = "raw pointers are not Send by themselves")]
-unsafe impl Send for Ring {}
+/// A running virtqueue. Only its queue's thread touches it.
+///
+/// A head is the number under which the driver gets its chain back, below [`Ring::size`].
+pub(super) trait Ring: Sized + Send + std::fmt::Debug + 'static {
+    /// What remembers its chains in flight over the death of the process.
+    type Tracker: Tracker<Self>;
 
-impl Ring {
-    /// A ring of `size` descriptors, a power of two, at `addresses`, which are aligned; the next
-    /// head is taken from position `next_avail`. The used index goes on where the guest's is.
-    ///
-    /// `None` when a part does not lie wholly in one region of the guest's memory, or is aligned
-    /// there otherwise than it claims.
-    pub fn new(
-        memory: Arc<MemoryMap>,
-        addresses: RingAddresses,
-        size: u16,
-        event_idx: bool,
-        next_avail: u16,
-    ) -> Option<Self> {
-        assert!(size.is_power_of_two(), "a split ring of {size}");
-        let count = usize::from(size);
-        let descriptors = memory.at_user(addresses.descriptors, count * DESCRIPTOR_LEN)?.at;
-        let available = memory.at_user(addresses.available, ENTRIES_AT + count * AVAIL_ENTRY + 2)?.at;
-        let used = memory.at_user(addresses.used, ENTRIES_AT + count * USED_ENTRY + 2)?.at;
-        if available.addr() % 2 != 0 || used.addr() % 4 != 0 {
-            return None;
-        }
-        let mut ring = Self {
-            descriptors,
-            available,
-            used,
-            size,
-            event_idx,
-            next_avail,
-            next_used: 0,
-            notified: None,
-            _memory: memory,
-        };
-        ring.next_used = ring.load_used(INDEX_AT).ok()?;
-        Some(ring)
-    }
+    /// Whether this is the packed layout.
+    const PACKED: bool;
+
+    /// The ring at `place`. `None` when a part does not lie wholly in one region of the guest's
+    /// memory or is not aligned there as its layout demands, or size or position are impossible.
+    fn open(place: RingPlace, features: Features) -> Option<Self>;
 
     /// Descriptors.
-    pub fn size(&self) -> u16 {
-        self.size
-    }
+    fn size(&self) -> u16;
 
-    /// The position the next head will be taken from.
-    pub fn next_avail(&self) -> u16 {
-        self.next_avail
-    }
-
-    /// Sets the position the next head will be taken from.
-    pub fn set_next_avail(&mut self, position: u16) {
-        self.next_avail = position;
-    }
-
-    /// The used index, counting elements not yet published.
-    pub fn next_used(&self) -> u16 {
-        self.next_used
-    }
-
-    /// The driver's index: the position after the last head it made available.
+    /// At most how many heads wait; 0 when none does.
     ///
     /// # Errors
-    /// The ring's memory is gone.
-    pub fn available_index(&self) -> Result<u16, RingError> {
-        Ok(self.load_available(INDEX_AT)?)
-    }
+    /// The ring cannot be believed, or is gone.
+    fn available(&self) -> Result<u16, RingError>;
 
-    /// How many heads wait.
+    /// Takes the next head, if one waits.
     ///
     /// # Errors
-    /// The index is impossible, or gone.
-    pub fn available(&self) -> Result<u16, RingError> {
-        let ahead = self.available_index()?.wrapping_sub(self.next_avail);
-        if ahead > self.size {
-            return Err(RingError::IndexJump { ahead, size: self.size });
-        }
-        Ok(ahead)
-    }
+    /// What is there is no head; the position is unchanged then.
+    fn take(&mut self) -> Result<Option<u16>, RingError>;
 
-    /// Takes the next head, one of those [`Ring::available`] has counted.
-    ///
-    /// # Errors
-    /// It is no descriptor of this ring; the position is unchanged then.
-    pub fn take(&mut self) -> Result<u16, RingError> {
-        let slot = usize::from(self.next_avail & (self.size - 1));
-        let head = self.load_available(ENTRIES_AT + slot * AVAIL_ENTRY)?;
-        if head >= self.size {
-            return Err(RingError::HeadOutOfRange { head, size: self.size });
-        }
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(head)
-    }
+    /// Undoes the last [`Ring::take`], whose head is in flight already.
+    fn untake(&mut self);
 
-    /// Copies descriptor `index`, below [`Ring::size`].
+    /// Where the chain of `head`, which was just taken or recalled, begins.
+    fn first(&self, head: u16) -> u16;
+
+    /// Copies the descriptor at `at`, below [`Ring::size`], of that chain.
     ///
     /// # Errors
     /// Its memory is gone.
-    #[expect(unsafe_code, reason = "copies guest memory")]
-    pub fn descriptor(&self, index: u16) -> Result<Descriptor, Fault> {
-        assert!(index < self.size);
-        let mut bytes = [0; DESCRIPTOR_LEN];
-        let at = self.descriptors.wrapping_add(usize::from(index) * DESCRIPTOR_LEN);
-        // SAFETY: `descriptors` has `size` entries in memory that `_memory` keeps mapped.
-        unsafe { copy::copy_in(at, &mut bytes) }?;
-        Ok(Descriptor::decode(&bytes))
-    }
+    fn descriptor(&self, at: u16) -> Result<Descriptor, Fault>;
 
-    /// Puts a completed chain into the used ring; the driver sees it after [`Ring::publish`].
+    /// Puts a completed chain into the ring; the driver sees it after [`Ring::publish`].
     ///
     /// # Errors
     /// The ring's memory is gone.
-    #[expect(unsafe_code, reason = "copies guest memory")]
-    pub fn put_used(&mut self, head: u16, written: u32) -> Result<(), RingError> {
-        let slot = usize::from(self.next_used & (self.size - 1));
-        let element = u64::from(head) | u64::from(written) << 32;
-        let at = self.used.wrapping_add(ENTRIES_AT + slot * USED_ENTRY);
-        sync::access();
-        // SAFETY: `used` has `size` elements in memory that `_memory` keeps mapped writable.
-        unsafe { copy::copy_out(&element.to_le_bytes(), at) }?;
-        self.next_used = self.next_used.wrapping_add(1);
-        Ok(())
-    }
+    fn put_used(&mut self, head: u16, written: u32) -> Result<(), RingError>;
 
-    /// Shows the driver everything put so far.
+    /// Shows the driver everything put so far, which is `heads`.
     ///
     /// # Errors
     /// The ring's memory is gone.
-    pub fn publish(&mut self) -> Result<(), RingError> {
-        Ok(self.store_used(INDEX_AT, self.next_used)?)
-    }
+    fn publish(&mut self, heads: &[u16]) -> Result<(), RingError>;
 
     /// Whether the driver wants to be notified of what was published since the last call. Call it
-    /// after every [`Ring::publish`]: skipped indices would be forgotten.
+    /// after every [`Ring::publish`]: what is skipped would be forgotten.
     ///
     /// # Errors
     /// The ring's memory is gone.
-    pub fn needs_notification(&mut self) -> Result<bool, RingError> {
-        fence(Ordering::SeqCst);
-        let new = self.next_used;
-        let old = self.notified.replace(new);
-        if !self.event_idx {
-            let flags = u32::from(self.load_available(FLAGS_AT)?);
-            return Ok(flags & VRING_AVAIL_F_NO_INTERRUPT == 0);
-        }
-        let event = self.load_available(ENTRIES_AT + usize::from(self.size) * AVAIL_ENTRY)?;
-        // Whether the event index is one of those passed: old ≤ event < new, modulo 2^16.
-        Ok(old.is_none_or(|old| new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)))
-    }
+    fn needs_notification(&mut self) -> Result<bool, RingError>;
 
     /// Asks the driver to kick for the next head: whether some came meanwhile, for which it will
     /// not.
     ///
     /// # Errors
-    /// The ring's memory is gone, or its index impossible.
-    pub fn enable_notifications(&mut self) -> Result<bool, RingError> {
-        if self.event_idx {
-            self.store_used(ENTRIES_AT + usize::from(self.size) * USED_ENTRY, self.next_avail)?;
-        } else {
-            self.store_used(FLAGS_AT, 0)?;
-        }
-        fence(Ordering::SeqCst);
-        Ok(self.available()? > 0)
-    }
+    /// The ring cannot be believed, or is gone.
+    fn enable_notifications(&mut self) -> Result<bool, RingError>;
 
-    /// Asks the driver not to kick. With event indices an event left behind says so already.
+    /// Asks the driver not to kick.
     ///
     /// # Errors
     /// The ring's memory is gone.
-    pub fn disable_notifications(&mut self) -> Result<(), RingError> {
-        if !self.event_idx {
-            self.store_used(FLAGS_AT, VRING_USED_F_NO_NOTIFY as u16)?;
-        }
-        Ok(())
-    }
+    fn disable_notifications(&mut self) -> Result<(), RingError>;
 
-    #[expect(unsafe_code, reason = "reads guest memory")]
-    fn load_available(&self, at: usize) -> Result<u16, Fault> {
-        // SAFETY: `at` is even and below the available ring's length, which `_memory` keeps mapped;
-        // `available` is 2-aligned.
-        unsafe { copy::load_u16(self.available.wrapping_add(at)) }
-    }
+    /// Where the next used element goes, counting those not yet published, for the ring's tracker.
+    fn used(&self) -> u32;
 
-    #[expect(unsafe_code, reason = "reads guest memory")]
-    fn load_used(&self, at: usize) -> Result<u16, Fault> {
-        // SAFETY: as above, for the used ring, which is 4-aligned.
-        unsafe { copy::load_u16(self.used.wrapping_add(at)) }
-    }
+    /// What lies between its two positions without being one of the `busy` chains in flight. It
+    /// never changes while the ring runs. Asked between turns, when everything put is published.
+    #[cfg(feature = "sim")]
+    fn skew(&self, busy: u16) -> u16;
 
-    #[expect(unsafe_code, reason = "writes guest memory")]
-    fn store_used(&self, at: usize, value: u16) -> Result<(), Fault> {
-        // SAFETY: as above, and mapped writable.
-        unsafe { copy::store_u16(self.used.wrapping_add(at), value) }
-    }
+    /// Its position as GET_VRING_BASE says it while `busy` heads are in flight.
+    fn base(&self, busy: u16) -> u32;
 }
-
-#[cfg(test)]
-#[path = "ring_tests.rs"]
-mod tests;

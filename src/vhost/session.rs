@@ -10,13 +10,15 @@
 //!   in-flight tracking, and when the connection ends, queues stop without it after a while;
 //! - a session that ends has stopped its queues and unmapped its memory.
 
+mod areas;
+
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::vhost_user::message::{
-    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
+    FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserMemory, VhostUserMemoryRegion,
     VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr,
     VhostUserVringState,
 };
@@ -24,10 +26,12 @@ use vm_memory::ByteValued;
 
 use super::config_space;
 use super::decode::{QUEUE_MASK, Refusal, body, bytes_of, config_message, number, only_fd, spec};
+use super::dirty_log::DirtyLog;
 use super::features::{Features, protocol_offered};
 use super::inflight::InflightArea;
 use super::memory::{MAX_REGIONS, MemoryMap, SharedMemory};
 use super::message::{Connection, ConnectionError, Message, exactly};
+use super::notify::Notifier;
 use super::ring::RingAddresses;
 use super::server::Options;
 use super::vring::{Kick, RingContext, Vring};
@@ -35,6 +39,9 @@ use crate::volume::Disk;
 
 /// Queues a message that carries a descriptor can name.
 const QUEUES_MAX: u16 = 256;
+
+/// Flag of a ring whose writes are to be logged.
+const VRING_F_LOG: u32 = 1;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +83,12 @@ pub(super) struct Session<D: Disk> {
     memory: Arc<SharedMemory>,
     rings: Vec<Vring>,
     inflight: Option<InflightArea>,
+    /// Where the VMM wants to be told what we write, if it has said so.
+    log: Option<Arc<DirtyLog>>,
+    /// Who is told that the log has changed.
+    log_changed: Arc<Notifier>,
+    /// The device status as the VMM last set it.
+    status: u8,
     /// The write-back byte of the configuration.
     writeback: bool,
     /// Whether the driver has chosen it in this session.
@@ -99,6 +112,9 @@ impl<D: Disk> Session<D> {
             memory: Arc::default(),
             rings: (0..queues).map(|_| Vring::default()).collect(),
             inflight: None,
+            log: None,
+            log_changed: Arc::default(),
+            status: 0,
             writeback,
             writeback_chosen: false,
         }
@@ -158,6 +174,8 @@ impl<D: Disk> Session<D> {
             | FrontendReq::SET_VRING_CALL
             | FrontendReq::SET_VRING_ERR
             | FrontendReq::SET_INFLIGHT_FD
+            | FrontendReq::SET_LOG_BASE
+            | FrontendReq::SET_LOG_FD
             | FrontendReq::ADD_MEM_REG
             // Old front ends send the region's own descriptor along.
             | FrontendReq::REM_MEM_REG => 1,
@@ -174,6 +192,8 @@ impl<D: Disk> Session<D> {
             FrontendReq::SET_OWNER => Ok(Reply::Done),
             FrontendReq::RESET_OWNER => self.disable_rings(),
             FrontendReq::RESET_DEVICE => self.reset_device(),
+            FrontendReq::SET_STATUS => self.set_status(number(&message)?),
+            FrontendReq::GET_STATUS => self.get_status(),
             FrontendReq::GET_QUEUE_NUM => Reply::number(u64::from(self.queues)),
             FrontendReq::GET_CONFIG => self.get_config(&message),
             FrontendReq::SET_CONFIG => self.set_config(&message),
@@ -181,6 +201,8 @@ impl<D: Disk> Session<D> {
             FrontendReq::GET_MAX_MEM_SLOTS => Reply::number(MAX_REGIONS as u64),
             FrontendReq::ADD_MEM_REG => self.add_mem_reg(&message, fds),
             FrontendReq::REM_MEM_REG => self.rem_mem_reg(&message),
+            FrontendReq::SET_LOG_BASE => self.set_log_base(body(&message)?, fds),
+            FrontendReq::SET_LOG_FD => self.set_log_fd(fds),
             FrontendReq::SET_VRING_NUM => self.set_vring_num(body(&message)?),
             FrontendReq::SET_VRING_BASE => self.set_vring_base(body(&message)?),
             FrontendReq::SET_VRING_ADDR => self.set_vring_addr(body(&message)?),
@@ -213,7 +235,10 @@ impl<D: Disk> Session<D> {
         }
         let features = Features(bits);
         if features != self.features {
-            self.while_stopped(|session| session.features = features);
+            self.while_stopped(|session| {
+                session.features = features;
+                session.apply_log();
+            });
         }
         self.apply_write_cache();
         Ok(Reply::Done)
@@ -238,8 +263,32 @@ impl<D: Disk> Session<D> {
             *ring = Vring::default();
         }
         self.features = Features::default();
+        self.status = 0;
         self.inflight = None;
+        self.apply_log();
         Ok(Reply::Done)
+    }
+
+    /// Zero resets the device, as it does for its driver (virtio 1.3 §2.4.1): rings stop and forget.
+    /// Whom they notify stays, for that is the VMM's business and not the driver's.
+    fn set_status(&mut self, status: u64) -> Result<Reply, Refusal> {
+        self.require(Protocol::STATUS)?;
+        self.status = u8::try_from(status).map_err(|_| Refusal::Malformed("a status of more than a byte"))?;
+        if status == 0 {
+            self.stop_all(Some(self.patience_left()));
+            for ring in &mut self.rings {
+                let (call, error) = (Arc::clone(&ring.call), Arc::clone(&ring.error));
+                *ring = Vring::default();
+                (ring.call, ring.error) = (call, error);
+            }
+            self.inflight = None;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn get_status(&self) -> Result<Reply, Refusal> {
+        self.require(Protocol::STATUS)?;
+        Reply::number(u64::from(self.status))
     }
 
     fn disable_rings(&mut self) -> Result<Reply, Refusal> {
@@ -309,7 +358,10 @@ impl<D: Disk> Session<D> {
             let region = exactly(bytes).ok_or(MALFORMED)?;
             map = map.with(spec(&region), fd, self.options.guest_memory_max)?;
         }
-        self.while_stopped(|session| session.memory.replace(map));
+        self.while_stopped(|session| {
+            session.memory.replace(map);
+            session.apply_log();
+        });
         Ok(Reply::Done)
     }
 
@@ -344,8 +396,10 @@ impl<D: Disk> Session<D> {
 
     fn set_vring_num(&mut self, state: VhostUserVringState) -> Result<Reply, Refusal> {
         let (size, limit) = (state.num, self.disk.config().queue_size);
+        let packed = self.features.packed();
         let (_, ring) = self.ring(u64::from(state.index))?;
-        if !size.is_power_of_two() || size > u32::from(limit) {
+        let is_possible = size.is_power_of_two() || (packed && size > 0);
+        if !is_possible || size > u32::from(limit) {
             return Err(Refusal::RingSize { size, limit });
         }
         if ring.is_running() && u32::from(ring.size) != size {
@@ -356,8 +410,11 @@ impl<D: Disk> Session<D> {
     }
 
     fn set_vring_base(&mut self, state: VhostUserVringState) -> Result<Reply, Refusal> {
-        let num = state.num;
-        let base = u16::try_from(num).map_err(|_| Refusal::RingPosition(num))?;
+        let base = state.num;
+        // A packed ring has two positions in it.
+        if !self.features.packed() && base > u32::from(u16::MAX) {
+            return Err(Refusal::RingPosition(base));
+        }
         let (_, ring) = self.ring(u64::from(state.index))?;
         if ring.is_running() {
             return Err(Refusal::RingRunning);
@@ -375,12 +432,13 @@ impl<D: Disk> Session<D> {
         if !addresses.are_aligned() {
             return Err(Refusal::Unaligned);
         }
+        let log_at = (message.flags & VRING_F_LOG != 0).then_some(message.log);
         let patience = self.patience();
         let (index, ring) = self.ring(u64::from(message.index))?;
         // The same addresses come again when a VMM changes the flags of a running ring.
-        if ring.addresses != Some(addresses) {
+        if (ring.addresses, ring.log_at) != (Some(addresses), log_at) {
             ring.stop(patience);
-            ring.addresses = Some(addresses);
+            (ring.addresses, ring.log_at) = (Some(addresses), log_at);
         }
         self.start(index)
     }
@@ -409,7 +467,7 @@ impl<D: Disk> Session<D> {
             .ring(u64::from(state.index))
             .map(|(index, ring)| ring.take_base(index, inflight.as_ref(), patience));
         self.inflight = inflight;
-        Reply::value(&VhostUserVringState::new(state.index, u32::from(base?)))
+        Reply::value(&VhostUserVringState::new(state.index, base?))
     }
 
     fn set_vring_kick(&mut self, value: u64, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
@@ -438,37 +496,6 @@ impl<D: Disk> Session<D> {
             // What was published just before may have been told to the old descriptor only.
             ring.call.notify();
         }
-        Ok(Reply::Done)
-    }
-
-    // Requests in flight.
-
-    fn get_inflight_fd(&mut self, wanted: VhostUserInflight) -> Result<Reply, Refusal> {
-        self.require(Protocol::INFLIGHT_SHMFD)?;
-        let (queues, size) = (wanted.num_queues, wanted.queue_size);
-        // An area of no bytes is how a refusal looks here.
-        if queues == 0 || queues > self.queues || size == 0 || size > self.disk.config().queue_size {
-            return Reply::value(&VhostUserInflight::new(0, 0, queues, size));
-        }
-        let (_, file, answer) = InflightArea::create(queues, size, self.writeback)?;
-        Ok(Reply::WithFile(bytes_of(&answer), file))
-    }
-
-    fn set_inflight_fd(&mut self, shape: VhostUserInflight, mut fds: Vec<OwnedFd>) -> Result<Reply, Refusal> {
-        self.require(Protocol::INFLIGHT_SHMFD)?;
-        let fd = fds.pop().ok_or(Refusal::Malformed("an in-flight area needs a descriptor"))?;
-        if self.rings.iter().any(Vring::is_running) {
-            return Err(Refusal::RingRunning);
-        }
-        let area = InflightArea::open(fd, &shape)?;
-        match area.writeback() {
-            Some(earlier) if !self.writeback_chosen => {
-                self.writeback = earlier;
-                self.apply_write_cache();
-            }
-            _ => area.set_writeback(self.writeback),
-        }
-        self.inflight = Some(area);
         Ok(Reply::Done)
     }
 

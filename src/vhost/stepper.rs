@@ -18,9 +18,11 @@ use std::time::Duration;
 
 use super::super::copy;
 use super::super::fds;
-use super::super::inflight::InflightArea;
+use super::super::inflight::{InflightArea, Shape};
 use super::super::memory::{Mapping, MemoryError, RegionSpec};
+use super::super::packed::PackedRing;
 use super::super::ring::RingAddresses;
+use super::super::split::SplitRing;
 use super::super::vring::{RingContext, Vring};
 use super::*;
 
@@ -34,20 +36,21 @@ const FILE_LEN: u64 = 0xa000;
 const GAP_MAX: usize = 0x2000;
 /// Largest ring, and the in-flight area's size for it.
 const SIZE_MAX: u16 = 64;
-const AREA_LEN: usize = 16 + SIZE_MAX as usize * 16;
+const AREA_LEN: usize = 32 + SIZE_MAX as usize * 32;
 /// What lies around the regions.
 const STRAY: u8 = 0xd7;
 
 /// How a ring is set up.
 #[derive(Clone, Copy, Debug)]
 pub struct RingSetup {
-    /// Descriptors, a power of two up to 64.
+    /// Descriptors, up to 64; of a split ring a power of two.
     pub size: u16,
-    /// Guest addresses of the descriptor table, the available and the used ring.
+    /// Guest addresses of the descriptors, and of the available and the used ring or the driver's and
+    /// the device's event area.
     pub addresses: [u64; 3],
     /// Where the VMM says that the ring stands.
-    pub base: u16,
-    /// Virtio feature bits.
+    pub base: u32,
+    /// Virtio feature bits, which also say whether the ring is packed.
     pub features: u64,
     /// Whether chains in flight are tracked.
     pub inflight: bool,
@@ -59,12 +62,32 @@ pub struct QueueStepper<D: Disk> {
     /// The same file as the guest's memory, whole and without one region.
     maps: [MemoryMap; 2],
     shared: Arc<SharedMemory>,
-    area: InflightArea,
-    area_bytes: Mapping,
+    /// For split rings, and for packed ones.
+    areas: [(InflightArea, Mapping); 2],
     name: Arc<str>,
-    worker: Option<Worker<D::Queue<GuestBuffer>>>,
-    /// `next_avail - next_used - busy` when the ring began: chains the VMM says an earlier life took.
+    worker: Option<Either<D>>,
+    /// What lay between the ring's positions when it began and is not in flight: chains the VMM
+    /// says an earlier life took.
     skew: u16,
+}
+
+/// A queue of disk `D` with a ring of layout `R`.
+type DiskWorker<D, R> = Worker<<D as Disk>::Queue<GuestBuffer>, R>;
+
+/// A queue of either layout.
+enum Either<D: Disk> {
+    Split(DiskWorker<D, SplitRing>),
+    Packed(DiskWorker<D, PackedRing>),
+}
+
+/// Says `$body` of whichever worker it is.
+macro_rules! either {
+    ($either:expr, $worker:ident => $body:expr) => {
+        match $either {
+            Either::Split($worker) => $body,
+            Either::Packed($worker) => $body,
+        }
+    };
 }
 
 impl<D: Disk> QueueStepper<D> {
@@ -83,14 +106,18 @@ impl<D: Disk> QueueStepper<D> {
         }
         let (guest, len, offset) = REGIONS[2];
         let without = map.without(RegionSpec { guest, user: guest + USER, len, offset }).map_err(other)?;
-        let made = InflightArea::create(1, SIZE_MAX, true);
-        let (area, area_file, _) = made.map_err(|error| io::Error::other(error.to_string()))?;
+        let area = |packed| {
+            let shape = Shape { queues: 1, queue_size: SIZE_MAX, packed };
+            let made = InflightArea::create(shape, true);
+            let (area, file, _) = made.map_err(|error| io::Error::other(error.to_string()))?;
+            let bytes = if packed { AREA_LEN } else { AREA_LEN / 2 };
+            Ok::<_, io::Error>((area, Mapping::new(&file, 0, bytes as u64).map_err(other)?))
+        };
         let mut stepper = Self {
             file: Mapping::new(&file, 0, FILE_LEN).map_err(other)?,
             maps: [map, without],
             shared: Arc::default(),
-            area,
-            area_bytes: Mapping::new(&area_file, 0, AREA_LEN as u64).map_err(other)?,
+            areas: [area(false)?, area(true)?],
             name: Arc::from("fuzz"),
             worker: None,
             skew: 0,
@@ -118,13 +145,15 @@ impl<D: Disk> QueueStepper<D> {
         unsafe { copy::copy_out(bytes, to) }.expect("a sealed file");
     }
 
-    /// Writes into the in-flight area from byte `at` on, as far as it reaches.
+    /// Writes into the in-flight areas from byte `at` on, as far as they reach.
     #[expect(unsafe_code, reason = "writes shared memory")]
     pub fn poke_area(&self, at: usize, bytes: &[u8]) {
-        let at = at.min(AREA_LEN);
-        let bytes = &bytes[..bytes.len().min(AREA_LEN - at)];
-        // SAFETY: cut to lie in the mapping; the queue uses atomics there, and no thread runs.
-        unsafe { copy::copy_out(bytes, self.area_bytes.start().wrapping_add(at)) }.expect("a sealed file");
+        for (_, area) in &self.areas {
+            let at = at.min(area.len());
+            let bytes = &bytes[..bytes.len().min(area.len() - at)];
+            // SAFETY: cut to lie in the mapping; the queue uses atomics there, and no thread runs.
+            unsafe { copy::copy_out(bytes, area.start().wrapping_add(at)) }.expect("a sealed file");
+        }
     }
 
     /// Writes to a guest address: whether all of it is there.
@@ -144,7 +173,7 @@ impl<D: Disk> QueueStepper<D> {
 
     /// Starts the ring as a session would: whether it runs.
     pub fn start(&mut self, setup: &RingSetup, disk: &Arc<D>) -> bool {
-        assert!(setup.size.is_power_of_two() && setup.size <= SIZE_MAX);
+        assert!(setup.size <= SIZE_MAX);
         let [descriptors, available, used] = setup.addresses.map(|at| at.wrapping_add(USER));
         let addresses = RingAddresses { descriptors, available, used };
         if !addresses.are_aligned() {
@@ -152,28 +181,24 @@ impl<D: Disk> QueueStepper<D> {
         }
         let mut vring = Vring::default();
         (vring.size, vring.base) = (setup.size, setup.base);
+        let features = Features(setup.features);
         let context = RingContext {
             name: &self.name,
             disk,
             memory: &self.shared,
-            features: Features(setup.features),
-            inflight: setup.inflight.then_some(&self.area),
+            features,
+            inflight: setup.inflight.then_some(&self.areas[usize::from(features.packed())].0),
             poll_max: Duration::ZERO,
         };
-        let Ok(start) = vring.prepare(0, addresses, &context) else { return false };
-        let Ok(queue) = start.disk.open_queue::<GuestBuffer>(0, Waker::default()) else { return false };
-        let mut worker = Worker::new(start, queue);
-        worker.quiet();
-        let skew = |worker: &Worker<_>, busy| {
-            worker.ring.next_avail().wrapping_sub(worker.ring.next_used()).wrapping_sub(busy)
+        let started = match features.packed() {
+            true => begin(&vring, addresses, &context).map(|(worker, skew)| (Either::Packed(worker), skew)),
+            false => begin(&vring, addresses, &context).map(|(worker, skew)| (Either::Split(worker), skew)),
         };
-        let before = skew(&worker, worker.resubmit.len() as u16);
-        worker.resume();
-        self.skew = skew(&worker, worker.busy);
-        // What comes after a chain that breaks the ring is not taken again.
-        assert!(worker.broken.is_some() || self.skew == before, "chains are lost when a ring resumes");
-        self.worker = Some(worker);
-        true
+        let runs = started.is_some();
+        if let Some((worker, skew)) = started {
+            (self.worker, self.skew) = (Some(worker), skew);
+        }
+        runs
     }
 
     /// One turn of the queue's loop, and if it was idle the way to sleep: whether there was
@@ -182,39 +207,34 @@ impl<D: Disk> QueueStepper<D> {
     /// Panics when the queue's books do not agree.
     pub fn turn(&mut self, stopping: bool) -> bool {
         let Some(worker) = &mut self.worker else { return false };
-        let did = worker.turn(stopping);
-        if !did && worker.asked_for_notifications(true) {
-            worker.queue.park();
-            worker.quiet();
-        }
-        let taken = worker.ring.next_avail().wrapping_sub(self.skew);
-        let returned = worker.ring.next_used().wrapping_add(worker.busy);
-        assert_eq!(taken, returned, "chains taken are in flight or returned");
-        let busy = worker.slots.iter().filter(|slot| slot.busy).count();
-        assert_eq!(busy, usize::from(worker.busy), "slots in use are counted");
-        assert!(worker.batch.is_empty(), "everything put is published at the end of a turn");
+        let (did, skew) = either!(worker, worker => turn(worker, stopping));
+        assert_eq!(skew, self.skew, "chains taken are in flight or returned");
         did
     }
 
     /// The requests the disk has not given back.
     pub fn pending(&self) -> usize {
-        self.worker.as_ref().map_or(0, |worker| worker.queue.pending())
+        self.worker.as_ref().map_or(0, |worker| either!(worker, worker => worker.queue.pending()))
     }
 
     /// Whether the ring takes no more heads.
     pub fn is_broken(&self) -> bool {
-        self.worker.as_ref().is_none_or(|worker| worker.broken.is_some())
+        self.worker.as_ref().is_none_or(|worker| either!(worker, worker => worker.broken.is_some()))
     }
 
-    /// Ends the ring in order, when nothing is pending: the position of the first head not returned.
-    pub fn stop(&mut self) -> Option<u16> {
-        let mut worker = self.worker.take()?;
-        assert_eq!(worker.queue.pending(), 0);
+    /// Ends the ring in order, when nothing is pending: its position, as GET_VRING_BASE says it.
+    pub fn stop(&mut self) -> Option<u32> {
+        assert_eq!(self.pending(), 0);
+        let worker = self.worker.take()?;
+        let (base, used, size, packed) = either!(&worker, worker => {
+            (worker.ring.base(worker.busy), worker.ring.used(), worker.ring.size(), worker.features.packed())
+        });
+        let is_tracked = either!(&worker, worker => worker.inflight.is_some());
         // As GET_VRING_BASE does it: what a broken ring has left is counted by the base.
-        if let Some(inflight) = &mut worker.inflight {
-            inflight.clear(worker.ring.next_used());
+        if is_tracked {
+            self.areas[usize::from(packed)].0.clear(0, size, used);
         }
-        Some(worker.ring.next_avail().wrapping_sub(worker.busy))
+        Some(base)
     }
 
     /// Ends the ring as the daemon's death would: what is in flight stays so.
@@ -238,4 +258,38 @@ impl<D: Disk> QueueStepper<D> {
             *gap != [STRAY; GAP_MAX][..gap.len()]
         })
     }
+}
+
+/// A worker as a session would start it, and what its ring has that is not in flight.
+fn begin<D: Disk, R: Ring>(
+    vring: &Vring,
+    addresses: RingAddresses,
+    context: &RingContext<'_, D>,
+) -> Option<(DiskWorker<D, R>, u16)> {
+    let start = vring.prepare::<D, R>(0, addresses, context).ok()?;
+    let queue = start.disk.open_queue::<GuestBuffer>(0, Waker::default()).ok()?;
+    let mut worker = Worker::new(start, queue);
+    worker.quiet();
+    let resumed = !worker.resubmit.is_empty();
+    let before = worker.ring.skew(worker.resubmit.len() as u16);
+    worker.resume();
+    // As the first turn would: a ring's books are whole between turns.
+    worker.publish();
+    let skew = worker.ring.skew(worker.busy);
+    // What comes after a chain that breaks the ring is not taken again.
+    assert!(!resumed || worker.broken.is_some() || skew == before, "chains are lost when a ring resumes");
+    Some((worker, skew))
+}
+
+/// One turn, and the ring's skew after it.
+fn turn<Q: DiskQueue<GuestBuffer>, R: Ring>(worker: &mut Worker<Q, R>, stopping: bool) -> (bool, u16) {
+    let did = worker.turn(stopping);
+    if !did && worker.asked_for_notifications(true) {
+        worker.queue.park();
+        worker.quiet();
+    }
+    let busy = worker.slots.iter().filter(|slot| slot.busy).count();
+    assert_eq!(busy, usize::from(worker.busy), "slots in use are counted");
+    assert!(worker.batch.is_empty(), "everything put is published at the end of a turn");
+    (did, worker.ring.skew(worker.busy))
 }

@@ -11,20 +11,25 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::copy::Fault;
 use super::features::Features;
-use super::inflight::{InflightArea, Recovery};
+use super::inflight::{InflightArea, Recovery, Tracker};
 use super::memory::{MemoryMap, SharedMemory};
 use super::notify::Notifier;
+use super::packed::PackedRing;
 use super::queue::{self, QueueHandle, QueueStart};
-use super::ring::{Ring, RingAddresses};
+use super::ring::{Ring, RingAddresses, RingPlace};
+use super::split::SplitRing;
 use crate::volume::Disk;
 
 /// Why a ring that has everything it needs does not run.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
-    #[error("the ring is not inside the guest's memory")]
-    Outside,
-    #[error("the in-flight area has no room for a ring of {size}")]
+    #[error("a ring of {size} at position {base:#x} is not possible where it is said to be")]
+    Impossible { size: u16, base: u32 },
+    #[error("the ring's memory is gone")]
+    Fault,
+    #[error("the in-flight area has no room for a ring of {size}, or is for the other layout")]
     NoInflightRoom { size: u16 },
     #[error("starting the queue's thread failed: {0}")]
     Thread(#[from] std::io::Error),
@@ -59,8 +64,10 @@ pub(super) struct Vring {
     pub size: u16,
     /// Where its parts are.
     pub addresses: Option<RingAddresses>,
-    /// The position of the next head when it starts.
-    pub base: u16,
+    /// Guest address under which the VMM wants writes to the used ring logged.
+    pub log_at: Option<u64>,
+    /// Its position when it starts, as SET_VRING_BASE words it.
+    pub base: u32,
     /// How it is kicked.
     pub kick: Kick,
     /// How the driver is told.
@@ -69,8 +76,8 @@ pub(super) struct Vring {
     pub error: Arc<Notifier>,
     /// Whether the VMM wants it to run.
     pub enabled: bool,
-    /// The used index it last stopped at, until the base is taken.
-    stopped_at: Option<u16>,
+    /// The used position it last stopped at, until the base is taken.
+    stopped_at: Option<u32>,
     broken: bool,
     /// Heads that the last run left with a disk that did not answer.
     left: u16,
@@ -94,12 +101,14 @@ impl Vring {
         if self.broken || self.is_running() {
             return Ok(());
         }
-        let start = self.prepare(index, addresses, context)?;
         let kick = match &self.kick {
             Kick::Fd(fd) => Some(fd.as_fd()),
             Kick::Unset | Kick::Polled => None,
         };
-        self.running = Some(queue::spawn(start, kick)?);
+        self.running = Some(match context.features.packed() {
+            true => queue::spawn(self.prepare::<D, PackedRing>(index, addresses, context)?, kick)?,
+            false => queue::spawn(self.prepare::<D, SplitRing>(index, addresses, context)?, kick)?,
+        });
         self.left = 0;
         Ok(())
     }
@@ -108,43 +117,32 @@ impl Vring {
     ///
     /// # Errors
     /// The ring, or the in-flight area's part for it, is not there.
-    pub(super) fn prepare<D: Disk>(
+    pub(super) fn prepare<D: Disk, R: Ring>(
         &self,
         index: u16,
         addresses: RingAddresses,
         context: &RingContext<'_, D>,
-    ) -> Result<QueueStart<D>, StartError> {
+    ) -> Result<QueueStart<D, R>, StartError> {
         let memory = Arc::new(MemoryMap::clone(&context.memory.current()));
-        let mut ring = Ring::new(memory, addresses, self.size, context.features.event_idx(), self.base)
-            .ok_or(StartError::Outside)?;
+        let (size, base) = (self.size, self.base);
+        let place = RingPlace { memory, addresses, size, base, log_at: self.log_at };
+        let mut ring = R::open(place, context.features).ok_or(StartError::Impossible { size, base })?;
         let mut resubmit = Vec::new();
-        let inflight = match context.inflight {
-            None => None,
-            Some(area) => {
-                let mut inflight =
-                    area.queue(index, self.size).ok_or(StartError::NoInflightRoom { size: self.size })?;
-                let available = ring.available_index().map_err(|_| StartError::Outside)?;
-                let used = ring.next_used();
-                match inflight.recover(used, available) {
-                    // Nothing was ever tracked here: the VMM knows the position.
-                    Recovery::Fresh => {}
-                    // The VMM may not: Cloud Hypervisor says the available index.
-                    Recovery::Resumed { heads } => {
-                        ring.set_next_avail(used.wrapping_add(heads.len() as u16));
-                        resubmit = heads;
-                    }
-                    Recovery::Discarded => {
-                        tracing::warn!(
-                            disk = &**context.name,
-                            queue = index,
-                            "the in-flight area contradicts the ring and was cleared"
-                        );
-                        ring.set_next_avail(used);
-                    }
-                }
-                Some(inflight)
+        let mut inflight = None;
+        if let Some(area) = context.inflight {
+            let mut tracker =
+                R::Tracker::attach(area, index, size).ok_or(StartError::NoInflightRoom { size })?;
+            match tracker.recover(&mut ring).map_err(|Fault| StartError::Fault)? {
+                Recovery::Fresh => {}
+                Recovery::Resumed { heads } => resubmit = heads,
+                Recovery::Discarded => tracing::warn!(
+                    disk = &**context.name,
+                    queue = index,
+                    "the in-flight area contradicts the ring and was cleared"
+                ),
             }
-        };
+            inflight = Some(tracker);
+        }
         if !resubmit.is_empty() {
             tracing::info!(disk = &**context.name, queue = index, requests = resubmit.len(), "resuming");
         }
@@ -195,7 +193,7 @@ impl Vring {
         index: u16,
         inflight: Option<&InflightArea>,
         patience: Option<Duration>,
-    ) -> u16 {
+    ) -> u32 {
         self.stop(patience);
         self.kick = Kick::Unset;
         self.call.set(None);
@@ -205,9 +203,9 @@ impl Vring {
         // answered is known by its marks alone: heads return in any order.
         if let Some(used) = self.stopped_at.take()
             && self.left == 0
-            && let Some(mut inflight) = inflight.and_then(|area| area.queue(index, self.size))
+            && let Some(area) = inflight
         {
-            inflight.clear(used);
+            area.clear(index, self.size, used);
         }
         self.base
     }

@@ -16,7 +16,7 @@ use super::features::Features;
 use super::memory::SharedMemory;
 use super::notify::Notifier;
 use super::queue::{self, QueueHandle, QueueStart};
-use super::ring::Ring;
+use super::split::SplitRing;
 use super::testing::{Driver, NEXT, WRITE, disk_config, guest};
 use crate::cache::weave_tests::{pause, weave};
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -135,9 +135,10 @@ struct Bench {
 
 impl Bench {
     /// Starts the ring where it stood.
-    fn start(&self, base: u16) -> QueueHandle {
+    fn start(&self, base: u32) -> QueueHandle {
         let event_idx = self.features.event_idx();
-        let ring = Ring::new(self.memory.current(), Driver::addresses(), SIZE, event_idx, base).unwrap();
+        let ring =
+            SplitRing::new(self.memory.current(), Driver::addresses(), SIZE, event_idx, base as u16).unwrap();
         let start = QueueStart {
             index: 0,
             name: "woven".into(),
@@ -275,7 +276,10 @@ fn run(event_idx: bool, stops: u32) {
     driver.join().unwrap();
     running.request_stop(None);
     let stopped = running.join();
-    assert_eq!((stopped.base, stopped.used, stopped.broken), (REQUESTS, REQUESTS, false));
+    assert_eq!(
+        (stopped.base, stopped.used, stopped.broken),
+        (u32::from(REQUESTS), u32::from(REQUESTS), false)
+    );
     disk.is_over.store(true, Ordering::SeqCst);
     disk_thread.join().unwrap();
 }

@@ -253,6 +253,17 @@ impl Daemon {
         }
     }
 
+    /// Processor time of its threads that live.
+    pub fn cpu_time(&self) -> Duration {
+        let pid = self.child.as_ref().expect("it runs").id();
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the server's threads");
+        let nanoseconds = tasks.flatten().filter_map(|task| {
+            let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+            text.split_whitespace().next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(nanoseconds.sum())
+    }
+
     /// Its open descriptors.
     pub fn open_files(&self) -> usize {
         let child = self.child.as_ref().expect("the server is running");

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::memory::Memory;
+use super::packed::Packed;
 use super::request::{Completion, Layout, OK, Request};
 use super::ring::Queue;
 use super::wire::{Inflight, Req, Wire, feature, longs, protocol, words};
@@ -41,6 +42,8 @@ pub struct ClientOptions {
     pub event_idx: bool,
     pub indirect: bool,
     pub inflight: bool,
+    /// Packed rings, if they are offered.
+    pub packed: bool,
     /// Bytes of guest memory, shared by the queues.
     pub mem_size: u64,
     /// Regions it is cut into.
@@ -65,6 +68,7 @@ impl Default for ClientOptions {
             event_idx: true,
             indirect: true,
             inflight: true,
+            packed: false,
             mem_size: 64 << 20,
             regions: 2,
             features: u64::MAX,
@@ -93,6 +97,9 @@ impl ClientOptions {
             | feature::EVENT_IDX
             | feature::PROTOCOL_FEATURES
             | feature::VERSION_1;
+        if self.packed {
+            taken |= feature::RING_PACKED;
+        }
         if !self.event_idx {
             taken &= !feature::EVENT_IDX;
         }
@@ -108,6 +115,8 @@ impl ClientOptions {
             | protocol::CONFIG
             | protocol::INFLIGHT_SHMFD
             | protocol::RESET_DEVICE
+            | protocol::LOG_SHMFD
+            | protocol::STATUS
             | protocol::CONFIGURE_MEM_SLOTS;
         if !self.inflight {
             taken &= !protocol::INFLIGHT_SHMFD;
@@ -222,10 +231,10 @@ impl Client {
         for index in 0..self.queues.len() {
             let queue = &mut self.queues[index];
             queue.event_idx = self.features & feature::EVENT_IDX != 0;
-            let base = match self.options.restart_base {
-                RestartBase::Used => queue.used_index(),
-                RestartBase::Available => queue.avail_index(),
-            };
+            if self.features & feature::RING_PACKED != 0 && queue.packed.is_none() {
+                queue.packed = Some(Packed::new(queue.size));
+            }
+            let base = queue.base(self.options.restart_base == RestartBase::Available);
             if self.options.notify == Notify::Poll {
                 queue.disarm();
             }
@@ -237,7 +246,7 @@ impl Client {
     }
 
     /// Everything a ring needs but ENABLE.
-    pub fn set_up_ring(&self, index: usize, base: u16) {
+    pub fn set_up_ring(&self, index: usize, base: u32) {
         set_up_ring(&self.wire, &self.memory, &self.queues[index], base);
     }
 
@@ -368,9 +377,9 @@ pub fn queues_in(memory: &Arc<Memory>, count: u16, size: u16) -> Vec<Queue> {
 }
 
 /// SET_VRING_NUM, ADDR, BASE, KICK, CALL and ERR of one ring.
-pub fn set_up_ring(wire: &Wire, memory: &Memory, queue: &Queue, base: u16) {
+pub fn set_up_ring(wire: &Wire, memory: &Memory, queue: &Queue, base: u32) {
     wire.set_vring(Req::SetVringNum, queue.index, u32::from(queue.size));
-    wire.set_vring(Req::SetVringBase, queue.index, u32::from(base));
+    wire.set_vring(Req::SetVringBase, queue.index, base);
     wire.tell(Req::SetVringAddr, &ring_addresses(memory, queue, 0), &[]);
     wire.set_vring_fd(Req::SetVringKick, queue.index, Some(queue.kick.as_raw_fd()));
     wire.set_vring_fd(Req::SetVringCall, queue.index, Some(queue.call.as_raw_fd()));

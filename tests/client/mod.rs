@@ -21,6 +21,7 @@ pub mod front;
 pub mod fuse;
 pub mod memory;
 pub mod model;
+pub mod packed;
 pub mod request;
 pub mod ring;
 pub mod rng;

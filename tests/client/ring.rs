@@ -1,4 +1,5 @@
-//! The driver's side of one split virtqueue (virtio 1.3 §2.7).
+//! The driver's side of one split virtqueue (virtio 1.3 §2.7), or of a packed one by what `packed`
+//! knows of it: requests, buffers and canaries are the same.
 //!
 //! Invariants checked at every used element: its id is the head of an outstanding chain, `len` does
 //! not exceed what was writable, and the canaries beside every piece are whole. The used index never
@@ -12,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::arena::Arena;
 use super::memory::Memory;
+use super::packed::Packed;
 use super::request::{Completion, Layout, OK, Request, UNTOUCHED};
 use super::wire::{longs, words};
 
@@ -102,8 +104,11 @@ pub struct Queue {
     pub kicks: u64,
     pub kicks_spared: u64,
     pub calls: u64,
+    /// Where a packed ring stands; `None` for a split one.
+    pub packed: Option<Packed>,
     memory: Arc<Memory>,
     arena: Arena,
+    /// Descriptors of a split ring, ids of a packed one.
     free: Vec<u16>,
     outstanding: Vec<Option<Outstanding>>,
     count: usize,
@@ -127,7 +132,7 @@ impl Queue {
             at
         };
         let n = u64::from(size);
-        let (desc_at, avail_at, used_at) = (area(16 * n, 16), area(6 + 2 * n, 2), area(6 + 8 * n, 4));
+        let (desc_at, avail_at, used_at) = (area(16 * n, 16), area(6 + 2 * n, 4), area(6 + 8 * n, 4));
         let event = || EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         Self {
             index,
@@ -142,6 +147,7 @@ impl Queue {
             kicks: 0,
             kicks_spared: 0,
             calls: 0,
+            packed: None,
             memory,
             arena,
             free: (0..size).rev().collect(),
@@ -208,7 +214,8 @@ impl Queue {
         );
         let slots = if layout.indirect { 1 } else { layout.len() };
         assert!(slots <= self.size as usize, "a chain is no longer than its ring");
-        if self.free.len() < slots {
+        let room = self.packed.as_ref().map_or(self.free.len(), |packed| usize::from(packed.free));
+        if room < slots {
             return false;
         }
         let (mut readable, mut writable, mut table) = (Vec::new(), Vec::new(), None);
@@ -250,6 +257,14 @@ impl Queue {
 
     /// Writes an indirect table at `at`, each entry linked to the next.
     pub fn write_table(&self, at: u64, chain: &mut [Descriptor]) {
+        if self.packed.is_some() {
+            // Its flags lie where a split one has its links, and all of it is the chain.
+            for (i, descriptor) in chain.iter().enumerate() {
+                let bytes = Descriptor { flags: 0, next: descriptor.flags, ..*descriptor }.to_bytes();
+                self.memory.write(at + 16 * i as u64, &bytes);
+            }
+            return;
+        }
         let last = chain.len() - 1;
         for (i, descriptor) in chain.iter_mut().enumerate() {
             if i < last {
@@ -262,6 +277,11 @@ impl Queue {
 
     /// Writes descriptors into free slots of the ring's table, each linked to the next.
     fn place(&mut self, chain: &mut [Descriptor]) -> Vec<u16> {
+        if let Some(packed) = &mut self.packed {
+            let id = self.free.pop().expect("there are as many ids as slots");
+            packed.place(&self.memory, self.desc_at, id, chain);
+            return vec![id];
+        }
         let slots: Vec<u16> = chain.iter().map(|_| self.free.pop().expect("there is room")).collect();
         for (i, descriptor) in chain.iter_mut().enumerate() {
             if let Some(next) = slots.get(i + 1) {
@@ -310,9 +330,23 @@ impl Queue {
 
     /// Writes any head into the next entry of the available ring.
     pub fn offer(&mut self, head: u16) {
+        if self.packed.is_some() {
+            return;
+        }
         let slot = u64::from(self.avail % self.size);
         self.memory.store(self.avail_at + 4 + 2 * slot, head);
         self.avail = self.avail.wrapping_add(1);
+    }
+
+    /// Writes descriptors into the next slots of a packed ring and makes them available, each under
+    /// an id of its own: nothing about them is checked, and the driver does not know of them.
+    pub fn offer_packed(&mut self, slots: &[(Descriptor, u16)]) {
+        let packed = self.packed.as_ref().expect("a packed ring");
+        for (skip, (descriptor, id)) in slots.iter().enumerate().rev() {
+            let (slot, available) = packed.slot_and_flags(skip as u16);
+            let flags = descriptor.flags | available;
+            self.write_descriptor(slot, Descriptor { flags: *id, next: flags, ..*descriptor });
+        }
     }
 
     /// Makes the available index run ahead without entries.
@@ -334,6 +368,19 @@ impl Queue {
 
     /// Publishes what was submitted, and kicks if the device asks for it.
     pub fn publish(&mut self) {
+        if let Some(packed) = &mut self.packed {
+            let passed = packed.publish(&self.memory, self.desc_at);
+            if passed == 0 {
+                return;
+            }
+            fence(Ordering::SeqCst);
+            if packed.wants_kick(&self.memory, self.used_at, passed) {
+                self.kick();
+            } else {
+                self.kicks_spared += 1;
+            }
+            return;
+        }
         let old = self.published;
         self.store_avail();
         fence(Ordering::SeqCst);
@@ -364,6 +411,9 @@ impl Queue {
 
     /// Says that completions are polled for: no call is wanted.
     pub fn disarm(&self) {
+        if self.packed.is_some() {
+            return self.memory.store(self.avail_at + 2, 1);
+        }
         if self.event_idx {
             // As far behind as it gets: the device passes it only after 65535 more completions.
             self.memory.store(self.avail_at + 4 + 2 * u64::from(self.size), self.used.wrapping_sub(1));
@@ -374,6 +424,11 @@ impl Queue {
 
     /// Asks for a call at the next completion. False: there is one already.
     pub fn arm(&self) -> bool {
+        if let Some(packed) = &self.packed {
+            packed.arm(&self.memory, self.avail_at, self.event_idx);
+            fence(Ordering::SeqCst);
+            return packed.next_used(&self.memory, self.desc_at).is_none();
+        }
         if self.event_idx {
             self.memory.store(self.avail_at + 4 + 2 * u64::from(self.size), self.used);
         } else {
@@ -381,6 +436,16 @@ impl Queue {
         }
         fence(Ordering::SeqCst);
         self.used_index() == self.used
+    }
+
+    /// Asks for a call once `count` more chains are used, each of which has one slot.
+    pub fn arm_after(&self, count: u16) {
+        assert!(self.event_idx && count > 0);
+        if let Some(packed) = &self.packed {
+            return packed.arm_after(&self.memory, self.avail_at, count - 1);
+        }
+        let event = self.used.wrapping_add(count - 1);
+        self.memory.store(self.avail_at + 4 + 2 * u64::from(self.size), event);
     }
 
     /// Takes a call that may have come.
@@ -392,6 +457,9 @@ impl Queue {
 
     /// Collects what the device has used since the last look.
     pub fn collect(&mut self, done: &mut Vec<Completion>) {
+        if self.packed.is_some() {
+            return self.collect_packed(done);
+        }
         let used = self.used_index();
         let new = used.wrapping_sub(self.used);
         assert!(
@@ -408,6 +476,27 @@ impl Queue {
             let len = u32::from_le_bytes(element[4..].try_into().expect("four bytes"));
             done.push(self.complete(id, len));
             self.used = self.used.wrapping_add(1);
+        }
+    }
+
+    fn collect_packed(&mut self, done: &mut Vec<Completion>) {
+        while let Some((id, len)) =
+            self.packed.as_ref().and_then(|packed| packed.next_used(&self.memory, self.desc_at))
+        {
+            done.push(self.complete(u32::from(id), len));
+            self.packed.as_mut().expect("it was there").take_back(id);
+            self.used = self.used.wrapping_add(1);
+        }
+    }
+
+    /// Where the ring stands as SET_VRING_BASE is to say it: a VMM that lost its server does not
+    /// know where a packed ring is, and says where it began.
+    pub fn base(&self, is_available: bool) -> u32 {
+        match &self.packed {
+            Some(packed) if is_available => packed.position(),
+            Some(_) => 0x8000_8000,
+            None if is_available => self.avail_index().into(),
+            None => self.used_index().into(),
         }
     }
 
@@ -470,6 +559,7 @@ impl Queue {
         self.memory.fill(self.desc_at, 0, 16 * n);
         self.memory.fill(self.avail_at, 0, 6 + 2 * n);
         self.memory.fill(self.used_at, 0, 6 + 8 * n);
+        self.packed = self.packed.take().map(|_| Packed::new(self.size));
     }
 
     /// The call eventfd, for `poll`.

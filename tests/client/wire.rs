@@ -31,6 +31,7 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 /// Protocol feature bits.
@@ -43,6 +44,7 @@ pub mod protocol {
     pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub const RESET_DEVICE: u64 = 1 << 13;
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    pub const STATUS: u64 = 1 << 16;
 }
 
 /// Requests of a front end.
@@ -55,6 +57,7 @@ pub enum Req {
     ResetOwner = 4,
     SetMemTable = 5,
     SetLogBase = 6,
+    SetLogFd = 7,
     SetVringNum = 8,
     SetVringAddr = 9,
     SetVringBase = 10,
@@ -75,6 +78,8 @@ pub enum Req {
     GetMaxMemSlots = 36,
     AddMemReg = 37,
     RemMemReg = 38,
+    SetStatus = 39,
+    GetStatus = 40,
 }
 
 const VERSION: u32 = 1;
@@ -285,12 +290,17 @@ impl Wire {
         self.tell(request, &vring_state(index, value), &[]);
     }
 
-    /// Stops a ring and says where it stood.
+    /// Stops a split ring and says where it stood.
     pub fn get_vring_base(&self, index: u16) -> u16 {
+        self.get_vring_position(index) as u16
+    }
+
+    /// Stops a ring and says where it stood, a packed one with both of its positions.
+    pub fn get_vring_position(&self, index: u16) -> u32 {
         let reply = self.ask(Req::GetVringBase, &vring_state(index, 0), &[]);
         assert_eq!(reply.body.len(), 8, "GET_VRING_BASE answers a vring state");
         assert_eq!(reply.body[..4], u32::from(index).to_le_bytes(), "GET_VRING_BASE answers for its ring");
-        u16::from_le_bytes([reply.body[4], reply.body[5]])
+        u32::from_le_bytes([reply.body[4], reply.body[5], reply.body[6], reply.body[7]])
     }
 
     /// SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR; without `fd` the "invalid" bit is set.

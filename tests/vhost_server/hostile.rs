@@ -26,8 +26,8 @@ fn messages_that_cannot_be_obeyed_are_refused_and_change_nothing() {
     let cases: &[(&str, u32, Vec<u8>, &[RawFd])] = &[
         ("an unknown request", 77, vec![], &[]),
         ("a back-end channel that was not offered", SET_BACKEND_REQ_FD, vec![], &[]),
-        ("features never offered", SET_FEATURES, u64_body(1 << 34), &[]),
-        ("protocol features never offered", SET_PROTOCOL_FEATURES, u64_body(1 << 16), &[]),
+        ("features never offered", SET_FEATURES, u64_body(1 << 35), &[]),
+        ("protocol features never offered", SET_PROTOCOL_FEATURES, u64_body(1 << 18), &[]),
         ("a body too long", SET_FEATURES, vec![0; 9], &[]),
         ("a body too short", SET_VRING_NUM, vec![0; 4], &[]),
         ("a descriptor nobody asked for", SET_FEATURES, u64_body(frontend.features), &one),

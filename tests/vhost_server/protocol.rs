@@ -462,7 +462,8 @@ fn the_rust_vmm_front_end_drives_a_disk() {
         features: u64::MAX,
     };
     let mut vmm = RustVmm::connect(&server.path, 4).unwrap();
-    let features = vmm.get_features().unwrap();
+    // Its rings are split, and it keeps no dirty log.
+    let features = vmm.get_features().unwrap() & !(1 << 34 | 1 << 26);
     assert!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0);
     vmm.set_owner().unwrap();
     let protocol = vmm.get_protocol_features().unwrap();

@@ -1,9 +1,9 @@
 use super::*;
 use crate::vhost::testing::{Driver, NEXT, Random, WRITE, for_seeds, guest};
 
-fn setup(size: u16, event_idx: bool) -> (Driver, Ring) {
+fn setup(size: u16, event_idx: bool) -> (Driver, SplitRing) {
     let driver = Driver::new(Arc::new(guest(0x10000)), size);
-    let ring = Ring::new(Arc::clone(&driver.map), Driver::addresses(), size, event_idx, 0).unwrap();
+    let ring = SplitRing::new(Arc::clone(&driver.map), Driver::addresses(), size, event_idx, 0).unwrap();
     (driver, ring)
 }
 
@@ -12,17 +12,17 @@ fn heads_are_taken_in_the_order_they_were_offered_across_the_wrap() {
     let driver = Driver::new(Arc::new(guest(0x10000)), 4);
     driver.set_available_index(0xfffe);
     driver.set_used_index(0xfffe);
-    let mut ring = Ring::new(Arc::clone(&driver.map), Driver::addresses(), 4, false, 0xfffe).unwrap();
+    let mut ring = SplitRing::new(Arc::clone(&driver.map), Driver::addresses(), 4, false, 0xfffe).unwrap();
     assert_eq!(ring.available(), Ok(0));
     for round in 0..20u16 {
         let position = 0xfffe_u16.wrapping_add(round);
         driver.set_available(position, round % 4);
         driver.set_available_index(position.wrapping_add(1));
         assert_eq!(ring.available(), Ok(1));
-        assert_eq!(ring.take(), Ok(round % 4));
+        assert_eq!(ring.take(), Ok(Some(round % 4)));
         ring.put_used(round % 4, u32::from(round)).unwrap();
         assert_eq!(driver.used_index(), position, "not shown before it is published");
-        ring.publish().unwrap();
+        ring.publish(&[]).unwrap();
         assert_eq!(driver.used_index(), position.wrapping_add(1));
         assert_eq!(driver.used(position), (u32::from(round % 4), u32::from(round)));
     }
@@ -45,7 +45,7 @@ fn a_head_outside_the_table_is_an_error_and_not_taken() {
     driver.set_available(0, 8);
     driver.set_available_index(1);
     assert_eq!(ring.take(), Err(RingError::HeadOutOfRange { head: 8, size: 8 }));
-    assert_eq!(ring.next_avail(), 0);
+    assert_eq!(ring.next_avail, 0);
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn descriptors_are_read_as_they_are_laid_out() {
 fn a_ring_outside_memory_or_misaligned_does_not_start() {
     let map = Arc::new(guest(0x10000));
     let good = Driver::addresses();
-    let ring = |addresses, size| Ring::new(Arc::clone(&map), addresses, size, true, 0);
+    let ring = |addresses, size| SplitRing::new(Arc::clone(&map), addresses, size, true, 0);
     assert!(ring(good, 256).is_some());
     assert!(ring(RingAddresses { used: good.descriptors + 0xffe0, ..good }, 256).is_none());
     assert!(ring(RingAddresses { available: 0, ..good }, 256).is_none());
@@ -110,7 +110,7 @@ fn the_driver_is_notified_exactly_when_its_event_was_passed() {
         driver.set_available_index(start);
         driver.set_used_index(start);
         let map = Arc::clone(&driver.map);
-        let mut ring = Ring::new(map, Driver::addresses(), 16, true, start).unwrap();
+        let mut ring = SplitRing::new(map, Driver::addresses(), 16, true, start).unwrap();
         assert_eq!(ring.needs_notification(), Ok(true), "the first decision knows nothing");
         for _ in 0..500 {
             let event = ring.next_used().wrapping_add(random.below(24) as u16).wrapping_sub(8);
@@ -120,7 +120,7 @@ fn the_driver_is_notified_exactly_when_its_event_was_passed() {
                 passed |= ring.next_used() == event;
                 ring.put_used(0, 0).unwrap();
             }
-            ring.publish().unwrap();
+            ring.publish(&[]).unwrap();
             assert_eq!(ring.needs_notification(), Ok(passed));
         }
     });
