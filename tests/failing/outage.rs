@@ -116,7 +116,8 @@ fn next_door(order: Order, trouble: Option<fn(&Fleet)>) -> u64 {
 
 #[test]
 fn a_dead_disk_does_not_slow_the_volume_next_door() {
-    let troubles: [(&str, fn(&Fleet)); 2] =
+    type Trouble = (&'static str, fn(&Fleet));
+    let troubles: [Trouble; 2] =
         [("fails", |fleet| fleet.fail_disk(0, true)), ("hangs", |fleet| fleet.hang_disk(0, true))];
     for order in [Order::Relaxed, Order::Strict] {
         let alone = next_door(order, None);

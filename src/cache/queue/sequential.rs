@@ -53,7 +53,7 @@ mod tests {
         let mut sequential = Sequential::default();
         for i in 0..100 {
             assert_eq!(sequential.note(SectorRange::new(i * 8, 8)), (i + 1) * 8);
-            assert_eq!(sequential.note(SectorRange::new(1 << 30 | i * 64, 64)), (i + 1) * 64);
+            assert_eq!(sequential.note(SectorRange::new((1 << 30) + i * 64, 64)), (i + 1) * 64);
             for j in 0..READERS as u64 - 2 {
                 assert_eq!(sequential.note(SectorRange::new((7919 * (i * 50 + j) + 5) * 16, 8)), 8);
             }

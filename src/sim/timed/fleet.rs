@@ -344,7 +344,7 @@ impl Guest {
 fn options_of(n: usize, member: &Member, disk: &Arc<TimedDisk>) -> AttachOptions<TimedEnv> {
     AttachOptions {
         name: format!("volume{n}"),
-        backing: Arc::new(TimedBacking::new(&disk)),
+        backing: Arc::new(TimedBacking::new(disk)),
         mode: member.mode,
         order: member.order,
         data_crc: true,
