@@ -59,7 +59,6 @@ mutants! {
     GroupVoidedEarly 7 "the redo area is voided while its group goes to the disk",
     GroupNotVoided 7 "the redo area keeps saying that it holds the last group",
     GroupNotJournaled 7 "a group goes to the disk without the redo area",
-    GroupCutByVersion 7 "a group ends between two versions, whatever their epochs",
     PartsForgotten 7 "a start writes the parts of an epoch again that are on the disk already",
     RedoBelievedUnflushed 8 "a start believes a header of the redo area that is not durable",
     RedoLeftUnapplied 7 "a start leaves the group in the redo area where it is",

@@ -403,12 +403,7 @@ impl<E: Env> Volume<E> {
             let (used, unsettled) = self.judge(&mut state, taken);
             let rate = state.rate;
             let now = taken + state.beside;
-            // With room to spare an epoch may grow: what is overwritten or trimmed in it costs nothing.
-            let is_filling = unsettled > self.limit(room, rate) / 4;
-            if self.order() == Order::Strict
-                && is_filling
-                && now.saturating_sub(state.cut) > room / EPOCH_SHARE
-            {
+            if self.order() == Order::Strict && now.saturating_sub(state.cut) > room / EPOCH_SHARE {
                 state.cut = now;
                 core.raise_epoch();
             }

@@ -350,7 +350,7 @@ mod tests {
     fn entries_out_of_bounds_are_refused() {
         let entry = RedoEntry { range: SectorRange::new(8, 16), kind: RedoKind::Data, crc: 7, at: 4096 };
         for (at, bad, field) in
-            [(6, 3, "kind"), (7, 1, "kind"), (8, 0, "sectors"), (16, 1, "at"), (23, 1, "at")]
+            [(6, 3, "kind"), (7, 1, "kind"), (8, 0, "sectors"), (16, 1, "at"), (23, 2, "at")]
         {
             let mut table = Vec::new();
             entry.encode(&mut table);

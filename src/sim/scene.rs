@@ -7,13 +7,15 @@ use super::machine::{Machine, SimBuffer, Style};
 use super::memory::{Memory, SimPmem, Survival};
 use super::rng::Rng;
 use super::world::{SimClock, Snapshot, World};
-use crate::cache::{FormatOptions, format};
+use crate::cache::{FormatOptions, Order, format};
 use crate::onmedia::Geometry;
 use crate::pmem::MediaClass;
 use crate::volume::{Request, RequestKind, Status};
 
 /// Steps after which something that was to come counts as hung.
 const STEPS_MAX: u32 = 10_000;
+/// Sectors of the redo area of a volume in grouped order: three blocks are a group.
+const REDO_SECTORS: u64 = 56;
 
 /// See the module's head. Sector *s* of the disk holds write *s* + 1 at first; a failure panics.
 pub struct Scene {
@@ -35,14 +37,17 @@ impl Scene {
 
     /// A fresh cache of so many segments of 64 KiB before a disk of so many sectors.
     pub fn sized(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Scene {
-        let world = Scene::world(class, segments, sectors);
+        let world = Scene::world(class, style, segments, sectors);
         let machine = Machine::open(&world, &[style], 1).expect("a fresh cache");
         Scene { world, machine, style, next_tag: 1, rng: Rng::new(2) }
     }
 
     /// Such a cache, formatted and never opened.
-    fn world(class: MediaClass, segments: u32, sectors: u64) -> Arc<World> {
-        let disks = vec![DiskState::new((1..=sectors).collect())];
+    fn world(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Arc<World> {
+        let mut disks = vec![DiskState::new((1..=sectors).collect())];
+        if style.order == Order::Grouped {
+            disks.push(DiskState::raw(REDO_SECTORS).named(2));
+        }
         let geometry = Geometry::custom(16 << 10, 64 << 10, segments, 1).expect("a geometry");
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
@@ -54,7 +59,7 @@ impl Scene {
     /// A snapshot from before the `n`-th store, fence, `sync` or disk operation of the first start,
     /// which makes the volume; `None` if there were not so many.
     pub fn cut_beginning(class: MediaClass, style: Style, n: u64) -> Option<Snapshot> {
-        let world = Scene::world(class, 12, 512);
+        let world = Scene::world(class, style, 12, 512);
         world.with(|w| w.cuts.at = w.events + n + 1);
         Machine::open(&world, &[style], 1).expect("a fresh cache");
         world.take_cuts().pop().map(|(_, snapshot)| snapshot)

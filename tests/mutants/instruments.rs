@@ -76,13 +76,12 @@ impl Instrument {
             M::StartNotChecked | M::StartNotCounted => {
                 ("story of two openings", Story(stories::a_segment_opened_twice))
             }
+            M::PartsForgotten => ("story of parts", Story(stories::an_epoch_in_parts)),
             M::GroupBodyUnflushed
             | M::GroupAppliedUncommitted
             | M::GroupVoidedEarly
             | M::GroupNotVoided
             | M::GroupNotJournaled
-            | M::GroupCutByVersion
-            | M::PartsForgotten
             | M::RedoBelievedUnflushed
             | M::RedoLeftUnapplied => run(|s| s.styles.iter().any(|s| s.order == Order::Grouped)),
             M::SyncNotMarked | M::DoubtNotNoted => {

@@ -1,9 +1,11 @@
 //! Stories for what chance takes long to reach: few steps, every outcome known. A story panics where
 //! the engine is wrong, and counts the images it made.
 
-use pcache_vhost::cache::{Mode, Order};
+use std::sync::Arc;
+
+use pcache_vhost::cache::{Mode, Order, recover_backing};
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Machine, Rng, Scene, SimBuffer, Style, Survival, World};
+use pcache_vhost::sim::{DiskSurvival, Machine, Rng, Scene, SimBacking, SimBuffer, Style, Survival, World};
 use pcache_vhost::volume::{RequestKind, Status};
 
 fn served(mode: Mode) -> Style {
@@ -20,6 +22,47 @@ pub fn a_fill_and_the_disk_that_loses_its_bytes(images: &mut u64) {
         *images += 1;
         assert_eq!(scene.read(8), scene.on_disk(8), "the cache outlived the disk under it");
     }
+}
+
+/// An epoch goes to the disk in parts; wherever the daemon is killed on the way, and starts again, disk
+/// and redo area are one moment of the guest's, and never an earlier one than before.
+pub fn an_epoch_in_parts(images: &mut u64) {
+    const BLOCKS: [u64; 9] = [0, 1, 2, 0, 3, 4, 5, 6, 7];
+    for kill in 0..80 {
+        let mut scene = Scene::new(AssumeDax, Style { order: Order::Grouped, ..served(Mode::Writeback) });
+        for (block, value) in BLOCKS.iter().zip(900..) {
+            scene.write(block * 8, 8, value);
+        }
+        let (mut steps, mut newest) = (0, 0);
+        while !scene.machine.served[0].volume.is_clean() {
+            steps += 1;
+            assert!(steps < 2000, "write-back never ends");
+            scene.machine.clock.advance(500);
+            scene.machine.writeback(0);
+            if steps == kill {
+                scene.daemon_crash();
+            }
+            let alone = disk_alone(&scene);
+            *images += 1;
+            let shown = alone.iter().copied().filter(|value| *value >= 900).max().unwrap_or(0);
+            for (block, value) in alone.iter().enumerate() {
+                let writes = BLOCKS.iter().zip(900..=shown).filter(|(b, _)| **b == block as u64);
+                let expected = writes.map(|(_, value)| value).max().unwrap_or(block as u64 * 8 + 1);
+                assert_eq!(*value, expected, "block {block} beside write {shown}: no moment of the guest's");
+            }
+            assert!(shown >= newest, "the disk went back, from write {newest} to {shown}");
+            newest = shown;
+        }
+        assert_eq!(newest, 908, "all of it is there");
+    }
+}
+
+/// What the first eight blocks hold with the cache lost now, and the redo area applied.
+fn disk_alone(scene: &Scene) -> Vec<u64> {
+    let world = World::new(scene.world.photograph("the cache is lost").daemon_crash(&mut Rng::new(1)), 1);
+    let backing = |number| SimBacking::new(&world, number);
+    recover_backing(Arc::new(backing(1)), &backing(0), false).expect("a legal area");
+    (0..8).map(|block| world.with(|w| w.disks[0].value(block * 8))).collect()
 }
 
 /// A write whose record cannot be stored where it was to go is stored elsewhere, or fails and leaves

@@ -142,9 +142,7 @@ impl<E: Env> Writeback<E> {
         for ((_, id), cursor) in dirty.known.range(..=(closed, u32::MAX)) {
             self.consume(*id, cursor.clone(), closed, &mut keys)?;
         }
-        let cuts_by_version = mutated(Mutant::GroupCutByVersion);
-        let epoch_of = |k: &Key| if cuts_by_version { 0 } else { k.epoch };
-        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (epoch_of(k), k.version, *id));
+        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (k.epoch, k.version, *id));
         let done = self.parts.upto;
         let earlier = keys.drain(..keys.partition_point(|(k, _)| Some((k.epoch, k.version)) <= done));
         let mut there = ExtentMap::new();
@@ -211,16 +209,29 @@ impl<E: Env> Writeback<E> {
         let redo = self.redo();
         let (block, entry) = (redo.block, RedoEntry::SIZE as u64);
         let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
+        let extent = |(key, id): &(Key, u32)| Extent {
+            range: key.range(),
+            place: self.volume.cache.media.place(*id, key, true),
+        };
+        let needed = |map: &ExtentMap| map.iter().map(|e| payload(&e) + entry).sum::<u64>();
         let mut newest = ExtentMap::new();
         let mut replaced = Vec::new();
+        // What is overwritten or trimmed later need not fit.
+        for key in keys {
+            replaced.clear();
+            newest.insert(extent(key), &mut replaced);
+        }
+        if needed(&newest) <= redo.capacity() {
+            return (newest, keys.len());
+        }
+        newest = ExtentMap::new();
         // At least what is needed: pieces that were replaced are taken off, rounded down.
         let mut need = 0u64;
-        for (i, (key, id)) in keys.iter().enumerate() {
-            let place = self.volume.cache.media.place(*id, key, true);
-            let extent = Extent { range: key.range(), place };
+        for (i, key) in keys.iter().enumerate() {
+            let extent = extent(key);
             let more = payload(&extent) + 2 * (entry + block);
             if need + more > redo.capacity() {
-                need = newest.iter().map(|e| payload(&e) + entry).sum();
+                need = needed(&newest);
                 if need + more > redo.capacity() {
                     return (newest, i);
                 }
