@@ -132,6 +132,9 @@ pub enum DaemonError {
         /// Why not.
         why: String,
     },
+    /// Nothing of it is written back.
+    #[error("volume `{0}` is read-only: nothing writes it back, in whichever order")]
+    NotWrittenBack(String),
     /// An order that it cannot have.
     #[error(transparent)]
     Order(#[from] OrderError),

@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use super::super::announce::word;
 use super::super::api::model::{Job, ReloadReport};
-use super::super::config::{Config, Consents, Endpoint, VolumeConfig};
+use super::super::config::{Config, Consents, Endpoint, Order, VolumeConfig};
 use super::super::file;
 use super::super::run::RunError;
 use super::set::{Change, Limits};
 use super::{Daemon, DaemonError, Served};
-use crate::cache::Volume;
+use crate::cache::{self, Volume};
 use crate::tools::Host;
 use crate::units::Bytes;
 
@@ -101,13 +101,19 @@ impl Daemon {
     }
 
     fn compare_volume(self: &Arc<Self>, served: &Served, wanted: &VolumeConfig, report: &mut ReloadReport) {
-        let name = &wanted.name;
-        let differing = differences(&served.config, wanted);
+        let name = &served.config.name;
+        let mut differing = differences(&served.config, wanted);
+        let mut wanted = wanted.clone();
+        let order = (word(wanted.order), served.volume.order().name());
+        if order.0 != order.1 && served.may_change_order(wanted.order).is_err() {
+            differing.push(format!("order {} becomes {}", order.1, order.0));
+            wanted.order = current_order(&served.volume);
+        }
         if !differing.is_empty() {
             let what = differing.join(", ");
             report.pending.push(format!("volume {name}: {what} when it is attached again"));
         }
-        let (change, said) = changes(&served.volume, wanted);
+        let (change, said) = changes(&served.volume, &wanted);
         if said.is_empty() {
             return;
         }
@@ -128,6 +134,14 @@ impl Daemon {
         self.jobs.start("attach", &name, move |_| {
             own.attach(config).map(|()| None).map_err(|error| error.to_string())
         })
+    }
+}
+
+fn current_order(volume: &Volume<Host>) -> Order {
+    match volume.order() {
+        cache::Order::Strict => Order::Strict,
+        cache::Order::Grouped => Order::Grouped,
+        cache::Order::Relaxed => Order::Relaxed,
     }
 }
 

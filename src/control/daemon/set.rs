@@ -63,6 +63,16 @@ impl Limits {
     }
 }
 
+impl Served {
+    /// Whether its order can be changed to this one without attaching it again.
+    pub(super) fn may_change_order(&self, order: Order) -> Result<(), DaemonError> {
+        if self.config.read_only {
+            return Err(DaemonError::NotWrittenBack(self.config.name.to_string()));
+        }
+        Ok(self.volume.may_change_order(serve::order(order))?)
+    }
+}
+
 impl Daemon {
     /// Changes a volume's limits, and begins to change its mode and order.
     ///
@@ -71,7 +81,7 @@ impl Daemon {
     pub fn start_set(self: &Arc<Self>, name: &str, change: Change) -> Result<Job, DaemonError> {
         let served = self.find(name)?;
         if let Some(order) = change.order {
-            served.volume.may_change_order(serve::order(order))?;
+            served.may_change_order(order)?;
         }
         if change.order.is_some() || change.mode.is_some() {
             served.refuse_if_held()?;

@@ -38,15 +38,23 @@ pub(super) fn checkpoint(args: &CheckpointArgs) -> Done {
     }
     let request = serde_json::to_value(CheckpointRequest { hold_s: Some(HOLD_S) });
     let job: Job = client.ask("POST", &path, Some(&request.expect("a request is JSON")))?;
-    let job = watch::follow(&client, job)?;
+    let (job, is_interrupted) = watch::follow_noting(&client, job)?;
     let held = Held { client: &client, path: format!("{path}?job={}", job.id), is_over: job.state != "done" };
+    if is_interrupted && !held.is_over {
+        // It was reached before it could be called off. Dropping it ends it.
+        return Err(OnlineError::Job("interrupted; nothing is held".into()));
+    }
     if args.online.json {
         say_json(&serde_json::to_value(&job).expect("a job is JSON"));
         if held.is_over {
             return Ok(Exit::Failed);
         }
     } else {
-        print(&watch::ended(job)?);
+        let said = watch::ended(job)?;
+        // The command's output is its own.
+        if args.exec.is_none() {
+            print(&said);
+        }
     }
     let (exit, what) = match (&args.exec, args.hold) {
         (Some(command), _) => (held.run(command)?, "the command ended"),
