@@ -3,9 +3,11 @@
 //! The work is the housekeeper's (`worker/scrub.rs`). What is found in data is counted by volume, beside
 //! its other counters; what is found in metadata belongs to the cache.
 
+// Counts, as in `counters.rs`: nothing waits for them.
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::core::Cache;
 use super::env::Env;
-use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// How scrubbing goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -161,7 +161,7 @@ pub struct Workers<E: Env> {
     cache: Arc<Cache<E>>,
     threads: Vec<JoinHandle<()>>,
     /// Nobody waits long for these: what they write stands beside disks, which may hang.
-    keepers: Vec<(Arc<Volume<E>>, JoinHandle<()>)>,
+    keepers: Vec<(Arc<Volume<E>>, std::thread::JoinHandle<()>)>,
     /// The volumes that are written back, each by its thread.
     writebacks: Vec<(Arc<Volume<E>>, JoinHandle<()>)>,
 }
@@ -212,13 +212,13 @@ impl<E: Env> Workers<E> {
         self.writebacks.push((volume.clone(), thread));
         let kept = volume.clone();
         let name: String = format!("pcache-id-{}", volume.name).chars().take(15).collect();
-        let keeper = thread::Builder::new().name(name).spawn(move || run_keeper(&kept))?;
+        let keeper = std::thread::Builder::new().name(name).spawn(move || run_keeper(&kept))?;
         self.keepers.push((volume.clone(), keeper));
         Ok(())
     }
 
     /// Waits for keepers that are to end, but not for long.
-    fn end_keepers(keepers: impl Iterator<Item = JoinHandle<()>>) {
+    fn end_keepers(keepers: impl Iterator<Item = std::thread::JoinHandle<()>>) {
         let patience = Instant::now() + STOP_PATIENCE;
         for keeper in keepers {
             while !keeper.is_finished() && Instant::now() < patience {
