@@ -1,7 +1,7 @@
 //! The control plane of the real binary, while clients verify every byte they read.
 //!
-//! Claims: every verb is obeyed under load without an I/O error; volumes come and go; a mode changes
-//! while guests write; what a flush or a drain says is on the disk is there; a hostile client of the
+//! Claims: every verb is obeyed under load without an I/O error; volumes come and go; mode, order and
+//! limits change while guests write; a checkpoint keeps a disk still and never for ever; what a flush or a drain says is on the disk is there; a hostile client of the
 //! API never touches a volume.
 //!
 //! `PCACHE_SEED` repeats a run.
@@ -223,6 +223,231 @@ fn a_reload_does_what_it_can_and_says_what_waits() {
     site.wait(|| site.log().contains("reload: pending: volume d is not in the file"));
     let mut traffic = load.end();
     traffic.verify(0..traffic.model.sectors());
+    site.stop();
+}
+
+#[test]
+fn an_order_changes_while_a_guest_writes_and_the_disk_has_what_it_should() {
+    let site = Site::with(&["a"], "order = \"grouped\"\n");
+    let mut load = Load::begin(&site, "a", Mix::overlapping());
+    let orders = ["strict", "grouped", "relaxed", "strict", "relaxed", "grouped", "strict"];
+    for order in orders {
+        let said = site.verb(&["set", "a", "--order", order]).succeeds();
+        assert!(said.contains("set a: done"), "{said}");
+        let status = site.status("a");
+        assert_eq!(
+            (&status["summary"]["order"], &status["is_changing_order"]),
+            (&order.into(), &false.into())
+        );
+        assert!(site.verb(&["status", "a"]).succeeds().contains(&format!("order {order}\n")));
+        load = load.go_on_for(Duration::from_millis(150));
+    }
+    site.verb(&["set", "a", "--order", "relaxed", "--cache-mode", "writethrough"]).succeeds();
+    assert!(site.verb(&["status", "a"]).succeeds().contains("writethrough, order relaxed\n"));
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.verb(&["set", "a", "--order", "strict"]).succeeds();
+    site.verb(&["flush", "a"]).succeeds();
+    site.agrees("a", &mut traffic);
+    site.stop();
+}
+
+#[test]
+fn limits_hold_at_once_show_in_status_and_follow_the_file() {
+    let site = Site::new(&["a"]);
+    let limits = |site: &Site| {
+        let of = site.status("a")["settings"].clone();
+        let number = |key: &str| of[key].as_u64().expect("a number");
+        let numbers = (number("max_lag_s"), number("max_dirty_bytes"), number("backing_timeout_s"));
+        (numbers, of["on_backing_error"].as_str().expect("a word").to_owned())
+    };
+    assert_eq!(limits(&site), ((0, 0, 30), "wait".into()));
+    let load = Load::begin(&site, "a", Mix::default());
+    let words = ["--max-lag-s", "9", "--max-dirty", "8MiB", "--on-backing-error", "read_only"];
+    site.verb(&[&["set", "a"][..], &words].concat()).succeeds();
+    assert_eq!(limits(&site), ((9, 8 * MIB, 30), "read_only".into()));
+    site.verb(&["set", "a", "--backing-timeout-s", "5", "--max-lag-s", "0"]).succeeds();
+    assert_eq!(limits(&site), ((0, 8 * MIB, 5), "read_only".into()));
+    let text = site.verb(&["status", "a"]).succeeds();
+    assert!(text.contains("at most 8 MiB") && text.contains("read_only, no answer for 5 s"), "{text}");
+    assert!(text.contains(" ms, no bound"), "{text}");
+
+    // What is refused changes nothing of the rest.
+    let refused = ["set", "a", "--order", "grouped", "--max-lag-s", "77"];
+    site.verb(&refused).fails(1, &["volume `a` has no redo area", "--redo"]);
+    site.verb(&["set", "a"]).fails(2, &["--order", "--max-dirty"]);
+    site.verb(&["set", "a", "--max-dirty", "5"]).fails(2, &["--max-dirty"]);
+    assert_eq!(limits(&site), ((0, 8 * MIB, 5), "read_only".into()));
+
+    let keys = "queues = 2\norder = \"relaxed\"\nmax_lag_s = 7\nadmission = \"never\"\nsidecar = false";
+    site.write_config(&site.config().replacen("queues = 2", keys, 1));
+    let said = site.verb(&["reload"]).succeeds();
+    for words in [
+        "changed: volume a: order strict becomes relaxed, max_lag_s 0 becomes 7, max_dirty 8 MiB becomes 0",
+        "on_backing_error read_only becomes wait, backing_timeout_s 5 becomes 30, job",
+        "pending: volume a: admission adaptive becomes never, sidecar as it is becomes false when",
+    ] {
+        assert!(said.contains(words), "{said}\nlacks: {words}");
+    }
+    site.wait(|| site.status("a")["summary"]["order"] == "relaxed");
+    assert_eq!(limits(&site), ((7, 0, 30), "wait".into()));
+    let text = site.config().replacen("\"relaxed\"\nmax_lag_s = 7", "\"grouped\"\nmax_lag_s = 8", 1);
+    site.write_config(&text);
+    let said = site.verb(&["reload"]).succeeds();
+    assert!(said.contains("changed: volume a: max_lag_s 7 becomes 8, job"), "{said}");
+    assert!(said.contains("order relaxed becomes grouped when it is attached again"), "{said}");
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.stop();
+}
+
+#[test]
+fn a_volume_is_attached_with_every_wish_it_may_have() {
+    let site = Site::new(&["a"]);
+    let (socket, disk, redo) = (site.path("c.sock"), site.path("c.img"), site.path("c.log"));
+    let words = ["attach", "--name", "c", "--socket", &socket, "--backing", &disk, "--backing-size", "64MiB"];
+    let more = ["--redo", &redo, "--redo-size", "16MiB", "--order", "grouped", "--max-lag-s", "3"];
+    let last = ["--max-dirty", "4MiB", "--on-backing-error", "error", "--backing-timeout-s", "0"];
+    let reads = ["--admission", "second-miss", "--sequential-cutoff", "0", "--sidecar=false"];
+    site.verb(&[&words[..], &more, &last, &reads].concat()).succeeds();
+    let status = site.status("c");
+    let of = &status["settings"];
+    assert_eq!((&of["max_lag_s"], &of["max_dirty_bytes"]), (&3.into(), &(4 * MIB).into()));
+    assert_eq!((&of["on_backing_error"], &of["backing_timeout_s"]), (&"error".into(), &0.into()));
+    assert_eq!(status["summary"]["order"], "grouped");
+    assert_eq!(fs::metadata(&redo).expect("the redo area was made").len(), 16 * MIB);
+    Client::connect(socket.as_ref(), ClientOptions::default()).assert_works(0, 7);
+    site.stop();
+}
+
+#[test]
+fn a_checkpoint_has_what_was_acknowledged_and_stays_still_while_the_guest_writes() {
+    for order in ["strict", "grouped", "relaxed"] {
+        let site = Site::with(&["a"], &format!("order = \"{order}\"\n"));
+        let client = Client::connect(&site.socket("a"), ClientOptions { queues: 2, ..Default::default() });
+        let mut traffic = Traffic::new(client, Rng::seed_from_env("PCACHE_SEED"), Mix::overlapping());
+        traffic.run(1500);
+        traffic.quiesce();
+        let (disk, held, go) = (site.path("a.img"), site.path("held"), site.path("go"));
+        let command = format!("touch {held}; until [ -e {go} ]; do sleep 0.05; done; exit 77");
+        let mut verb = site.spawn(&["checkpoint", "a", "--exec", &command]);
+        site.wait(|| fs::exists(&held).unwrap());
+        site.agrees("a", &mut traffic);
+        let before = fs::read(&disk).unwrap();
+        assert_eq!(site.status("a")["checkpoint"]["is_reached"], true);
+        assert!(site.verb(&["status", "a"]).succeeds().contains("held, ends by itself in"));
+
+        traffic.run(600);
+        traffic.quiesce();
+        traffic.verify(0..traffic.model.sectors());
+        for words in [
+            &["set", "a", "--cache-mode", "writethrough"][..],
+            &["set", "a", "--order", "relaxed"],
+            &["detach", "a", "--drain", "--force"],
+            &["checkpoint", "a"],
+        ] {
+            site.verb(words).fails(1, &["a checkpoint holds the disk of volume `a` still"]);
+        }
+        // Somebody wants it on the disk now; and a guest that falls silent is reason enough.
+        let mut flush = site.spawn(&["flush", "a"]);
+        std::thread::sleep(Duration::from_millis(2500));
+        assert!(fs::read(&disk).unwrap() == before, "order {order}: the disk was not kept still");
+        assert!(flush.try_wait().unwrap().is_none(), "a flush waits for the end of the checkpoint");
+        assert!(site.status("a")["summary"]["dirty_bytes"].as_u64().unwrap() > 0);
+
+        fs::write(&go, "").unwrap();
+        assert_eq!(verb.wait().unwrap().code(), Some(77), "the command's own status");
+        assert!(flush.wait().unwrap().success());
+        site.agrees("a", &mut traffic);
+        assert!(fs::read(&disk).unwrap() != before && site.status("a")["checkpoint"].is_null());
+        drop(traffic);
+        site.stop();
+    }
+}
+
+#[test]
+fn a_checkpoint_under_load_is_of_one_moment_and_can_be_repeated() {
+    let site = Site::new(&["a"]);
+    let load = Load::begin(&site, "a", Mix::overlapping());
+    let (disk, copy) = (site.path("a.img"), site.path("copy.img"));
+    for _ in 0..4 {
+        site.verb(&[
+            "checkpoint",
+            "a",
+            "--exec",
+            &format!("cp {disk} {copy} && sleep 0.4 && cmp {disk} {copy}"),
+        ])
+        .succeeds_silently();
+        site.verb(&["checkpoint", "a", "--hold", "1"]).succeeds();
+        site.verb(&["checkpoint", "a"]).succeeds();
+    }
+    site.verb(&["set", "a", "--cache-mode", "writethrough"]).succeeds();
+    site.verb(&["checkpoint", "a"]).fails(1, &["in mode writethrough its writes go to the disk at once"]);
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.stop();
+}
+
+#[test]
+fn a_checkpoint_whose_client_is_dead_ends_by_itself_and_another_s_is_left_alone() {
+    let site = Site::new(&["a"]);
+    let client = Client::connect(&site.socket("a"), ClientOptions { queues: 2, ..Default::default() });
+    let mut traffic = Traffic::new(client, Rng::seed_from_env("PCACHE_SEED"), Mix::overlapping());
+    traffic.run(500);
+    let ask = |method: &str, query: &str, body: &str| {
+        let head =
+            format!("{method} /v1/volumes/a/checkpoint{query} HTTP/1.1\r\nhost: x\r\nconnection: close");
+        let (head, answer) = site.http(&format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()));
+        let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+        (head.split(' ').nth(1).expect("a status").to_owned(), answer)
+    };
+    for body in ["{\"hold_s\":0}", "{\"hold_s\":3601}", "{\"hold\":1}", "{"] {
+        assert_eq!(ask("POST", "", body).0, "400", "{body}");
+    }
+    assert_eq!(ask("DELETE", "", "").0, "409", "there is none to end");
+    let reached = || site.status("a")["checkpoint"]["is_reached"] == true;
+    let (status, job) = ask("POST", "", "{\"hold_s\":2}");
+    assert_eq!(status, "202", "{job}");
+    site.wait(reached);
+    // Prolonged, it outlives its time; forgotten, it does not.
+    let mine = format!("?job={}", job["id"]);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(4) {
+        assert_eq!(ask("PUT", &mine, "").0, "200", "after {:?}", begun.elapsed());
+        // Little: what it writes must find space without the disk.
+        traffic.run(5);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(ask("PUT", "?job=999", "").0, "409");
+    assert_eq!(ask("DELETE", "?job=999", "").0, "409");
+    assert!(reached());
+    traffic.quiesce();
+    let begun = Instant::now();
+    site.verb(&["flush", "a"]).succeeds();
+    eprintln!("ended by itself after {:?}", begun.elapsed());
+    assert!(site.status("a")["checkpoint"].is_null());
+    site.agrees("a", &mut traffic);
+    assert_eq!(ask("DELETE", &mine, "").0, "409", "it was over");
+    assert!(site.log().contains("has ended by itself"));
+
+    // Whoever ends another's tells its owner, whose copy is void.
+    let (held, go) = (site.path("held"), site.path("go"));
+    let command = format!("touch {held}; until [ -e {go} ]; do sleep 0.05; done");
+    let mut verb = site.spawn(&["checkpoint", "a", "--exec", &command]);
+    site.wait(|| fs::exists(&held).unwrap());
+    site.verb(&["checkpoint", "a", "--release"]).succeeds();
+    fs::write(&go, "").unwrap();
+    let mut said = String::new();
+    verb.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(verb.wait().unwrap().code(), Some(1), "{said}");
+    assert!(said.contains("a copy of it is void"), "{said}");
+    // A verb that is interrupted ends what it holds.
+    let mut verb = site.spawn(&["checkpoint", "a", "--hold", "3600"]);
+    site.wait(reached);
+    Verb::interrupt(&verb);
+    verb.wait().unwrap();
+    assert!(site.status("a")["checkpoint"].is_null());
+    drop(traffic);
     site.stop();
 }
 

@@ -230,6 +230,11 @@ impl<E: Env> Volume<E> {
         self.core.policy.on_error()
     }
 
+    /// Milliseconds after which a disk that does not answer has failed, 0 for never.
+    pub fn backing_timeout_ms(&self) -> u64 {
+        self.core.policy.timeout_ms.load(Ordering::Relaxed)
+    }
+
     /// Whether the guest's writes are turned away now: counts one that is.
     pub(crate) fn turns_away(&self, q: u16) -> bool {
         let policy = &self.core.policy;

@@ -73,8 +73,10 @@ pub enum Verb {
     Detach(DetachArgs),
     /// Bring everything that a volume has acknowledged so far to its backing disk
     Flush(VolumeVerbArgs),
-    /// Change how a volume is cached, while it is used
+    /// Change how a volume is cached and written back, while it is used
     Set(SetArgs),
+    /// Bring everything acknowledged so far to the disk and keep that still, for a snapshot of it
+    Checkpoint(CheckpointArgs),
     /// Show counters and rates
     Stats(StatsArgs),
     /// Watch all volumes: requests, hits, dirty data, once a second

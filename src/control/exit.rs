@@ -5,28 +5,45 @@ use std::process::ExitCode;
 
 /// An answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
 pub enum Exit {
     /// It is done; for `check`, the cache is whole.
-    Done = 0,
+    Done,
     /// It could not be done.
-    Failed = 1,
+    Failed,
     /// It was asked for wrongly; nothing was touched.
-    Usage = 2,
+    Usage,
     /// `check`: the cache is damaged.
-    Damaged = 3,
+    Damaged,
     /// `check`: there is no cache of ours.
-    NotOurs = 4,
+    NotOurs,
     /// It has stopped without the answer of a disk. Nothing acknowledged is lost; what that disk
     /// had under way may still reach it, and the next start waits for that.
-    Unanswered = 5,
+    Unanswered,
     /// No daemon answers at the control socket.
-    NoDaemon = 6,
+    NoDaemon,
+    /// `checkpoint --exec`: as the command ended.
+    Command(u8),
+}
+
+impl Exit {
+    /// The status of the process.
+    pub fn code(self) -> u8 {
+        match self {
+            Exit::Done => 0,
+            Exit::Failed => 1,
+            Exit::Usage => 2,
+            Exit::Damaged => 3,
+            Exit::NotOurs => 4,
+            Exit::Unanswered => 5,
+            Exit::NoDaemon => 6,
+            Exit::Command(code) => code,
+        }
+    }
 }
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
-        ExitCode::from(exit as u8)
+        ExitCode::from(exit.code())
     }
 }
 

@@ -106,7 +106,7 @@ fn bound_the_stop(daemon: &Daemon) {
             let (name, state, cause) = (volume.name(), health.state, health.cause);
             tracing::error!("volume {name} could not be stopped within {STOP_MAX:?}: {state} {cause}");
         }
-        std::process::exit(Exit::Unanswered as i32);
+        std::process::exit(Exit::Unanswered.code().into());
     };
     if let Err(error) = std::thread::Builder::new().name("pcache-stop".into()).spawn(bound) {
         tracing::warn!(%error, "this stop takes as long as the disks like");
@@ -349,7 +349,7 @@ pub(super) fn mode(mode: Mode) -> cache::Mode {
     }
 }
 
-fn on_backing_error(policy: OnBackingError) -> cache::OnBackingError {
+pub(super) fn on_backing_error(policy: OnBackingError) -> cache::OnBackingError {
     match policy {
         OnBackingError::Wait => cache::OnBackingError::Wait,
         OnBackingError::Error => cache::OnBackingError::Error,
@@ -365,7 +365,7 @@ fn admission(admission: Admission) -> cache::Admission {
     }
 }
 
-fn order(order: Order) -> cache::Order {
+pub(super) fn order(order: Order) -> cache::Order {
     match order {
         Order::Strict => cache::Order::Strict,
         Order::Grouped => cache::Order::Grouped,

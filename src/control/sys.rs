@@ -98,6 +98,18 @@ pub fn signal_descriptor(signals: &[libc::c_int]) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
+/// Sends SIGTERM to a child that has not been waited for.
+///
+/// # Errors
+/// The kernel refused.
+#[expect(unsafe_code, reason = "the standard library only sends SIGKILL")]
+pub fn terminate(child: &std::process::Child) -> io::Result<()> {
+    let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
+    // SAFETY: the call touches no memory. A child that was not waited for keeps its number, and that is
+    // positive, so it is this one process that gets the signal.
+    if unsafe { libc::kill(pid, libc::SIGTERM) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Takes over the descriptor `fd` that the parent process left open for this one. Refuses 0 to 2
 /// and what is not a socket.
 ///

@@ -254,6 +254,22 @@ pub fn max_lag_s(text: &str) -> Result<u32, ValueError> {
     Ok(whole(text, 1, 86_400)? as u32)
 }
 
+/// The same, and `0` for no bound.
+///
+/// # Errors
+/// Not a number from 0 to a day.
+pub fn max_lag_s_or_none(text: &str) -> Result<u32, ValueError> {
+    Ok(whole(text, 0, 86_400)? as u32)
+}
+
+/// Most dirty bytes, and `0` for no bound.
+///
+/// # Errors
+/// Not a whole number of sectors, or more than any disk has.
+pub fn max_dirty_or_none(text: &str) -> Result<u64, ValueError> {
+    if text == "0" { Ok(0) } else { disk_size(text) }
+}
+
 /// Seconds until a disk that does not answer has failed.
 ///
 /// # Errors

@@ -169,6 +169,12 @@ impl Site {
         status["summary"]["connected"].as_bool().expect("a truth value")
     }
 
+    /// All about a volume.
+    pub fn status(&self, volume: &str) -> serde_json::Value {
+        let status = self.verb(&["status", volume, "--json"]).succeeds();
+        serde_json::from_str(&status).expect("JSON")
+    }
+
     /// Compares the disk of a volume, alone, with what the guest wrote.
     pub fn agrees(&self, volume: &str, traffic: &mut Traffic) {
         let file = File::open(self.path(&format!("{volume}.img"))).expect("the disk opens");

@@ -114,15 +114,22 @@ pub struct VolumeStatus {
     pub is_paced: bool,
     /// For how long there has been dirty data that write-back has not taken.
     pub dirty_age_ms: u64,
+    /// Whether the order of write-back is being changed: from `relaxed` that takes as long as bringing
+    /// what is dirty to the disk.
+    pub is_changing_order: bool,
+    /// How old the disk alone is: what came earlier is all there. 0 where nothing is dirty.
+    pub lag_ms: u64,
+    /// The checkpoint that keeps the disk still or is about to, if there is one.
+    pub checkpoint: Option<Checkpoint>,
     /// Sectors that are lost: they answer with an error until they are overwritten.
     pub lost_sectors: u64,
-    /// What it was attached with.
+    /// What it was attached with, or what has been set since.
     pub settings: VolumeSettings,
     /// The nine fields of `dmsetup status` of a dm-pcache target, in their order.
     pub dm_pcache: DmPcacheStatus,
 }
 
-/// What a volume was attached with.
+/// What a volume was attached with, or what has been set since.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[cfg_attr(test, derive(JsonSchema))]
 pub struct VolumeSettings {
@@ -146,6 +153,14 @@ pub struct VolumeSettings {
     pub discard: String,
     /// Longest time an idle queue looks for work before it sleeps.
     pub poll_us: u32,
+    /// Most seconds by which the disk may be behind the guest; 0 for no bound.
+    pub max_lag_s: u64,
+    /// Most dirty bytes; 0 for as many as there is space.
+    pub max_dirty_bytes: u64,
+    /// What becomes of requests that need the disk while it fails: `wait`, `error` or `read_only`.
+    pub on_backing_error: String,
+    /// Seconds after which a disk that does not answer has failed; 0 for never.
+    pub backing_timeout_s: u64,
 }
 
 /// What `dmsetup status` says of a dm-pcache target. Where that has one log, this cache has one per
@@ -275,6 +290,34 @@ pub struct AttachRequest {
     /// Longest time an idle queue looks for work before it sleeps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u32>,
+    /// Redo area of `grouped` order: a file, made if it does not exist, or a block device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redo: Option<String>,
+    /// Size to make the redo area with, like `64MiB`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redo_size: Option<String>,
+    /// Most seconds by which the disk may be behind the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_lag_s: Option<u32>,
+    /// Most dirty bytes, like `4GiB`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_dirty: Option<String>,
+    /// What becomes of requests that need the disk while it fails: `wait`, `error` or `read_only`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_backing_error: Option<String>,
+    /// Seconds after which a disk that does not answer has failed; 0 for never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_timeout_s: Option<u32>,
+    /// Whether a file beside the disk tells a restored or exchanged one; without it, as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sidecar: Option<bool>,
+    /// Which reads become cached: `adaptive`, `second-miss` or `never`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admission: Option<String>,
+    /// How much is read in one go before what follows is not cached any more, like `4MiB`; `0` for no
+    /// limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequential_cutoff: Option<String>,
     /// Consent, for this once: the disk need not be the one the volume belongs to.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub force_identity: bool,
@@ -283,13 +326,54 @@ pub struct AttachRequest {
     pub accept_loss: bool,
 }
 
-/// What is to change in a volume.
-#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+/// What is to change in a volume: at least one of these. Limits hold at once; mode and order when the
+/// job is done. Nothing changes if any of it is refused.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(test, derive(JsonSchema))]
 pub struct SetRequest {
     /// What is cached and when a write is done. A mode other than `writeback` is entered by a drain.
-    pub mode: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// In which order write-back reaches the disk: `strict`, `grouped` (if it was attached with a redo
+    /// area) or `relaxed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<String>,
+    /// Most seconds by which the disk may be behind the guest; 0 for no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_lag_s: Option<u32>,
+    /// Most dirty bytes, like `4GiB`; `0` for as many as there is space.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_dirty: Option<String>,
+    /// What becomes of requests that need the disk while it fails: `wait`, `error` or `read_only`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_backing_error: Option<String>,
+    /// Seconds after which a disk that does not answer has failed; 0 for never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing_timeout_s: Option<u32>,
+}
+
+/// A checkpoint to be held.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct CheckpointRequest {
+    /// For how long at most the disk is kept still once the checkpoint is reached, unless that is
+    /// prolonged: from 1 to 3600, 60 without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold_s: Option<u32>,
+}
+
+/// A checkpoint: the disk has everything that was acknowledged before it, and is kept still.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Checkpoint {
+    /// Number of the job that began it.
+    pub job: u64,
+    /// Whether it is reached: before that the disk changes.
+    pub is_reached: bool,
+    /// In how many milliseconds it ends by itself, unless it is prolonged; none before it is reached.
+    pub left_ms: Option<u64>,
 }
 
 /// Long work: begun by a request, and followed by its number.
@@ -298,7 +382,7 @@ pub struct SetRequest {
 pub struct Job {
     /// Its number.
     pub id: u64,
-    /// `attach`, `detach`, `drain`, `flush` or `set`.
+    /// `attach`, `checkpoint`, `detach`, `drain`, `flush` or `set`.
     pub kind: String,
     /// The volume it works on.
     pub volume: String,

@@ -16,7 +16,7 @@ macro_rules! schemas {
 fn definitions() -> Map<String, Value> {
     let mut generator = SchemaGenerator::new(SchemaSettings::openapi3());
     schemas!(generator: DaemonStatus, Volumes, VolumeStatus, Stats, VolumeStats, AttachRequest, SetRequest, Job,
-        Jobs, ReloadReport, Refusal);
+        CheckpointRequest, Checkpoint, Jobs, ReloadReport, Refusal);
     generator.take_definitions(true)
 }
 
@@ -40,7 +40,10 @@ fn parameters(route: &Route) -> Vec<Value> {
         json!({ "name": name, "in": "path", "required": true, "schema": schema })
     });
     let in_query = route.parameters.iter().map(|(name, choices, about)| {
-        let schema = json!({ "type": "string", "enum": choices });
+        let schema = match choices {
+            [] => json!({ "type": "integer", "minimum": 1 }),
+            choices => json!({ "type": "string", "enum": choices }),
+        };
         json!({ "name": name, "in": "query", "description": about, "schema": schema })
     });
     in_path.chain(in_query).collect()

@@ -7,10 +7,10 @@ use serde_json::{Map, Value};
 
 #[cfg(test)]
 use super::model::AttachRequest;
-use super::model::{Jobs, SetRequest, Stats, Volumes};
+use super::model::{CheckpointRequest, Jobs, SetRequest, Stats, Volumes};
 use super::{Kind, Refused};
 use crate::control::config::{CacheConfig, VolumeConfig};
-use crate::control::daemon::{Daemon, DaemonError, Dirty};
+use crate::control::daemon::{Change, Daemon, DaemonError, Dirty, HOLD_DEFAULT_S, HOLD_MAX_S};
 use crate::control::file;
 use crate::control::metrics;
 use crate::control::value;
@@ -84,7 +84,7 @@ pub struct Route {
     pub path: &'static str,
     /// What it is for, one line.
     pub summary: &'static str,
-    /// Query parameters: name, what it may be, what it means.
+    /// Query parameters: name, what it may be (a number if nothing is named), what it means.
     pub parameters: &'static [(&'static str, &'static [&'static str], &'static str)],
     /// What it takes.
     pub takes: Body,
@@ -96,6 +96,10 @@ pub struct Route {
 }
 
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+const CHECKPOINT: &str = "/v1/volumes/{volume}/checkpoint";
+const CHECKPOINT_JOB: &[(&str, &[&str], &str)] =
+    &[("job", &[], "Only if it is the checkpoint that this job began")];
 
 /// All of it.
 pub const ROUTES: &[Route] = &[
@@ -115,7 +119,12 @@ pub const ROUTES: &[Route] = &[
     }),
     Route {
         takes: Body::Json("SetRequest"),
-        ..job("PATCH", "/v1/volumes/{volume}", "Change how a volume is cached, while it is used", set)
+        ..job(
+            "PATCH",
+            "/v1/volumes/{volume}",
+            "Change how a volume is cached and written back, while it is used",
+            set,
+        )
     },
     Route {
         parameters: &[
@@ -140,6 +149,29 @@ pub const ROUTES: &[Route] = &[
         "The same, before the cache is taken away: says whether anything is dirty afterwards",
         |daemon, call| flush(daemon, call, "drain"),
     ),
+    Route {
+        takes: Body::Json("CheckpointRequest"),
+        ..job(
+            "POST",
+            CHECKPOINT,
+            "Bring to the disk everything acknowledged before, then keep it still; done when that is reached",
+            checkpoint,
+        )
+    },
+    Route {
+        method: "PUT",
+        parameters: CHECKPOINT_JOB,
+        ..get(CHECKPOINT, "Prolong a checkpoint that is held, from now", "Checkpoint", |daemon, call| {
+            Ok(Reply::json(200, &daemon.prolong_checkpoint(call.names[0], checkpoint_job(call)?)?))
+        })
+    },
+    Route {
+        method: "DELETE",
+        parameters: CHECKPOINT_JOB,
+        ..get(CHECKPOINT, "End a checkpoint: write-back goes on", "Checkpoint", |daemon, call| {
+            Ok(Reply::json(200, &daemon.end_checkpoint(call.names[0], checkpoint_job(call)?)?))
+        })
+    },
     get("/v1/stats", "Counters and rates of all volumes that are served", "Stats", |daemon, _| {
         let volumes = daemon.served().iter().map(|served| daemon.view_stats(served, false)).collect();
         Ok(Reply::json(200, &Stats { volumes }))
@@ -279,8 +311,49 @@ pub(super) fn attach_config(
 fn set(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {
     let request: SetRequest =
         serde_json::from_slice(call.body).map_err(|error| bad(&format!("the body is not this: {error}")))?;
-    let mode = value::choice(&request.mode).map_err(|why| bad(&format!("`mode`: {why}")))?;
-    Ok(Reply::json(202, &daemon.start_set(call.names[0], mode)?))
+    Ok(Reply::json(202, &daemon.start_set(call.names[0], change(&request)?)?))
+}
+
+/// What a request asks for, in the words of the configuration file.
+fn change(request: &SetRequest) -> Result<Change, Refused> {
+    fn read<T>(
+        key: &str,
+        given: Option<String>,
+        parse: impl Fn(&str) -> Result<T, value::ValueError>,
+    ) -> Result<Option<T>, Refused> {
+        let parsed = given.map(|text| parse(&text)).transpose();
+        parsed.map_err(|why| bad(&format!("`{key}`: {why}")))
+    }
+    let number = |given: Option<u32>| given.map(|number| number.to_string());
+    let change = Change {
+        mode: read("mode", request.mode.clone(), value::choice)?,
+        order: read("order", request.order.clone(), value::choice)?,
+        max_lag_s: read("max_lag_s", number(request.max_lag_s), value::max_lag_s_or_none)?,
+        max_dirty: read("max_dirty", request.max_dirty.clone(), value::max_dirty_or_none)?,
+        on_backing_error: read("on_backing_error", request.on_backing_error.clone(), value::choice)?,
+        backing_timeout_s: read("backing_timeout_s", number(request.backing_timeout_s), value::timeout_s)?,
+    };
+    match change == Change::default() {
+        true => Err(bad("the body says nothing to change")),
+        false => Ok(change),
+    }
+}
+
+fn checkpoint(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {
+    let request: CheckpointRequest = match call.body {
+        b"" => CheckpointRequest::default(),
+        body => serde_json::from_slice(body).map_err(|why| bad(&format!("the body is not this: {why}")))?,
+    };
+    let hold_s = request.hold_s.unwrap_or(HOLD_DEFAULT_S);
+    if !(1..=HOLD_MAX_S).contains(&hold_s) {
+        return Err(bad(&format!("`hold_s` is a number from 1 to {HOLD_MAX_S}")));
+    }
+    Ok(Reply::json(202, &daemon.start_checkpoint(call.names[0], hold_s)?))
+}
+
+fn checkpoint_job(call: &Call<'_>) -> Result<Option<u64>, Refused> {
+    let given = call.parameter("job", &["job"])?;
+    given.map(|job| job.parse().map_err(|_| bad(&format!("`{job}` is not the number of a job")))).transpose()
 }
 
 fn detach(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {
@@ -339,6 +412,15 @@ fn whole_request() -> AttachRequest {
         serial: Some("S".into()),
         discard: Some("keep".into()),
         poll_us: Some(7),
+        redo: Some("/dev/redo".into()),
+        redo_size: Some("32MiB".into()),
+        max_lag_s: Some(60),
+        max_dirty: Some("1GiB".into()),
+        on_backing_error: Some("read_only".into()),
+        backing_timeout_s: Some(9),
+        sidecar: Some(false),
+        admission: Some("second-miss".into()),
+        sequential_cutoff: Some("0".into()),
         force_identity: true,
         accept_loss: true,
     }
@@ -347,7 +429,7 @@ fn whole_request() -> AttachRequest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::config::{Discard, Mode, Order};
+    use crate::control::config::{Admission, Discard, Mode, OnBackingError, Order};
     use crate::tools::image::Sizing;
 
     fn caches() -> Vec<CacheConfig> {
@@ -376,6 +458,11 @@ mod tests {
         assert!(config.data_crc && config.read_only && config.force_identity && config.accept_loss);
         assert_eq!((config.serial.as_str(), config.backing.raw), ("S", true));
         assert_eq!(config.backing.size, Sizing::Exactly(1 << 30));
+        assert_eq!((config.redo, config.redo_size), (Some("/dev/redo".into()), Some(32 << 20)));
+        assert_eq!((config.max_lag_s, config.max_dirty), (60, 1 << 30));
+        assert_eq!((config.on_backing_error, config.backing_timeout_s), (OnBackingError::ReadOnly, 9));
+        assert_eq!((config.sidecar, config.admission), (Some(false), Admission::SecondMiss));
+        assert_eq!(config.sequential_cutoff, 0);
     }
 
     #[test]
@@ -398,6 +485,40 @@ mod tests {
         }
         // Deep nesting is refused by the reader, not by the end of the stack.
         assert!(object("[".repeat(100_000).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_change_says_at_least_one_thing_and_nothing_impossible() {
+        let read = |json: Value| change(&serde_json::from_value(json).unwrap());
+        let all = serde_json::json!({
+            "mode": "writethrough", "order": "grouped", "max_lag_s": 0, "max_dirty": "0",
+            "on_backing_error": "read_only", "backing_timeout_s": 7,
+        });
+        let expected = Change {
+            mode: Some(Mode::Writethrough),
+            order: Some(Order::Grouped),
+            max_lag_s: Some(0),
+            max_dirty: Some(0),
+            on_backing_error: Some(OnBackingError::ReadOnly),
+            backing_timeout_s: Some(7),
+        };
+        assert_eq!(read(all), Ok(expected));
+        let rows = [
+            (serde_json::json!({}), "nothing to change"),
+            (serde_json::json!({"mode": null}), "nothing to change"),
+            (
+                serde_json::json!({"order": "strickt"}),
+                "`order`: `strickt` is none of strict, grouped, relaxed",
+            ),
+            (serde_json::json!({"max_lag_s": 86_401}), "`max_lag_s`: `86401` is not"),
+            (serde_json::json!({"max_dirty": "5"}), "`max_dirty`: `5` is not a"),
+            (serde_json::json!({"on_backing_error": "panic"}), "`on_backing_error`: `panic` is none of"),
+        ];
+        for (json, words) in rows {
+            let refused = read(json.clone()).unwrap_err();
+            assert!(refused.message.contains(words), "{json} gave {}", refused.message);
+        }
+        assert!(serde_json::from_value::<SetRequest>(serde_json::json!({"odrer": "strict"})).is_err());
     }
 
     #[test]

@@ -75,6 +75,7 @@ impl Daemon {
             is_new,
             front_end: Mutex::new(None),
             switching: Mutex::default(),
+            hold: Mutex::default(),
             windows,
         });
         lock(&self.volumes).insert(name, Entry::Served(Arc::clone(&served)));
@@ -197,6 +198,7 @@ impl Daemon {
                 if served.is_connected() && !force {
                     return Err(DaemonError::Connected(name.into()));
                 }
+                served.refuse_if_held()?;
                 Ok(Some(served))
             }
             Err(DaemonError::NotAttached(_)) => Ok(None),

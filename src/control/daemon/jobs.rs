@@ -38,6 +38,11 @@ pub struct Task {
 }
 
 impl Task {
+    /// Its number.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Whether it is to end early.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)

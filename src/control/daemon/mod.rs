@@ -12,9 +12,11 @@
 //!   left as after a kill, and the answer says which.
 
 mod attach;
+mod checkpoint;
 pub mod front_end;
 pub mod jobs;
 mod reload;
+mod set;
 pub mod view;
 pub mod windows;
 
@@ -23,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use self::checkpoint::Hold;
 use self::front_end::FrontEnd;
 use self::jobs::JobTable;
 use self::windows::Windows;
@@ -30,12 +33,14 @@ use super::config::{CacheConfig, ControlConfig, VolumeConfig};
 use super::run::RunError;
 use super::signals::Servers;
 use super::value::Name;
-use crate::cache::worker::Workers;
+use crate::cache::worker::{OrderError, Workers};
 use crate::cache::{Cache, Volume};
 use crate::pmem::MappedPmem;
 use crate::tools::Host;
 
 pub use self::attach::Dirty;
+pub use self::checkpoint::{HOLD_DEFAULT_S, HOLD_MAX_S};
+pub use self::set::Change;
 
 /// An opened cache.
 pub struct OpenCache {
@@ -61,8 +66,10 @@ pub struct Served {
     pub is_new: bool,
     /// Where the VMM connects; none while it is being changed.
     pub front_end: Mutex<Option<FrontEnd>>,
-    /// Held by who changes its mode.
+    /// Held by who changes its mode or order, or is on the way to a checkpoint.
     pub switching: Mutex<()>,
+    /// The checkpoint that keeps its disk still, or is about to.
+    pub hold: Mutex<Option<Hold>>,
     /// Its rates.
     pub windows: Mutex<Windows>,
 }
@@ -108,6 +115,29 @@ pub enum DaemonError {
         "a VM is connected to volume `{0}`: unplug the disk from it or shut it down first, or use --force"
     )]
     Connected(String),
+    /// Its disk is kept still.
+    #[error(
+        "a checkpoint holds the disk of volume `{0}` still: wait for its end, or end it with \
+         `checkpoint {0} --release`"
+    )]
+    Held(String),
+    /// There is no checkpoint, or not that one.
+    #[error("no such checkpoint holds volume `{0}`: it has ended, by itself or by somebody else")]
+    NotHeld(String),
+    /// Its disk cannot be kept still.
+    #[error("volume `{volume}` cannot be held at a checkpoint: {why}")]
+    NotHoldable {
+        /// The volume.
+        volume: String,
+        /// Why not.
+        why: String,
+    },
+    /// Nothing of it is written back.
+    #[error("volume `{0}` is read-only: nothing writes it back, in whichever order")]
+    NotWrittenBack(String),
+    /// An order that it cannot have.
+    #[error(transparent)]
+    Order(#[from] OrderError),
     /// Too much is under way.
     #[error("{0} jobs are running already: wait for one to end")]
     Busy(usize),
@@ -209,9 +239,11 @@ impl Daemon {
         DaemonError::NoVolume { given: name.into(), nearest }
     }
 
-    /// Takes a sample of every volume for the decaying windows. Called about once a second.
+    /// Takes a sample of every volume for the decaying windows, and ends checkpoints whose time is up.
+    /// Called about once a second.
     pub fn sample(&self) {
         for served in self.served() {
+            served.expire_checkpoint();
             let counters = served.volume.counters();
             lock(&served.windows).sample(Instant::now(), &counters);
         }

@@ -3,17 +3,19 @@
 //! Nothing that a VM uses is taken away by an edit of a file: a volume that is no longer in it goes
 //! on, and the answer says how to detach it. A file with a mistake changes nothing at all.
 
-use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::super::announce::word;
 use super::super::api::model::{Job, ReloadReport};
-use super::super::config::{Config, Consents, Endpoint, Mode, VolumeConfig};
+use super::super::config::{Config, Consents, Endpoint, Order, VolumeConfig};
 use super::super::file;
 use super::super::run::RunError;
-use super::super::serve;
+use super::set::{Change, Limits};
 use super::{Daemon, DaemonError, Served};
-use crate::cache;
+use crate::cache::{self, Volume};
+use crate::tools::Host;
+use crate::units::Bytes;
 
 impl ReloadReport {
     /// One line each, for a log.
@@ -99,21 +101,26 @@ impl Daemon {
     }
 
     fn compare_volume(self: &Arc<Self>, served: &Served, wanted: &VolumeConfig, report: &mut ReloadReport) {
-        let name = &wanted.name;
-        let differing = differences(&served.config, wanted);
+        let name = &served.config.name;
+        let mut differing = differences(&served.config, wanted);
+        let mut wanted = wanted.clone();
+        let order = (word(wanted.order), served.volume.order().name());
+        if order.0 != order.1 && served.may_change_order(wanted.order).is_err() {
+            differing.push(format!("order {} becomes {}", order.1, order.0));
+            wanted.order = current_order(&served.volume);
+        }
         if !differing.is_empty() {
             let what = differing.join(", ");
             report.pending.push(format!("volume {name}: {what} when it is attached again"));
         }
-        let (now, then) = (served.volume.mode().name(), word(wanted.mode));
-        if now == then {
+        let (change, said) = changes(&served.volume, &wanted);
+        if said.is_empty() {
             return;
         }
-        match self.start_set(name.as_str(), wanted.mode) {
-            Ok(job) => {
-                report.changed.push(format!("volume {name}: mode {now} becomes {then}, job {}", job.id));
-            }
-            Err(error) => report.failed.push(format!("volume {name}: {error}")),
+        let what = said.join(", ");
+        match self.start_set(name.as_str(), change) {
+            Ok(job) => report.changed.push(format!("volume {name}: {what}, job {}", job.id)),
+            Err(error) => report.failed.push(format!("volume {name}: {what}: {error}")),
         }
     }
 
@@ -128,31 +135,64 @@ impl Daemon {
             own.attach(config).map(|()| None).map_err(|error| error.to_string())
         })
     }
+}
 
-    /// Begins to change a volume's mode.
-    ///
-    /// # Errors
-    /// It cannot be.
-    pub fn start_set(self: &Arc<Self>, name: &str, mode: Mode) -> Result<Job, DaemonError> {
-        let served = self.find(name)?;
-        let own = Arc::clone(self);
-        self.jobs.start("set", name, move |task| {
-            let allow_volatile = own.caches[served.config.cache].config.allow_volatile;
-            // Two at a time would hold writes against each other.
-            let _alone = super::lock(&served.switching);
-            let mode: cache::Mode = serve::mode(mode);
-            let switched = served.volume.switch_mode(mode, allow_volatile, &mut |step| {
-                task.progress(step);
-                if task.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            });
-            switched.map(|()| None).map_err(|error| error.to_string())
-        })
+fn current_order(volume: &Volume<Host>) -> Order {
+    match volume.order() {
+        cache::Order::Strict => Order::Strict,
+        cache::Order::Grouped => Order::Grouped,
+        cache::Order::Relaxed => Order::Relaxed,
     }
 }
 
-/// What of a volume's configuration differs, and what it becomes; its mode aside.
+/// What can change while the volume is used, where it differs from how the volume is now: by its
+/// configuration, or by what was set since.
+fn changes(volume: &Volume<Host>, wanted: &VolumeConfig) -> (Change, Vec<String>) {
+    let limits = Limits::of(volume);
+    let mut said = Vec::new();
+    let mut differs = |key: &str, now: String, then: String| {
+        let differs = now != then;
+        if differs {
+            said.push(format!("{key} {now} becomes {then}"));
+        }
+        differs
+    };
+    let seconds = |given: u64| given.to_string();
+    let change = Change {
+        mode: differs("mode", volume.mode().name().into(), word(wanted.mode)).then_some(wanted.mode),
+        order: differs("order", volume.order().name().into(), word(wanted.order)).then_some(wanted.order),
+        max_lag_s: differs("max_lag_s", seconds(limits.max_lag_s), seconds(wanted.max_lag_s.into()))
+            .then_some(wanted.max_lag_s),
+        max_dirty: differs(
+            "max_dirty",
+            Bytes(limits.max_dirty_bytes).to_string(),
+            Bytes(wanted.max_dirty).to_string(),
+        )
+        .then_some(wanted.max_dirty),
+        on_backing_error: differs(
+            "on_backing_error",
+            word(limits.on_backing_error),
+            word(wanted.on_backing_error),
+        )
+        .then_some(wanted.on_backing_error),
+        backing_timeout_s: differs(
+            "backing_timeout_s",
+            seconds(limits.backing_timeout_s),
+            seconds(wanted.backing_timeout_s.into()),
+        )
+        .then_some(wanted.backing_timeout_s),
+    };
+    (change, said)
+}
+
+/// What of a volume's configuration differs and waits for its next attach, and what it becomes.
 fn differences(now: &VolumeConfig, wanted: &VolumeConfig) -> Vec<String> {
     let size = |size: Option<u32>| size.map_or("the disk's".into(), |size| size.to_string());
+    let bytes = |size: Option<u64>| size.map_or("the default".into(), |size| Bytes(size).to_string());
+    let path = |path: &Option<PathBuf>| {
+        path.as_ref().map_or("the default".into(), |path| path.display().to_string())
+    };
+    let sidecar = |wanted: Option<bool>| wanted.map_or("as it is".into(), |wanted| wanted.to_string());
     let endpoint = |endpoint: &Endpoint| match endpoint {
         Endpoint::Socket { path, mode, group } => {
             format!("{path} {mode:04o} {}", group.as_deref().unwrap_or_default())
@@ -165,13 +205,17 @@ fn differences(now: &VolumeConfig, wanted: &VolumeConfig) -> Vec<String> {
         ("backing", now.backing.path.display().to_string(), wanted.backing.path.display().to_string()),
         ("queues", now.queues.to_string(), wanted.queues.to_string()),
         ("queue_size", now.queue_size.to_string(), wanted.queue_size.to_string()),
-        ("order", word(now.order), word(wanted.order)),
+        ("redo", path(&now.redo), path(&wanted.redo)),
+        ("redo_size", bytes(now.redo_size), bytes(wanted.redo_size)),
         ("data_crc", now.data_crc.to_string(), wanted.data_crc.to_string()),
         ("block_size", size(now.block_size), size(wanted.block_size)),
         ("read_only", now.read_only.to_string(), wanted.read_only.to_string()),
         ("serial", now.serial.as_str().to_owned(), wanted.serial.as_str().to_owned()),
         ("discard", word(now.discard), word(wanted.discard)),
         ("poll_us", now.poll_us.to_string(), wanted.poll_us.to_string()),
+        ("admission", word(now.admission), word(wanted.admission)),
+        ("sequential_cutoff", bytes(Some(now.sequential_cutoff)), bytes(Some(wanted.sequential_cutoff))),
+        ("sidecar", sidecar(now.sidecar), sidecar(wanted.sidecar)),
     ];
     let differing = rows.into_iter().filter(|(_, now, wanted)| now != wanted);
     differing.map(|(key, now, wanted)| format!("{key} {now} becomes {wanted}")).collect()

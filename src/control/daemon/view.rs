@@ -7,6 +7,7 @@ use super::super::api::model::{
     CacheStatus, DaemonStatus, DmPcacheStatus, VolumeSettings, VolumeStats, VolumeStatus, VolumeSummary,
 };
 use super::super::config::Endpoint;
+use super::set::Limits;
 use super::windows::is_gauge;
 use super::{Daemon, Entry, OpenCache, Served, lock};
 use crate::cache::{Mode, Position};
@@ -64,6 +65,7 @@ impl Daemon {
     pub fn view_volume(&self, served: &Served) -> VolumeStatus {
         let Served { config, volume, .. } = served;
         let (health, disk) = (volume.health(), volume.disk_config());
+        let limits = Limits::of(volume);
         let socket = match &config.endpoint {
             Endpoint::Socket { path, .. } => Some(path.to_string()),
             Endpoint::Inherited(_) => None,
@@ -79,6 +81,10 @@ impl Daemon {
             serial: config.serial.as_str().into(),
             discard: word(config.discard),
             poll_us: config.poll_us,
+            max_lag_s: limits.max_lag_s,
+            max_dirty_bytes: limits.max_dirty_bytes,
+            on_backing_error: word(limits.on_backing_error),
+            backing_timeout_s: limits.backing_timeout_s,
         };
         VolumeStatus {
             summary: self.view_summary(served),
@@ -89,6 +95,9 @@ impl Daemon {
             retry_in_ms: health.retry_ms,
             is_paced: volume.is_paced(),
             dirty_age_ms: volume.dirty_age_ms(),
+            is_changing_order: volume.is_changing_order(),
+            lag_ms: volume.lag_ms(),
+            checkpoint: served.view_checkpoint(),
             lost_sectors: volume.counters().lost_sectors,
             settings,
             dm_pcache: self.view_dm_pcache(served),

@@ -7,8 +7,8 @@ use clap::{Args, Subcommand};
 use clap_complete::Shell;
 
 use super::super::cli::{LogLevel, VolumeArgs, path_parser, socket_parser};
-use super::super::config::Mode;
-use super::super::value::{Name, SocketPath};
+use super::super::config::{Mode, OnBackingError, Order};
+use super::super::value::{self, Name, SocketPath};
 
 /// What all of these verbs take.
 #[derive(Args, Clone, Debug)]
@@ -99,13 +99,52 @@ pub struct DirtyArgs {
 
 /// Options of `set`.
 #[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args([
+    "cache_mode", "order", "max_lag_s", "max_dirty", "on_backing_error", "backing_timeout_s",
+]))]
 pub struct SetArgs {
     /// The volume
     #[arg(value_name = "VOLUME")]
     pub volume: Name,
     /// What is cached and when a write is done; modes other than writeback are entered by a drain
-    #[arg(long, value_name = "MODE", value_enum, required = true)]
-    pub cache_mode: Mode,
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub cache_mode: Option<Mode>,
+    /// Order in which write-back reaches the backing disk; grouped needs a redo area
+    #[arg(long, value_name = "ORDER", value_enum)]
+    pub order: Option<Order>,
+    /// Most seconds by which the backing disk may be behind the guest; 0 for no bound
+    #[arg(long, value_name = "SECONDS", value_parser = value::max_lag_s_or_none)]
+    pub max_lag_s: Option<u32>,
+    /// Most dirty bytes in the cache; 0 for as many as there is space
+    #[arg(long, value_name = "SIZE", value_parser = value::max_dirty_or_none)]
+    pub max_dirty: Option<u64>,
+    /// What becomes of requests that need the backing disk while it fails
+    #[arg(long, value_name = "POLICY", value_enum)]
+    pub on_backing_error: Option<OnBackingError>,
+    /// Seconds after which a backing disk that does not answer has failed; 0 for never
+    #[arg(long, value_name = "SECONDS", value_parser = value::timeout_s)]
+    pub backing_timeout_s: Option<u32>,
+    /// The daemon.
+    #[command(flatten)]
+    pub online: OnlineArgs,
+}
+
+/// Options of `checkpoint`.
+#[derive(Args, Debug)]
+pub struct CheckpointArgs {
+    /// The volume
+    #[arg(value_name = "VOLUME")]
+    pub volume: Name,
+    /// Keep the disk still while this command runs (by sh -c, here), and end with its exit status
+    #[arg(long, value_name = "COMMAND", conflicts_with_all = ["hold", "release", "json"])]
+    pub exec: Option<String>,
+    /// Keep the disk still for so long
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    #[arg(conflicts_with = "release")]
+    pub hold: Option<u32>,
+    /// End the checkpoint that somebody else holds
+    #[arg(long)]
+    pub release: bool,
     /// The daemon.
     #[command(flatten)]
     pub online: OnlineArgs,

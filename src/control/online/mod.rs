@@ -5,6 +5,7 @@
 //! it came, and the next one goes on from there.
 
 pub mod args;
+mod checkpoint;
 mod explain;
 mod status;
 mod top;
@@ -17,7 +18,7 @@ use serde_json::Value;
 use self::args::{AttachArgs, DetachArgs, OnlineArgs, SetArgs, StatsArgs};
 use super::announce::{print, word};
 use super::api::client::{Client, ClientError};
-use super::api::model::{AttachRequest, DaemonStatus, Job, ReloadReport, Stats, VolumeStats};
+use super::api::model::{AttachRequest, DaemonStatus, Job, ReloadReport, SetRequest, Stats, VolumeStats};
 use super::cli::{DrainArgs, Verb};
 use super::config::{self, Consents};
 use super::exit::Exit;
@@ -90,6 +91,7 @@ pub(super) fn run(verb: &Verb) -> Done {
             follow(&args.online, "POST", &path, None)
         }
         Verb::Set(args) => set(args),
+        Verb::Checkpoint(args) => checkpoint::checkpoint(args),
         Verb::Stats(args) => stats(args),
         Verb::Top(args) => top::top(args),
         Verb::Explain(args) => explain::explain(args),
@@ -172,6 +174,15 @@ fn attach(args: &AttachArgs) -> Done {
         serial: volume.serial.map(|serial| serial.as_str().to_owned()),
         discard: volume.discard.map(word),
         poll_us: volume.poll_us,
+        redo: volume.redo.as_deref().map(absolute).transpose()?,
+        redo_size: volume.redo_size.map(|size| format!("{size}B")),
+        max_lag_s: volume.max_lag_s,
+        max_dirty: volume.max_dirty.map(|size| format!("{size}B")),
+        on_backing_error: volume.on_backing_error.map(word),
+        backing_timeout_s: volume.backing_timeout_s,
+        sidecar: volume.sidecar,
+        admission: volume.admission.map(word),
+        sequential_cutoff: volume.sequential_cutoff.map(size_or_none),
         force_identity: args.force_identity,
         accept_loss: args.accept_loss,
     };
@@ -185,6 +196,11 @@ fn absolute(path: &Path) -> Result<String, OnlineError> {
     Ok(text.to_owned())
 }
 
+/// A size whose 0 means that there is no bound.
+fn size_or_none(size: u64) -> String {
+    if size == 0 { "0".into() } else { format!("{size}B") }
+}
+
 fn detach(args: &DetachArgs) -> Done {
     let dirty = match (args.dirty.drain, args.dirty.keep_dirty) {
         (true, _) => "drain",
@@ -196,7 +212,15 @@ fn detach(args: &DetachArgs) -> Done {
 }
 
 fn set(args: &SetArgs) -> Done {
-    let body = serde_json::json!({ "mode": word(args.cache_mode) });
+    let request = SetRequest {
+        mode: args.cache_mode.map(word),
+        order: args.order.map(word),
+        max_lag_s: args.max_lag_s,
+        max_dirty: args.max_dirty.map(size_or_none),
+        on_backing_error: args.on_backing_error.map(word),
+        backing_timeout_s: args.backing_timeout_s,
+    };
+    let body = serde_json::to_value(&request).expect("a request is JSON");
     follow(&args.online, "PATCH", &format!("/v1/volumes/{}", args.volume), Some(&body))
 }
 

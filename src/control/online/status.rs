@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::super::api::model::{
-    DaemonStatus, DmPcacheStatus, Rates, VolumeStats, VolumeStatus, VolumeSummary, Volumes,
+    Checkpoint, DaemonStatus, DmPcacheStatus, Rates, VolumeStats, VolumeStatus, VolumeSummary, Volumes,
 };
 use super::args::{OnlineArgs, StatusArgs};
 use super::{Done, answer};
@@ -94,9 +94,20 @@ fn volume_text(status: &VolumeStatus) -> String {
     row("VM", if summary.connected { "connected" } else { "not connected" }.into());
     row("socket", settings.socket.clone().unwrap_or_else(|| "inherited".into()));
     row("backing", format!("{}, {}", settings.backing, Bytes(summary.size_bytes)));
-    row("mode", format!("{}, order {}", summary.mode, summary.order));
+    let changing = if status.is_changing_order { ", which is being changed" } else { "" };
+    row("mode", format!("{}, order {}{changing}", summary.mode, summary.order));
     row("cached", Bytes(summary.cached_bytes).to_string());
     row("dirty", format!("{}, the oldest for {} ms", Bytes(summary.dirty_bytes), status.dirty_age_ms));
+    row("lag", format!("{} ms, {}", status.lag_ms, at_most(settings.max_lag_s, &|s| format!("{s} s"))));
+    row("max dirty", at_most(settings.max_dirty_bytes, &|bytes| Bytes(bytes).to_string()));
+    let timeout = match settings.backing_timeout_s {
+        0 => "an answer may take for ever".into(),
+        seconds => format!("no answer for {seconds} s is one"),
+    };
+    row("disk error", format!("{}, {timeout}", settings.on_backing_error));
+    if let Some(checkpoint) = &status.checkpoint {
+        row("checkpoint", checkpoint_text(checkpoint));
+    }
     row("paced", if status.is_paced { "yes: writes keep the pace of the disk" } else { "no" }.into());
     if status.lost_sectors > 0 {
         row("lost", format!("{} sectors answer with an error until overwritten", status.lost_sectors));
@@ -107,6 +118,17 @@ fn volume_text(status: &VolumeStatus) -> String {
     row("serial", settings.serial.clone());
     row("dm-pcache", dm_line(&status.dm_pcache));
     columns(&rows)
+}
+
+fn at_most(bound: u64, text: &dyn Fn(u64) -> String) -> String {
+    if bound == 0 { "no bound".into() } else { format!("at most {}", text(bound)) }
+}
+
+fn checkpoint_text(checkpoint: &Checkpoint) -> String {
+    match checkpoint.left_ms {
+        Some(left) => format!("held, ends by itself in {} s (job {})", left.div_ceil(1000), checkpoint.job),
+        None => format!("on the way to it (job {})", checkpoint.job),
+    }
 }
 
 struct VolumeStatusFlags(String);

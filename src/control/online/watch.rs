@@ -16,7 +16,12 @@ const LOOK_FIRST: Duration = Duration::from_millis(5);
 const LOOK_LATER: Duration = Duration::from_millis(200);
 
 /// Waits for the end of `job`. An interrupt calls it off, a second one ends the wait as well.
-pub(super) fn follow(client: &Client, mut job: Job) -> Result<Job, OnlineError> {
+pub(super) fn follow(client: &Client, job: Job) -> Result<Job, OnlineError> {
+    Ok(follow_noting(client, job)?.0)
+}
+
+/// The same, and whether it was interrupted: a job may be done before it hears of that.
+pub(super) fn follow_noting(client: &Client, mut job: Job) -> Result<(Job, bool), OnlineError> {
     let mut signals = sys::signal_descriptor(&[libc::SIGINT, libc::SIGTERM])?;
     let mut is_interrupted = false;
     let mut progress = Progress::new(format!("{} {}", job.kind, job.volume));
@@ -24,7 +29,7 @@ pub(super) fn follow(client: &Client, mut job: Job) -> Result<Job, OnlineError> 
     let mut look = LOOK_FIRST;
     let result = loop {
         if job.state != "running" {
-            break Ok(job);
+            break Ok((job, is_interrupted));
         }
         if job.total_bytes > 0 {
             progress.show(job.done_bytes, job.total_bytes);

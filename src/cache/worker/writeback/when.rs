@@ -51,8 +51,8 @@ pub(crate) struct Wishes {
     pub order: crate::sync::atomic::AtomicU8,
     /// The epoch that a checkpoint waits for; 0 for none.
     pub checkpoint: crate::sync::atomic::AtomicU64,
-    /// Whether it is reached.
-    pub is_held: crate::sync::atomic::AtomicBool,
+    /// The epoch of the checkpoint that is reached; an older one's says nothing of a newer one.
+    pub reached: crate::sync::atomic::AtomicU64,
 }
 
 impl<E: Env> Writeback<E> {
@@ -195,7 +195,9 @@ impl<E: Env> Writeback<E> {
         let epoch = wishes.checkpoint.load(Ordering::SeqCst);
         let is_held =
             epoch > 0 && !self.owes_part() && (core.tail.load(Ordering::SeqCst) >= epoch || core.is_clean());
-        wishes.is_held.store(is_held, Ordering::SeqCst);
+        if is_held {
+            wishes.reached.store(epoch, Ordering::SeqCst);
+        }
         is_held
     }
 }
@@ -209,6 +211,17 @@ pub enum OrderError {
 }
 
 impl<E: Env> Volume<E> {
+    /// Whether [`Volume::change_order`] would be taken up.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_change_order(&self, order: Order) -> Result<(), OrderError> {
+        match (order, &self.redo) {
+            (Order::Grouped, None) => Err(OrderError::NoRedo(self.name.clone())),
+            _ => Ok(()),
+        }
+    }
+
     /// Asks for another order of write-back, while the guest goes on. The volume is in that order when
     /// [`Volume::order`] says so and [`Volume::is_changing_order`] does not: from `relaxed` that takes
     /// as long as bringing what is dirty now to the disk.
@@ -216,9 +229,7 @@ impl<E: Env> Volume<E> {
     /// # Errors
     /// [`OrderError`]; nothing has been changed.
     pub fn change_order(&self, order: Order) -> Result<(), OrderError> {
-        if order == Order::Grouped && self.redo.is_none() {
-            return Err(OrderError::NoRedo(self.name.clone()));
-        }
+        self.may_change_order(order)?;
         self.wishes.order.store(order as u8 + 1, Ordering::SeqCst);
         self.core.writeback.raise();
         Ok(())
@@ -240,6 +251,16 @@ impl<E: Env> Volume<E> {
     pub fn set_max_dirty(&self, bytes: u64) {
         self.wishes.max_dirty.store(bytes, Ordering::Relaxed);
         self.core.writeback.raise();
+    }
+
+    /// What [`Volume::set_max_lag_ms`] has set.
+    pub fn max_lag_ms(&self) -> u64 {
+        self.wishes.max_lag_ms.load(Ordering::Relaxed)
+    }
+
+    /// What [`Volume::set_max_dirty`] has set.
+    pub fn max_dirty(&self) -> u64 {
+        self.wishes.max_dirty.load(Ordering::Relaxed)
     }
 
     /// How old the disk alone is, in milliseconds: what came earlier is all there. 0 where nothing is
@@ -265,20 +286,19 @@ impl<E: Env> Volume<E> {
     pub fn begin_checkpoint(&self) {
         self.core.raise_epoch();
         let epoch = self.core.epoch.load(Ordering::SeqCst) - 1;
-        self.wishes.is_held.store(false, Ordering::SeqCst);
         self.wishes.checkpoint.store(epoch.max(1), Ordering::SeqCst);
         self.core.writeback.raise();
     }
 
     /// Whether the checkpoint is reached and the disk is still.
     pub fn is_at_checkpoint(&self) -> bool {
-        self.wishes.is_held.load(Ordering::SeqCst)
+        let epoch = self.wishes.checkpoint.load(Ordering::SeqCst);
+        epoch > 0 && self.wishes.reached.load(Ordering::SeqCst) == epoch
     }
 
     /// Ends a checkpoint, reached or not.
     pub fn release_checkpoint(&self) {
         self.wishes.checkpoint.store(0, Ordering::SeqCst);
-        self.wishes.is_held.store(false, Ordering::SeqCst);
         self.core.writeback.raise();
     }
 
