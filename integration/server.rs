@@ -55,6 +55,7 @@ pub struct Storage {
     cache_mib: u64,
     queues: u16,
     packed: bool,
+    order: &'static str,
 }
 
 impl Storage {
@@ -65,7 +66,7 @@ impl Storage {
             .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
             .expect("a directory for the disk");
         let sockets = tempfile::Builder::new().prefix("pcache-").tempdir().expect("a directory for sockets");
-        let storage = Self { program, files, sockets, cache_mib, queues: 1, packed: false };
+        let storage = Self { program, files, sockets, cache_mib, queues: 1, packed: false, order: "strict" };
         let image = File::create(storage.backing()).expect("create the backing image");
         image.set_len(backing_mib << 20).expect("size the backing image");
         storage
@@ -80,6 +81,12 @@ impl Storage {
     /// Attached with packed rings.
     pub fn packed(mut self) -> Self {
         self.packed = true;
+        self
+    }
+
+    /// Written back in this order.
+    pub fn order(mut self, order: &'static str) -> Self {
+        self.order = order;
         self
     }
 
@@ -155,10 +162,23 @@ impl Storage {
                 command.arg("--cache").arg(self.cache());
                 command.arg(format!("--cache-size={}MiB", self.cache_mib));
                 command.arg("--backing").arg(self.backing());
-                command.arg(format!("--queues={}", self.queues));
+                command.arg(format!("--queues={}", self.queues)).arg(format!("--order={}", self.order));
                 command
             }
             Program::StorageDaemon => storage_daemon(&self.backing(), &self.socket(), self.queues),
+        }
+    }
+
+    /// The cache is gone for good; what a redo area holds is brought to the backing image.
+    ///
+    /// # Panics
+    ///
+    /// When the verb fails.
+    pub fn lose_cache(&self) {
+        fs::remove_file(self.cache()).expect("the cache burns");
+        if self.order == "grouped" {
+            let output = verb(&["recover-backing"], &[("--backing", self.backing())]);
+            assert!(output.status.success(), "recover-backing: {}", describe(&output));
         }
     }
 
