@@ -57,6 +57,12 @@ impl Plan {
         self.cursors.clear();
     }
 
+    /// Whether a sector is still to be written.
+    pub fn covers(&self, sector: u64) -> bool {
+        let after = self.todo.partition_point(|e| e.range.start <= sector);
+        after > 0 && self.todo[after - 1].range.end() > sector
+    }
+
     /// Follows payload out of the segment at `positions`. With `drops_rest`, what did not move is
     /// superseded and goes; otherwise it stays.
     pub fn redirect(&mut self, positions: &Range<u64>, moves: &mut [Moved], drops_rest: bool) {

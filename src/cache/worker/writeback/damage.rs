@@ -16,6 +16,7 @@ use super::super::super::queue::{HitError, Reader};
 use super::super::super::stripes::lock;
 use super::{Round, Writeback};
 use crate::onmedia::LostRange;
+use crate::units::SectorRange;
 
 #[derive(Clone)]
 struct Part {
@@ -37,6 +38,18 @@ pub(super) struct Damage {
 }
 
 impl Damage {
+    /// Drops what this round brings newer content of to the disk: that heals it.
+    pub fn heal(&mut self, plan: &Plan) {
+        for Part { lost, extent, generation } in std::mem::take(&mut self.parts) {
+            let range = extent.range;
+            for sector in (range.start..range.end()).filter(|&sector| !plan.covers(sector)) {
+                let of = SectorRange::new(sector, 1);
+                let extent = Extent { range: of, place: extent.place_at(sector) };
+                self.parts.push(Part { lost: LostRange { range: of, ..lost }, extent, generation });
+            }
+        }
+    }
+
     /// The list for the tail to be written.
     pub fn take_list(&mut self) -> Vec<LostRange> {
         std::mem::take(&mut self.list)

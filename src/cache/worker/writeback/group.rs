@@ -246,8 +246,10 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Finds out what is lost of what an earlier life has written: damaged payload was left out of its
-    /// groups.
+    /// groups. Only what nothing newer replaces on the disk is.
     pub(super) fn check_restored(&mut self, plan: &Plan, damage: &mut Damage) -> Result<(), Failure> {
+        // Before anything is taken off the plan. What was damaged in an earlier group may be newer here.
+        damage.heal(plan);
         if !std::mem::take(&mut self.parts.is_restored) {
             return Ok(());
         }
@@ -259,6 +261,7 @@ impl<E: Env> Writeback<E> {
                 }
             }
         }
+        damage.heal(plan);
         Ok(())
     }
 
