@@ -29,6 +29,10 @@ const FAULTS_PER_IMAGE: u64 = 1000;
 const FOLLOWED: u64 = 16;
 /// Sectors of each volume.
 const SECTORS: u64 = 320;
+/// Sectors of each redo area.
+const REDO_SECTORS: u64 = 512;
+/// Seeds that have found something once: all of their faults are tried again.
+const KEPT: [u64; 2] = [98, 325];
 
 /// A cache with its disks, and what every sector must read as.
 struct Subject {
@@ -116,11 +120,16 @@ impl Subject {
         let geometry = Geometry::custom(24 << 10, size, count, 2).expect("a geometry");
         let styles: Vec<Style> = (0..volumes)
             .map(|_| {
-                let order = if rng.chance(1, 3) { Order::Relaxed } else { Order::Strict };
+                let order = match rng.chance(1, 3) {
+                    true => Order::Relaxed,
+                    false if seed % 3 == 2 => Order::Grouped,
+                    false => Order::Strict,
+                };
                 Style { mode: Mode::Writeback, order, write_cache: true, pass_discard: false }
             })
             .collect();
-        let disks = vec![DiskState::new((1..=SECTORS).collect()); volumes];
+        let mut disks = vec![DiskState::new((1..=SECTORS).collect()); volumes];
+        disks.extend((0..volumes).map(|v| DiskState::raw(REDO_SECTORS).named(100 + v as u64)));
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, seed);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
@@ -416,7 +425,8 @@ fn write_back_does_not_pass_over_a_record_that_rots_while_it_is_dirty() {
 fn damage_at_rest_is_harmless_or_told() {
     let faults = number("PCACHE_DAMAGE_FAULTS").unwrap_or(FAULTS);
     let alone = number("PCACHE_DAMAGE_SEED");
-    let images = if alone.is_some() { 1 } else { faults.div_ceil(FAULTS_PER_IMAGE) };
+    let kept = KEPT.len() as u64;
+    let images = if alone.is_some() { 1 } else { kept + faults.div_ceil(FAULTS_PER_IMAGE) };
     let next = AtomicU64::new(0);
     let total = Mutex::new((BTreeMap::<&str, u64>::new(), Vec::new()));
     let work = || {
@@ -425,7 +435,8 @@ fn damage_at_rest_is_harmless_or_told() {
             if i >= images {
                 return;
             }
-            let subject = Subject::new(alone.unwrap_or(i + 1));
+            let seed = KEPT.get(i as usize).copied().unwrap_or_else(|| i + 1 - kept);
+            let subject = Subject::new(alone.unwrap_or(seed));
             let mut rng = Rng::new(subject.seed ^ 0xda3a);
             for _ in 0..FAULTS_PER_IMAGE {
                 let outcome = subject.fault(&mut rng);

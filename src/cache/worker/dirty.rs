@@ -88,6 +88,22 @@ impl<E: Env> Writeback<E> {
         }
     }
 
+    /// Sorts keys so that of two the later one counts. Copies have one version if a crash came between
+    /// relocation and the end of its source. That which the index shows counts, for it is the one to be
+    /// marked clean, and what befalls a dead one is no loss; of dead ones the segment decides.
+    pub(super) fn order(&self, keys: &mut [(Key, u32)]) {
+        keys.sort_unstable_by_key(|(k, id)| (k.epoch, k.version, *id));
+        let Self { volume, .. } = self;
+        for copies in keys.chunk_by_mut(|(a, _), (b, _)| a.version == b.version) {
+            if copies.iter().any(|(_, id)| *id != copies[0].1) {
+                copies.sort_by_cached_key(|(key, id)| {
+                    let place = volume.cache.media.place(*id, key, true);
+                    volume.core.index.shows(&Extent { range: key.range(), place })
+                });
+            }
+        }
+    }
+
     pub(super) fn gather_relaxed(&mut self) -> Result<Option<Round>, WalkError> {
         let core = &self.volume.core;
         core.raise_epoch();
@@ -126,9 +142,7 @@ impl<E: Env> Writeback<E> {
         }
         drop(dirty);
         tracing::debug!(volume = self.volume.name, epoch, ?keys, "gathered");
-        // Two copies have one version if a crash came between relocation and the end of its source:
-        // the segment decides, as it does in recovery.
-        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (k.version, *id));
+        self.order(&mut keys);
         if_mutated(Mutant::OldestOfEpochWritten, || keys.reverse());
         if_mutated(Mutant::ZerosNotWrittenBack, || keys.retain(|(k, _)| k.kind.has_payload()));
         let mut newest = ExtentMap::new();

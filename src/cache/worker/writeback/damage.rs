@@ -103,7 +103,11 @@ impl<E: Env> Writeback<E> {
     pub(super) fn list_lost(&self, round: &mut Round) -> Result<(), Failure> {
         let core = &self.volume.core;
         let mut before = lock(&core.lost).clone();
-        lost::heal(&mut before, &lock(&core.plan).written);
+        let plan = lock(&core.plan);
+        for done in [&plan.written, &plan.earlier] {
+            lost::heal(&mut before, done);
+        }
+        drop(plan);
         let Damage { parts, list, is_accepted } = &mut round.damage;
         parts.sort_unstable_by_key(|part| part.lost.range.start);
         let with = |mut list: Vec<LostRange>, replaced_too: bool| {

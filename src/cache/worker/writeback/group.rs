@@ -142,7 +142,7 @@ impl<E: Env> Writeback<E> {
         for ((_, id), cursor) in dirty.known.range(..=(closed, u32::MAX)) {
             self.consume(*id, cursor.clone(), closed, &mut keys)?;
         }
-        keys.sort_unstable_by_key(|(k, id): &(Key, u32)| (k.epoch, k.version, *id));
+        self.order(&mut keys);
         let done = self.parts.upto;
         let earlier = keys.drain(..keys.partition_point(|(k, _)| Some((k.epoch, k.version)) <= done));
         let mut there = ExtentMap::new();
