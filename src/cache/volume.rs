@@ -77,6 +77,20 @@ impl Default for ReadPolicy {
     }
 }
 
+/// A word that queues change at every record, on a line of its own: what else a volume has is read at
+/// every request, and would have to be fetched again from whoever changed the word.
+#[derive(Default)]
+#[repr(align(128))]
+pub(crate) struct Apart<T>(pub T);
+
+impl<T> std::ops::Deref for Apart<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
 /// What one queue tells the others. A line of its own, written by its thread alone.
 #[repr(align(128))]
 pub(crate) struct QueueShared {
@@ -161,7 +175,7 @@ pub(crate) struct VolumeCore {
     pub index: Index,
     pub stripes: Stripes,
     /// Next version to draw.
-    pub version: AtomicU64,
+    pub version: Apart<AtomicU64>,
     /// The epoch commits are stamped with now.
     pub epoch: AtomicU64,
     /// Highest epoch stamped on a dirty record.
@@ -219,7 +233,7 @@ impl VolumeCore {
             tail_page: Mutex::new((0, 0)),
             index: Index::new(index_shards(descriptor.sectors)),
             stripes: Stripes::new(descriptor.sectors),
-            version: AtomicU64::new(1),
+            version: Apart(AtomicU64::new(1)),
             epoch: AtomicU64::new(1),
             stamped: AtomicU64::new(0),
             tail: AtomicU64::new(0),
