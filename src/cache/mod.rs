@@ -33,6 +33,7 @@ mod ghost;
 mod grown;
 mod health;
 mod judge;
+pub mod latency;
 mod liveness;
 mod lost;
 mod media;

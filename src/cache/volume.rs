@@ -19,6 +19,7 @@ use super::failing::{Alarm, Policy};
 use super::grown::Grown;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
+use super::latency::{Histogram, Latencies, Stage};
 use super::pacing::{Pacer, Purse};
 use super::pair::Kept;
 use super::plan::Plan;
@@ -91,6 +92,8 @@ pub(crate) struct QueueShared {
     pub waker: Mutex<Waker>,
     pub purse: Purse,
     pub tally: Tally,
+    /// How long what it does takes.
+    pub latencies: Latencies,
     /// What the disk owes it.
     pub owed: Owed,
     /// When it wants to be woken whatever happens.
@@ -107,6 +110,7 @@ impl QueueShared {
             waker: Mutex::default(),
             purse: Purse::default(),
             tally: Tally::default(),
+            latencies: Latencies::default(),
             owed: Owed::default(),
             alarm: Alarm::default(),
         }
@@ -191,6 +195,8 @@ pub(crate) struct VolumeCore {
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
+    /// How long what they do takes.
+    pub latencies: Latencies,
     /// What its state is judged by.
     pub facts: Facts,
     /// The order whose needs relocation honours, by its code.
@@ -236,6 +242,7 @@ impl VolumeCore {
             pacer: Pacer::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
+            latencies: Latencies::default(),
             facts: Facts::default(),
             kept_for: AtomicU8::new(descriptor.order as u8),
             recovered_tail: Mutex::default(),
@@ -345,6 +352,14 @@ impl VolumeCore {
                 }
             }
         }
+    }
+
+    /// How long the stages of its requests have taken, in the order of [`Stage::ALL`].
+    pub fn latencies(&self) -> Vec<Histogram> {
+        let mut sums = vec![Histogram::default(); Stage::ALL.len()];
+        self.latencies.add_to(&mut sums);
+        self.queues.iter().for_each(|shared| shared.latencies.add_to(&mut sums));
+        sums
     }
 
     /// Whether everything acknowledged is on the disk.
@@ -487,6 +502,11 @@ impl<E: Env> Volume<E> {
             lag_ms: self.lag_ms(),
             ..self.core.counters()
         }
+    }
+
+    /// How long the stages of its requests have taken, in the order of [`Stage::ALL`].
+    pub fn latencies(&self) -> Vec<Histogram> {
+        self.core.latencies()
     }
 
     /// Whether everything acknowledged is on the disk.
