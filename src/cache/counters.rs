@@ -57,6 +57,8 @@ counters! {
     flushes,
     /// DISCARD and WRITE_ZEROES requests.
     discards,
+    /// Sectors discarded or zeroed by the guest.
+    discard_sectors,
     /// Requests that ended in an error.
     errors,
     /// Times a write waited because the space fills up faster than the disk takes it.
@@ -81,6 +83,16 @@ counters! {
     space_waits,
     /// Checksum mismatches and poison met.
     checksum_errors,
+    /// Sectors that became dirty: written, discarded or zeroed in the cache, and not yet on the disk.
+    dirtied_sectors,
+    /// Dirty sectors that became clean because the backing disk has them.
+    cleaned_sectors,
+    /// Dirty sectors that were written anew before they became clean.
+    coalesced_sectors,
+    /// Dirty sectors that were discarded or zeroed before they became clean.
+    discarded_dirty_sectors,
+    /// Dirty sectors given up because the cache has damaged them.
+    lost_dirty_sectors,
     /// Sectors written back to the backing disk.
     written_back_sectors,
     /// Writes sent to the backing disk by write-back.
@@ -123,6 +135,20 @@ counters! {
     epoch,
     /// The highest epoch wholly on the backing disk.
     tail_epoch,
+}
+
+/// A word that queues change at every record, on a line of its own: what else a volume has is read at
+/// every request, and would have to be fetched again from whoever changed the word.
+#[derive(Default)]
+#[repr(align(128))]
+pub(crate) struct Apart<T>(pub T);
+
+impl<T> std::ops::Deref for Apart<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
 }
 
 /// Adds `n`, relaxed: counters order nothing.
