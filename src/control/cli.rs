@@ -111,6 +111,9 @@ pub struct ServeArgs {
     /// Open a damaged volume for writing: what the cache lost stays lost
     #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub accept_loss: Vec<String>,
+    /// Take over from the daemon that answers at the control socket: VMs keep their connections
+    #[arg(long)]
+    pub take_over: bool,
     /// Least important events to log: one line each, on standard error
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,

@@ -7,6 +7,7 @@ use super::cli::{Cli, ServeArgs, Verb};
 use super::config::{self, CacheConfig, Config, ConfigError, Consents, VolumeConfig};
 use super::exit::{Exit, complain};
 use super::file::{self, FileError};
+use super::handover::HandoverError;
 use super::online::OnlineError;
 use super::serve::serve;
 use super::socket::SocketError;
@@ -94,6 +95,9 @@ pub enum RunError {
     /// The daemon did not do it.
     #[error(transparent)]
     Online(#[from] OnlineError),
+    /// The running daemon goes on.
+    #[error("not taken over: {0}")]
+    Handover(#[from] HandoverError),
     /// Somebody wants something of a daemon at its end.
     #[error("the daemon is stopping")]
     Stopping,
@@ -140,7 +144,8 @@ impl RunError {
 /// Does what the command line says.
 pub fn run(cli: &Cli) -> Exit {
     let result = match &cli.verb {
-        None => serve_config(&cli.serve).and_then(|config| serve(&config, cli.serve.config.as_deref())),
+        None => serve_config(&cli.serve)
+            .and_then(|config| serve(&config, cli.serve.config.as_deref(), cli.serve.take_over)),
         Some(Verb::Format(args)) => verbs::format(args),
         Some(Verb::Check(args)) => verbs::check(args),
         Some(Verb::Dump(args)) => verbs::dump(args),

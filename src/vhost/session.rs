@@ -11,6 +11,7 @@
 //! - a session that ends has stopped its queues and unmapped its memory.
 
 mod areas;
+mod handover;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -36,6 +37,8 @@ use super::ring::RingAddresses;
 use super::server::Options;
 use super::vring::{Kick, RingContext, Vring};
 use crate::volume::Disk;
+
+pub use self::handover::{ParkedSession, Saved};
 
 /// Queues a message that carries a descriptor can name.
 const QUEUES_MAX: u16 = 256;
@@ -120,20 +123,22 @@ impl<D: Disk> Session<D> {
         }
     }
 
-    /// Serves the connection until it ends, then stops every queue.
-    pub fn serve(mut self, connection: &mut Connection) -> SessionEnd {
-        let end = loop {
+    /// Serves the connection until it ends.
+    pub fn serve(&mut self, connection: &mut Connection) -> SessionEnd {
+        loop {
             let message = match connection.receive() {
                 Ok(message) => message,
-                Err(error) => break error.into(),
+                Err(error) => return error.into(),
             };
             if let Err(end) = self.answer(connection, message) {
-                break end;
+                return end;
             }
-        };
-        // Nobody is left to wait for an answer.
+        }
+    }
+
+    /// Stops every queue: nobody is left to wait for an answer.
+    pub fn end(mut self) {
         self.stop_all(Some(self.patience_left()));
-        end
     }
 
     fn answer(&mut self, connection: &mut Connection, message: Message) -> Result<(), SessionEnd> {
