@@ -22,6 +22,7 @@ mod scenarios {
 
     mod bare;
     mod demo;
+    mod handover;
     mod harness;
     mod inside;
     mod survival;

@@ -114,6 +114,10 @@ pub struct ServeArgs {
     /// Take over from the daemon that answers at the control socket: VMs keep their connections
     #[arg(long)]
     pub take_over: bool,
+    /// How long to wait for disks that another host or process still serves, as in a migration
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
+    #[arg(default_value_t = 10)]
+    pub wait_for_disks: u32,
     /// Least important events to log: one line each, on standard error
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,

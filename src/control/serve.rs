@@ -53,26 +53,37 @@ use crate::tools::redo::{self, RedoOptions};
 /// systemd kills.
 const STOP_MAX: Duration = Duration::from_secs(20);
 
+/// What is asked of this one start, and never in a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Start {
+    /// Whether to take over from the daemon that answers at the control socket.
+    pub take_over: bool,
+    /// How long a disk may be locked by somebody else: a killed predecessor's last writes, or the host that
+    /// a VM is migrating away from.
+    pub wait_for_disks: Duration,
+}
+
 /// Serves until told to stop. `file` is the configuration file, to be read again on demand.
 ///
 /// # Errors
 /// What kept it from starting; nothing is left behind. Or what failed on the way.
-pub fn serve(config: &Config, file: Option<&Path>, take_over: bool) -> Result<Exit, RunError> {
+pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit, RunError> {
     let mut signals = Signals::block().map_err(RunError::os("waiting for signals"))?;
     let starting = signals.end_while_starting().map_err(RunError::os("waiting for signals"))?;
     if let Err(error) = sys::raise_descriptor_limit() {
         tracing::warn!(%error, "the limit of open files stays: many queues may not fit it");
     }
     let mut created = Created::default();
-    let predecessor = match take_over {
+    let predecessor = match start.take_over {
         true => Predecessor::meet(config.control())?,
         false => None,
     };
-    if take_over && predecessor.is_none() {
+    if start.take_over && predecessor.is_none() {
         tracing::info!("nobody answers at the control socket: there is nothing to take over");
     }
     let mut claims = Claims::new(config, predecessor.as_ref())?;
-    let ((caches, volumes), predecessor) = open_all(config, &mut created, predecessor, &mut claims)?;
+    let ((caches, volumes), predecessor) =
+        open_all(config, &mut created, predecessor, &mut claims, start.wait_for_disks)?;
     let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config.control())?);
     let served = volumes
         .into_iter()
@@ -194,8 +205,9 @@ fn open_all(
     created: &mut Created,
     mut predecessor: Option<Predecessor>,
     claims: &mut Claims,
+    wait: Duration,
 ) -> Result<(Opened, Option<Predecessor>), RunError> {
-    let (images, wanted) = match prepare(config, created, predecessor.as_ref()) {
+    let (images, wanted) = match prepare(config, created, predecessor.as_ref(), wait) {
         Ok(prepared) => prepared,
         Err(error) => {
             if let Some(predecessor) = predecessor {
@@ -237,6 +249,7 @@ fn prepare<'a>(
     config: &'a Config,
     created: &mut Created,
     predecessor: Option<&Predecessor>,
+    wait: Duration,
 ) -> Result<Prepared<'a>, RunError> {
     if let Some(path) = config.state_dir() {
         created.make_directory(path).map_err(|source| RunError::Directory { path: path.into(), source })?;
@@ -261,7 +274,7 @@ fn prepare<'a>(
             read_only: volume.read_only,
             raw: volume.backing.raw || is_known,
             size: volume.backing.size,
-            wait: disk::PREDECESSOR_TIMEOUT,
+            wait,
             taken: predecessor.and_then(|other| other.disk(volume.name.as_str(), &volume.backing.path)),
         };
         disks.push(disk::open_or_create(&options, created).map_err(RunError::Disk)?);
@@ -316,14 +329,16 @@ fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) 
     let (path, class) = (config.path.display(), pmem.class());
     tracing::info!(
         "cache {path} opened: class={class} volumes={} segments_used={} keys={} dirty_bytes={} \
-         cached_bytes={} torn_records={} was_clean={}",
+         cached_bytes={} torn_records={} was_clean={} scan_us={} build_us={}",
         report.volumes,
         report.segments_used,
         report.keys,
         report.dirty_bytes,
         report.cached_bytes,
         report.torn_records,
-        report.was_clean
+        report.was_clean,
+        report.scan_us,
+        report.build_us
     );
     for finding in &report.findings {
         tracing::warn!("cache {path}: {finding}");

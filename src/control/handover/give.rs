@@ -232,7 +232,7 @@ impl Shared {
 
     /// Gives what may be looked at while we serve.
     fn offer(&self, wire: &mut Wire, served: &[Arc<Served>]) -> Result<(), HandoverError> {
-        let failed = HandoverError::io("giving descriptors to the successor of");
+        let failed = HandoverError::io("giving descriptors to");
         for cache in self.daemon.caches() {
             let image = cache.pmem.source().map_err(&failed)?;
             let path = cache.config.path.display().to_string();
@@ -358,7 +358,7 @@ impl Shared {
 
     /// Gives everything that was kept back until now, and then itself.
     fn hand(&self, wire: &mut Wire, rest: &AtRest) -> Result<(), HandoverError> {
-        let failed = HandoverError::io("giving descriptors to the successor of");
+        let failed = HandoverError::io("giving descriptors to");
         if let Some(api) = &rest.api {
             let fds = api.sources().map_err(&failed)?;
             wire.say(&Word::Control, &numbers(&fds), PROMPT)?;

@@ -69,7 +69,7 @@ pub enum HandoverError {
         uid: u32,
     },
     /// It says something that nobody says there.
-    #[error("the running daemon does not keep to the protocol of upgrades: {0}")]
+    #[error("the other daemon does not keep to the protocol of upgrades: {0}")]
     Protocol(String),
     /// It cannot be now.
     #[error("{0}")]
@@ -93,7 +93,7 @@ pub enum HandoverError {
         wanted: String,
     },
     /// The connection failed.
-    #[error("{doing} the running daemon: {source}")]
+    #[error("{doing} the other daemon: {source}")]
     Io {
         /// A participle.
         doing: &'static str,
