@@ -73,6 +73,7 @@ pub use judge::{has_volume, would_attach};
 pub use mismatch::Mismatch;
 pub use positions::{Position, Positions};
 pub use recovery::RecoveryReport;
+pub use recovery::ahead::ReadAhead;
 pub use redo::{Recovered, RedoError, recover_backing};
 pub use scrub::{ScrubOptions, ScrubStatus};
 pub use switch::SwitchError;

@@ -40,7 +40,7 @@ use super::socket::Claimed;
 use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::{
-    self, AttachOptions, Cache, ReadPolicy, RecoveryReport, ScrubOptions, SystemClock, Volume,
+    self, AttachOptions, Cache, Env, ReadAhead, ReadPolicy, RecoveryReport, ScrubOptions, SystemClock, Volume,
 };
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
@@ -216,14 +216,18 @@ fn open_all(
             return Err(error);
         }
     };
+    let mut aheads: Vec<_> = images.iter().map(|_| ReadAhead::default()).collect();
     if let (Some(predecessor), Some(control)) = (&mut predecessor, config.control()) {
+        for (ahead, image) in aheads.iter_mut().zip(&images) {
+            *ahead = ReadAhead::read(&image.pmem, Host::threads());
+        }
         claims.take(predecessor.take_over(control)?);
     }
     // All are known to go together: only now anything is written to what was there before.
     let begun = Instant::now();
     let mut caches = Vec::new();
-    for (cache, image) in config.caches().iter().zip(images) {
-        caches.push(open_cache(cache, image)?);
+    for ((cache, image), ahead) in config.caches().iter().zip(images).zip(aheads) {
+        caches.push(open_cache(cache, image, &ahead)?);
     }
     let recovered = begun.elapsed();
     let mut volumes = Vec::new();
@@ -313,9 +317,9 @@ fn open_image(
     Ok(image::open_or_create(&options, created)?)
 }
 
-fn open_cache(config: &CacheConfig, image: Image) -> Result<OpenCache, RunError> {
-    let (cache, report) =
-        Cache::open(Arc::clone(&image.pmem), SystemClock::default()).map_err(of_cache(&config.path))?;
+fn open_cache(config: &CacheConfig, image: Image, ahead: &ReadAhead) -> Result<OpenCache, RunError> {
+    let (cache, report) = Cache::open_after(Arc::clone(&image.pmem), SystemClock::default(), ahead)
+        .map_err(of_cache(&config.path))?;
     log_opened(config, &image.pmem, &report);
     cache.set_scrub(ScrubOptions {
         bytes_per_s: u64::from(config.scrub_mib_s) << 20,
