@@ -23,6 +23,7 @@ mod scenarios {
     mod bare;
     mod demo;
     mod harness;
+    mod hot;
     mod inside;
     mod survival;
     mod traffic;

@@ -230,7 +230,7 @@ impl<B: Backing> Redo<B> {
             "it is another cache's"
         } else if (header.volume_uuid, header.incarnation) != (owner.volume_uuid, owner.incarnation) {
             "it is another volume's"
-        } else if header.backing_size != owner.backing_size {
+        } else if header.backing_size > owner.backing_size {
             "it is for a disk of another size"
         } else if is_old {
             "it is older than the cache"
@@ -404,7 +404,8 @@ pub fn recover_backing<B: Backing>(
     }
     let header = redo.header();
     let foreign = |what| Err(RedoError::Foreign { path: redo.path(), what });
-    if header.backing_size != disk.geometry().size {
+    // It may have grown since.
+    if header.backing_size > disk.geometry().size {
         return foreign("the disk has another size");
     }
     if !redo.strangers(disk)?.is_empty() && !force {

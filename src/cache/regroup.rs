@@ -9,6 +9,7 @@ use super::env::Env;
 use super::redo::{Owner, Redo, RedoError};
 use super::stripes::lock;
 use super::volume::{Order, VolumeCore};
+use crate::backing::Backing;
 
 impl<E: Env> Cache<E> {
     /// Opens the redo area and applies the group it may hold, in whatever order the volume goes on.
@@ -33,7 +34,7 @@ impl<E: Env> Cache<E> {
             cache_uuid: self.media.uuid,
             volume_uuid: descriptor.uuid,
             incarnation: core.incarnation,
-            backing_size: descriptor.backing_size,
+            backing_size: options.backing.geometry().size,
         };
         redo.judge(&owner, core.tail.load(Ordering::SeqCst))?;
         redo.check_room(self.piece_sectors_max() * 512)?;

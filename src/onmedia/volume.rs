@@ -163,6 +163,8 @@ layout! {
         1128 disk_written: u64,
         /// The kernel's boot identity when that was so.
         1136 disk_boot: [u8; 16],
+        /// The size in sectors that it is growing to; 0 while it is not.
+        1472 next_sectors: u64,
         /// Where its redo area was found: a hint, empty without one.
         1536 redo_path: [u8; 512],
     }
@@ -227,6 +229,7 @@ impl VolumeDescriptor {
         DESCRIPTOR.counter("clean_from_version", self.clean_from_version)?;
         DESCRIPTOR.at_least("sectors", 1, self.sectors)?;
         DESCRIPTOR.at_most("sectors", VOLUME_SECTORS_MAX, self.sectors)?;
+        DESCRIPTOR.at_most("next_sectors", VOLUME_SECTORS_MAX, self.next_sectors)?;
         let block = self.block_size;
         let block_good = block.is_power_of_two() && (512..=4096).contains(&block);
         let block_rule = Expected::Text("a power of two from 512 to 4096");
@@ -288,6 +291,7 @@ impl Default for VolumeDescriptor {
             disk_attachment: 0,
             disk_written: 0,
             disk_boot: [0; 16],
+            next_sectors: 0,
         }
     }
 }
@@ -445,6 +449,7 @@ mod tests {
             disk_attachment: 19,
             disk_written: 20,
             disk_boot: [0x44; 16],
+            next_sectors: 0,
         }
     }
 
@@ -533,6 +538,7 @@ mod tests {
             ("incarnation", VolumeDescriptor { incarnation: 0, ..volume() }),
             ("sectors", VolumeDescriptor { sectors: 0, ..volume() }),
             ("sectors", VolumeDescriptor { sectors: VOLUME_SECTORS_MAX + 1, ..volume() }),
+            ("next_sectors", VolumeDescriptor { next_sectors: VOLUME_SECTORS_MAX + 1, ..volume() }),
             ("block_size", VolumeDescriptor { block_size: 0, ..volume() }),
             ("block_size", VolumeDescriptor { block_size: 1536, ..volume() }),
             ("block_size", VolumeDescriptor { block_size: 8192, ..volume() }),
@@ -583,6 +589,14 @@ mod tests {
         let encode = |tail: &Tail| tail.encode().to_vec();
         let decode = |bytes: &[u8]| Tail::decode(bytes, &CACHE, 5);
         assert_total_behind_check(0x5343, &tail().encode(), check, encode, decode);
+    }
+
+    #[test]
+    fn a_size_that_is_announced_is_read_back() {
+        let growing = VolumeDescriptor { next_sectors: 21, ..volume() };
+        let page = growing.encode();
+        assert_eq!(page[1472..1480], 21u64.to_le_bytes());
+        assert_eq!(VolumeDescriptor::decode(&page, &CACHE, 3), Ok(growing));
     }
 
     #[test]
