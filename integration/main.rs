@@ -24,6 +24,7 @@ mod scenarios {
     mod demo;
     mod guide;
     mod harness;
+    mod hot;
     mod inside;
     mod survival;
     mod traffic;

@@ -13,6 +13,7 @@
 
 mod attach;
 mod checkpoint;
+mod enlarge;
 pub mod front_end;
 pub mod jobs;
 pub mod latency;
