@@ -22,8 +22,10 @@ mod scenarios {
 
     mod bare;
     mod demo;
+    mod guide;
     mod handover;
     mod harness;
+    mod hot;
     mod inside;
     mod survival;
     mod traffic;

@@ -111,6 +111,17 @@ impl Storage {
         self.sockets.path().join(format!("control{}.sock", self.host))
     }
 
+    /// Runs a verb that speaks to the server, and returns what it says.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub fn ask(&self, words: &[&str]) -> String {
+        let output = verb(words, &[("--control", self.control())]);
+        assert!(output.status.success(), "{words:?}: {}", describe(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
     /// The disk as a guest attaches it while a server runs.
     pub fn attached(&self, reconnect_ms: Option<u32>) -> Disk {
         Disk::VhostUser { socket: self.socket(), queues: self.queues, reconnect_ms, packed: self.packed }

@@ -9,6 +9,8 @@
 
 #[path = "crash/damage.rs"]
 mod damage;
+#[path = "crash/growth.rs"]
+mod growth;
 #[path = "crash/lost.rs"]
 mod lost;
 #[path = "crash/pairs.rs"]
@@ -19,6 +21,8 @@ mod regressions;
 mod relocation;
 #[path = "crash/shares.rs"]
 mod shares;
+#[path = "crash/together.rs"]
+mod together;
 #[path = "crash/unsynced.rs"]
 mod unsynced;
 

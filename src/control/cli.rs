@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order};
+use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order, Sandbox};
 use super::online::args::*;
 use super::value::{self, Name, Serial, SocketPath, ValueError};
 
@@ -75,6 +75,8 @@ pub enum Verb {
     Flush(VolumeVerbArgs),
     /// Change how a volume is cached and written back, while it is used
     Set(SetArgs),
+    /// Make a volume larger while it is used; its VM sees it without a restart
+    Resize(ResizeArgs),
     /// Bring everything acknowledged so far to the disk and keep that still, for a snapshot of it
     Checkpoint(CheckpointArgs),
     /// Show counters and rates
@@ -118,6 +120,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
     #[arg(default_value_t = 10)]
     pub wait_for_disks: u32,
+    /// What the process gives up before it serves: files and system calls [default: auto]
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub sandbox: Option<Sandbox>,
     /// Least important events to log: one line each, on standard error
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,

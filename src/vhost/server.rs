@@ -8,7 +8,7 @@
 //! the VMM notices a pause and nothing else.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,8 +17,9 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::channel::Handle;
 use super::message::{Connection, ConnectionError};
-use super::session::{ParkedSession, Saved, Session, SessionEnd};
+use super::session::{Outside, ParkedSession, Saved, Session, SessionEnd};
 use crate::pmem::guard;
 use crate::volume::Disk;
 
@@ -143,6 +144,7 @@ pub struct Server<D: Disk> {
     presence: Presence,
     /// What an earlier server was told by the connection that comes first.
     told: Option<(UnixStream, Vec<Saved>)>,
+    handle: Handle,
     /// What the disk's write cache was before any guest had a say.
     writeback: bool,
 }
@@ -174,7 +176,8 @@ impl<D: Disk> Server<D> {
         // Front ends can truncate the memory they share.
         guard::install()?;
         let (stop, writeback) = (Stopper::new()?, disk.write_cache());
-        Ok(Self { endpoint, disk, options, stop, presence: Presence::default(), told, writeback })
+        let (presence, handle) = (Presence::default(), Handle::new()?);
+        Ok(Self { endpoint, disk, options, stop, presence, told, handle, writeback })
     }
 
     /// What ends this server.
@@ -185,6 +188,11 @@ impl<D: Disk> Server<D> {
     /// Tells whether a front end is connected.
     pub fn presence(&self) -> Presence {
         self.presence.clone()
+    }
+
+    /// By which it is told that the disk's configuration has changed.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
     }
 
     /// Serves until stopped, or until the one connection it was given ends. When it returns, no
@@ -204,7 +212,13 @@ impl<D: Disk> Server<D> {
     /// The listening socket failed. Nothing a front end does is an error here.
     pub fn run_until_parked(mut self) -> io::Result<Option<Parked>> {
         let served = match self.told.take() {
-            Some((stream, messages)) => self.serve(stream, messages),
+            Some((stream, messages)) => {
+                let listener = match &self.endpoint {
+                    Some(Endpoint::Listener(listener)) => Some(listener.as_raw_fd()),
+                    _ => None,
+                };
+                self.serve(stream, messages, listener)
+            }
             None => Served::Ended,
         };
         match (served, self.endpoint.take()) {
@@ -212,7 +226,7 @@ impl<D: Disk> Server<D> {
                 Ok(Some(Parked { listener: Some(listener), session: Some(session) }))
             }
             (Served::Parked(session), _) => Ok(Some(Parked { listener: None, session: Some(session) })),
-            (Served::Ended, Some(Endpoint::Stream(stream))) => match self.serve(stream, Vec::new()) {
+            (Served::Ended, Some(Endpoint::Stream(stream))) => match self.serve(stream, Vec::new(), None) {
                 Served::Parked(session) => Ok(Some(Parked { listener: None, session: Some(session) })),
                 Served::Ended | Served::Stopped => Ok(None),
             },
@@ -255,7 +269,7 @@ impl<D: Disk> Server<D> {
                 return Ok(Served::Stopped);
             }
             match listener.accept() {
-                Ok((stream, _)) => match self.serve(stream, Vec::new()) {
+                Ok((stream, _)) => match self.serve(stream, Vec::new(), Some(listener.as_raw_fd())) {
                     Served::Ended => {}
                     end => return Ok(end),
                 },
@@ -278,8 +292,8 @@ impl<D: Disk> Server<D> {
     }
 
     /// Serves one connection to its end, or until it is to go on elsewhere. `told` is what an earlier
-    /// server was told by it.
-    fn serve(&self, stream: UnixStream, told: Vec<Saved>) -> Served {
+    /// server was told by it, and `listener` where the next one would come from.
+    fn serve(&self, stream: UnixStream, told: Vec<Saved>, listener: Option<RawFd>) -> Served {
         let name = self.options.name.as_str();
         let mut connection = match Connection::new(stream, self.stop.event.as_raw_fd()) {
             Ok(connection) => connection,
@@ -289,12 +303,14 @@ impl<D: Disk> Server<D> {
             }
         };
         tracing::info!(disk = name, resumed = !told.is_empty(), "front end connected");
+        let outside = Outside { changed: self.handle.clone(), listener };
         let mut session = Session::new(Arc::clone(&self.disk), self.options.clone(), self.writeback);
         self.presence.0.store(true, Ordering::Relaxed);
         let end = match session.resume(told) {
-            Ok(()) => session.serve(&mut connection),
+            Ok(()) => session.serve(&mut connection, &outside),
             Err(end) => end,
         };
+        self.handle.set_heard(false);
         let served = match end {
             SessionEnd::Connection(ConnectionError::Stopped) if self.hands_over() => {
                 self.park(&mut session, connection)

@@ -361,7 +361,7 @@ impl Shared {
         let failed = HandoverError::io("giving descriptors to");
         if let Some(api) = &rest.api {
             let fds = api.sources().map_err(&failed)?;
-            wire.say(&Word::Control, &numbers(&fds), PROMPT)?;
+            wire.say(&Word::Control { is_bound: api.is_bound() }, &numbers(&fds), PROMPT)?;
         }
         let lock_of = |bound: &Option<Bound>| bound.as_ref().map(Bound::lock).transpose();
         let upgrade: Vec<OwnedFd> = lock_of(&lock(&self.bound)).map_err(&failed)?.into_iter().collect();

@@ -58,7 +58,7 @@ pub struct Estate {
 /// What it will leave: nothing of it is ours yet.
 #[derive(Default)]
 struct Promised {
-    control: Option<(UnixListener, Place, Option<TcpListener>)>,
+    control: Option<(UnixListener, Option<Place>, Option<TcpListener>)>,
     upgrade: Option<(UnixListener, Place)>,
     front_ends: BTreeMap<String, (Parked, Option<Place>)>,
 }
@@ -190,7 +190,9 @@ impl Predecessor {
             let message = self.wire.hear(limit)?;
             limit = PROMPT;
             match message.word.clone() {
-                Word::Control => promised.control = Some(control_socket(message, control)?),
+                Word::Control { is_bound } => {
+                    promised.control = Some(control_socket(message, is_bound, control)?)
+                }
                 Word::Upgrade => {
                     let [listener, lock] = message.many_fds()?;
                     let place = Place { path: socket(control)?, lock };
@@ -232,8 +234,9 @@ impl Predecessor {
         }
         let place = match (path, lock) {
             (Some(path), Some(lock)) => Some(Place { path: SocketPath::new(path.as_ref())?, lock }),
-            (None, None) => None,
-            _ => return Err(wrong("a lock without a path, or a path without")),
+            // Inherited, or the service manager's, which keeps it.
+            (_, None) => None,
+            (None, Some(_)) => return Err(wrong("a lock without a path")),
         };
         let listener = listener.map(|fd| a_socket(fd, true).map(UnixListener::from)).transpose()?;
         let stream = stream.map(|fd| a_socket(fd, false).map(UnixStream::from)).transpose()?;
@@ -264,7 +267,7 @@ impl Promised {
     /// It is ours now.
     fn keep(self, config: &ControlConfig) -> Estate {
         let control = self.control.and_then(|(listener, place, metrics)| {
-            let socket = Claimed::Open(Incoming::Listener(listener), place.keep());
+            let socket = Claimed::Open(Incoming::Listener(listener), place.and_then(Place::keep));
             api::Claimed::taken(socket, metrics, config)
                 .inspect_err(|error| tracing::error!("the control API stays closed: {error}"))
                 .ok()
@@ -301,14 +304,19 @@ fn same<'a>(path: &Path, mut files: impl Iterator<Item = &'a Arc<File>>) -> Opti
 
 fn control_socket(
     message: Message,
+    is_bound: bool,
     config: &ControlConfig,
-) -> Result<(UnixListener, Place, Option<TcpListener>), HandoverError> {
+) -> Result<(UnixListener, Option<Place>, Option<TcpListener>), HandoverError> {
+    let wrong = || HandoverError::Protocol("the control socket has other descriptors".into());
     let mut fds = message.fds.into_iter();
-    let (Some(listener), Some(lock), metrics, None) = (fds.next(), fds.next(), fds.next(), fds.next()) else {
-        return Err(HandoverError::Protocol("the control socket has other descriptors".into()));
-    };
-    let metrics = metrics.map(|fd| a_socket(fd, true).map(TcpListener::from)).transpose()?;
-    Ok((a_socket(listener, true)?.into(), Place { path: config.socket.clone(), lock }, metrics))
+    let listener = fds.next().ok_or_else(wrong)?;
+    let lock = if is_bound { Some(fds.next().ok_or_else(wrong)?) } else { None };
+    let metrics = fds.next().map(|fd| a_socket(fd, true).map(TcpListener::from)).transpose()?;
+    if fds.next().is_some() {
+        return Err(wrong());
+    }
+    let place = lock.map(|lock| Place { path: config.socket.clone(), lock });
+    Ok((a_socket(listener, true)?.into(), place, metrics))
 }
 
 /// A descriptor that must be a socket, listening or connected.

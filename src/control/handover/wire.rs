@@ -69,8 +69,12 @@ pub enum Word {
     },
     /// The successor can serve all of it.
     Ready,
-    /// The control socket and its lock, and the listening socket for metrics, if there is one.
-    Control,
+    /// The control socket, the lock of its path if it is bound, and the listening socket for metrics, if
+    /// there is one.
+    Control {
+        /// Whether its path is ours and not the service manager's.
+        is_bound: bool,
+    },
     /// The socket for upgrades and its lock.
     Upgrade,
     /// A volume's front end at rest. Descriptors: the listening socket, the lock of its path, the VMM's

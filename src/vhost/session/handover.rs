@@ -112,6 +112,11 @@ impl<D: Disk> Session<D> {
             let (place, file) = log.source();
             script.give(FrontendReq::SET_LOG_BASE, bytes_of(&place), vec![file.try_clone()?.into()]);
         }
+        if let Some(channel) = &self.channel
+            && let Some(fd) = channel.source()?
+        {
+            script.give(FrontendReq::SET_BACKEND_REQ_FD, Vec::new(), vec![fd]);
+        }
         if let Some(area) = &self.inflight {
             let (place, file) = area.source();
             script.give(FrontendReq::SET_INFLIGHT_FD, bytes_of(&place), vec![file.try_clone()?.into()]);
