@@ -23,6 +23,7 @@ mod scenarios {
     mod bare;
     mod demo;
     mod guide;
+    mod handover;
     mod harness;
     mod hot;
     mod inside;

@@ -43,7 +43,8 @@ mod vring;
 pub use channel::Handle;
 #[cfg(feature = "sim")]
 pub use queue::stepper::{QueueStepper, RingSetup};
-pub use server::{Endpoint, Options, Presence, Server, Stopper};
+pub use server::{Endpoint, Options, Parked, Presence, Server, Stopper};
+pub use session::{ParkedSession, Saved};
 
 #[cfg(test)]
 mod testing;

@@ -202,6 +202,21 @@ impl Daemon {
         &self.caches
     }
 
+    /// What counts its servers.
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    /// Where it is told what to do.
+    pub fn control(&self) -> Option<&ControlConfig> {
+        self.control.as_ref()
+    }
+
+    /// Whether a volume is on its way to be served or not to be served.
+    pub fn is_changing(&self) -> bool {
+        lock(&self.volumes).values().any(|entry| matches!(entry, Entry::Changing))
+    }
+
     /// Its jobs.
     pub fn jobs(&self) -> &JobTable {
         &self.jobs
