@@ -79,7 +79,7 @@ pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
         .collect::<Result<Vec<_>, _>>()?;
     let control = config.control().map(api::Claimed::new).transpose()?;
     let (caches, volumes) = open_all(config, &mut created)?;
-    let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config.control())?);
+    let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config)?);
     let served = volumes
         .into_iter()
         .map(|(config, volume, is_new)| daemon.enter(config, volume, is_new))
