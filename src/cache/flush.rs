@@ -93,7 +93,7 @@ impl<E: Env> Volume<E> {
     ) -> Result<(), FlushError> {
         let core = &self.core;
         core.raise_epoch();
-        let goal = core.stamped.load(Ordering::SeqCst).min(core.epoch.load(Ordering::SeqCst) - 1);
+        let goal = core.stamped.load(Ordering::SeqCst).min(core.epoch() - 1);
         self.wanted.fetch_max(goal, Ordering::SeqCst);
         core.writeback.raise();
         let mut begun = self.begin_progress();

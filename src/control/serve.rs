@@ -316,6 +316,7 @@ pub(super) fn attach_options(
         sidecar: config.sidecar,
         accept_loss: config.accept_loss,
         allow_volatile: cache.allow_volatile,
+        group: None,
     }
 }
 

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
+use super::super::consistency::redo_need;
 use super::super::core::Cache;
 use super::super::counters::{Tally, add};
 use super::super::env::{Clock, Env};
@@ -57,11 +58,13 @@ pub(crate) struct Scratch {
     pub draft: Draft,
     pub stripes: Vec<u16>,
     pub replaced: Vec<Extent>,
+    /// An epoch, and what this queue has put into it, in bytes of a redo area.
+    spent: (u64, u64),
 }
 
 impl Scratch {
     pub fn new() -> Self {
-        Self { draft: Draft::new(), stripes: Vec::new(), replaced: Vec::new() }
+        Self { draft: Draft::new(), stripes: Vec::new(), replaced: Vec::new(), spent: (0, 0) }
     }
 }
 
@@ -390,17 +393,32 @@ fn stage<E: Env, B: Buffer>(
     Ok(Staged::All)
 }
 
+/// Announces the queue's commit of these keys. Where a group of epochs must end with one, the queue
+/// ends its epoch before it has put more into it than its share of the redo area.
+fn announce<E: Env>(volume: &Volume<E>, q: u16, keys: &[Key], spent: &mut (u64, u64)) -> u64 {
+    let share = volume.epoch_share.load(Ordering::Relaxed);
+    if share == 0 {
+        return volume.core.announce(q);
+    }
+    let need = volume.redo.as_ref().map_or(0, |redo| redo_need(keys, redo.block));
+    if spent.1 + need > share && !mutated(Mutant::EpochOutgrowsArea) {
+        // It is stamped, so the next number is another one.
+        volume.core.raise_epoch();
+    }
+    let epoch = volume.core.announce(q);
+    *spent = (epoch, need + if spent.0 == epoch { spent.1 } else { 0 });
+    epoch
+}
+
 /// Draws versions, persists, publishes. False when the media refused the record: nothing of it
 /// exists.
 fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Scratch) -> bool {
     let (cache, core) = (&volume.cache, &volume.core);
-    let Scratch { draft, stripes, replaced } = scratch;
+    let Scratch { draft, stripes, replaced, spent } = scratch;
     let segment = &cache.segments[open.id as usize];
     let held = core.stripes.hold(draft.keys.iter().map(Key::range), stripes);
-    let epoch = core.announce(q);
-    if core.stamped.load(Ordering::SeqCst) < epoch {
-        core.stamped.fetch_max(epoch, Ordering::SeqCst);
-    }
+    let epoch = announce(volume, q, &draft.keys, spent);
+    core.stamp(epoch);
     let version = core.version.fetch_add(draft.keys.len() as u64, Ordering::Relaxed);
     for (key, version) in draft.keys.iter_mut().zip(version..) {
         key.version = version;

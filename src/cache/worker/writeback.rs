@@ -34,6 +34,7 @@ mod damage;
 mod group;
 mod journal;
 mod op;
+mod together;
 mod when;
 
 use std::collections::VecDeque;
@@ -43,6 +44,7 @@ use std::time::Duration;
 
 use self::damage::Damage;
 use self::group::{Group, Parts, Step};
+pub(crate) use self::together::{Joint, verdict};
 pub use self::when::OrderError;
 use self::when::When;
 pub(crate) use self::when::Wishes;
@@ -113,6 +115,8 @@ pub(crate) struct Writeback<E: Env> {
     last_error: String,
     retry_at_ms: u64,
     when: When,
+    /// Why this member of a group cannot take part in its round.
+    refusal: Option<Failure>,
 }
 
 impl<E: Env> Writeback<E> {
@@ -140,6 +144,7 @@ impl<E: Env> Writeback<E> {
             last_error: String::new(),
             retry_at_ms: 0,
             when: When::default(),
+            refusal: None,
         }
     }
 
@@ -194,14 +199,15 @@ impl<E: Env> Writeback<E> {
         if now < self.retry_at_ms || self.is_held() || !self.change_order() {
             return Progress::Idle;
         }
-        if core.is_clean() || core.damaged.load(Ordering::Relaxed) || !self.is_time(now) {
+        if core.is_clean() {
+            self.answer_clean();
             return Progress::Idle;
         }
-        if self.channel.is_none() {
-            match self.volume.backing.channel(&Waker::default(), DEPTH) {
-                Ok(channel) => self.channel = Some(channel),
-                Err(error) => return self.fail(Failure::resources(&error)),
-            }
+        if core.damaged.load(Ordering::Relaxed) || !self.is_time(now) {
+            return Progress::Idle;
+        }
+        if let Err(failure) = self.open_channel() {
+            return self.fail(failure);
         }
         let mut plan = lock(&core.plan);
         plan.clear();
@@ -229,7 +235,10 @@ impl<E: Env> Writeback<E> {
                 Progress::Did
             }
             Ok(Some(round)) => self.gathered(round),
-            Ok(None) => Progress::Idle,
+            Ok(None) => match self.refusal.take() {
+                Some(failure) => self.fail(failure),
+                None => Progress::Idle,
+            },
             Err(error) => {
                 // Records of dirty data are gone: only this volume stops.
                 core.damaged.store(true, Ordering::SeqCst);
@@ -239,8 +248,17 @@ impl<E: Env> Writeback<E> {
         }
     }
 
+    fn open_channel(&mut self) -> Result<(), Failure> {
+        if self.channel.is_none() {
+            let channel = self.volume.backing.channel(&Waker::default(), DEPTH);
+            self.channel = Some(channel.map_err(|error| Failure::resources(&error))?);
+        }
+        Ok(())
+    }
+
     fn fail(&mut self, failure: Failure) -> Progress {
         let core = self.volume.core.clone();
+        self.fail_joint();
         self.keep_group(&mut lock(&core.plan));
         let now = self.volume.cache.clock.now_ms();
         let delay = delay_ms(self.failures, self.volume.core.incarnation ^ now);
@@ -546,6 +564,7 @@ impl<E: Env> Writeback<E> {
         // Last: from then on reclaim may take the segments, and with them their cursors.
         self.settle(round.epoch, &mut plan);
         core.tail.store(round.epoch, Ordering::SeqCst);
+        self.note_settled(round.epoch);
         core.pacer.end_round(true);
         plan.clear();
         drop(plan);
@@ -561,6 +580,12 @@ impl<E: Env> Writeback<E> {
         if std::mem::take(&mut self.failures) > 0 {
             self.volume.core.writeback_recovered();
         }
+    }
+}
+
+impl<E: Env> Drop for Writeback<E> {
+    fn drop(&mut self) {
+        self.leave_joint();
     }
 }
 

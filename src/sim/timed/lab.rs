@@ -213,6 +213,7 @@ impl Lab {
                 sidecar: None,
                 accept_loss: false,
                 allow_volatile: false,
+                group: None,
             })
             .expect("a fresh volume");
         let face = VolumeDisk(volume.clone());
