@@ -184,7 +184,7 @@ fn serve_config(args: &ServeArgs) -> Result<Config, RunError> {
             };
             let mut config = file::load(path, &consents)?;
             config.set_control(args.control.config());
-            config.confine(args.sandbox, Vec::new());
+            config.confine(args.sandbox);
             Ok(config)
         }
         None => Ok(Config::from_args(args, state_dir())?),

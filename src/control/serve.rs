@@ -97,7 +97,7 @@ pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit
     let mut claims = Claims::new(config, predecessor.as_ref())?;
     let ((caches, volumes), predecessor) =
         open_all(config, &mut created, predecessor, &mut claims, start.wait_for_disks)?;
-    let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config.control())?);
+    let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config)?);
     let served = volumes
         .into_iter()
         .map(|(config, volume, is_new)| daemon.enter(config, volume, is_new))

@@ -32,7 +32,7 @@ use self::front_end::FrontEnd;
 use self::jobs::JobTable;
 use self::latency::LatencyWindows;
 use self::windows::Windows;
-use super::config::{CacheConfig, ControlConfig, VolumeConfig};
+use super::config::{CacheConfig, Config, Confinement, ControlConfig, VolumeConfig};
 use super::run::RunError;
 use super::signals::Servers;
 use super::value::Name;
@@ -169,6 +169,8 @@ pub struct Daemon {
     begun: Instant,
     config_file: Option<PathBuf>,
     control: Option<ControlConfig>,
+    /// How far the process is confined: for good.
+    confinement: Confinement,
 }
 
 impl Daemon {
@@ -180,7 +182,7 @@ impl Daemon {
         caches: Vec<OpenCache>,
         servers: Servers,
         config_file: Option<&Path>,
-        control: Option<&ControlConfig>,
+        config: &Config,
     ) -> Result<Self, RunError> {
         for cache in &caches {
             let workers = Workers::spawn(&cache.cache, &[]).map_err(RunError::os("starting the workers"))?;
@@ -193,7 +195,8 @@ impl Daemon {
             servers,
             begun: Instant::now(),
             config_file: config_file.map(Path::to_owned),
-            control: control.cloned(),
+            control: config.control().cloned(),
+            confinement: config.confinement().clone(),
         })
     }
 
