@@ -46,6 +46,8 @@ pub struct Scenario {
     pub waits: bool,
     /// Whether the cache is scrubbed all the time.
     pub is_scrubbed: bool,
+    /// Whether the cache grows and shrinks under its guests.
+    pub resizes: bool,
 }
 
 impl Scenario {
@@ -95,6 +97,7 @@ impl Scenario {
             redo_sectors: 48 + u64::from(segment_size) / 16 / 512 + rng.pick(&[0, 24, 400]),
             waits: apart.chance(1, 2),
             is_scrubbed: apart.chance(1, 3),
+            resizes: apart.chance(1, 3),
         }
     }
 }

@@ -14,6 +14,7 @@ mod between;
 mod life;
 mod plan;
 mod shrink;
+mod size;
 mod trouble;
 
 pub use plan::Plan;
@@ -154,6 +155,7 @@ impl Run {
             (0..scenario.volumes).map(|number| DiskState::raw(redo_sectors).named(100 + number as u64)),
         );
         let memory = Memory::new(scenario.class, scenario.geometry.device_size);
+        let memory = memory.with_back(scenario.geometry.meta_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, rng.next());
         let options = FormatOptions { geometry: Some(scenario.geometry), ..FormatOptions::default() };
         format(&SimPmem::new(&world), &SimClock::default(), &options).map_err(|e| fail(e.to_string()))?;
@@ -238,6 +240,7 @@ impl Run {
             w.cuts.rng = self.rng.fork();
         });
         self.trouble();
+        self.change_size()?;
         if self.step.is_multiple_of(PRUNE_STEPS) {
             self.prune();
         }
