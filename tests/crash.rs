@@ -19,6 +19,8 @@ mod regressions;
 mod relocation;
 #[path = "crash/shares.rs"]
 mod shares;
+#[path = "crash/sizes.rs"]
+mod sizes;
 #[path = "crash/unsynced.rs"]
 mod unsynced;
 

@@ -417,18 +417,13 @@ impl<P: Pmem> Media<P> {
 /// What was written cannot be made durable.
 pub(super) fn finish_at_start<P: Pmem>(media: &Media<P>) -> Result<(), OpenError> {
     let Ok(copies) = load_superblocks(&*media.pmem) else { return Ok(()) };
-    let (older, is_whole) = (copies.next, !copies.is_damaged());
+    let older = copies.next;
     let Ok(superblock) = copies.into_newest() else { return Ok(()) };
     // Whatever was cut off or added behind it: from the end of the media it is to be found.
     media.put_signpost(&superblock)?;
     let settle = || super::doubt::sync(media);
     let Some(from) = superblock.void_from() else {
-        if is_whole && is_behind(media, &superblock, older) {
-            // One that calls segments void which are in use by now must not come to count.
-            media.pmem.write(superblock.geometry().superblock(older), &superblock.encode()[..])?;
-            settle()?;
-        }
-        return Ok(());
+        return level(media, &superblock, older);
     };
     let geometry = superblock.geometry();
     tracing::info!("a change of size was not finished: making segments {from} to {}", geometry.segment_count);
@@ -454,10 +449,19 @@ pub(super) fn finish_at_start<P: Pmem>(media: &Media<P>) -> Result<(), OpenError
     Ok(())
 }
 
-/// Whether a copy of the superblock is not the newest.
-fn is_behind<P: Pmem>(media: &Media<P>, newest: &Superblock, copy: usize) -> bool {
-    let page = super::media::read_page(&*media.pmem, newest.geometry().superblock(copy));
-    page.is_ok_and(|page| page[..] != newest.encode()[..])
+/// Makes the older copy of the superblock what the newest is: one that calls segments void which will be
+/// in use soon must not come to count, and one that is torn leaves the other alone.
+fn level<P: Pmem>(media: &Media<P>, newest: &Superblock, older: usize) -> Result<(), OpenError> {
+    let (at, wanted) = (newest.geometry().superblock(older), newest.encode());
+    if super::media::read_page(&*media.pmem, at).is_ok_and(|page| page[..] == wanted[..]) {
+        return Ok(());
+    }
+    if let Err(error) = media.pmem.write(at, &wanted[..]) {
+        // Nor can it be read, then.
+        tracing::warn!(%error, "a copy of the superblock cannot be written");
+        return Ok(());
+    }
+    super::doubt::sync(media)
 }
 
 /// The header of a segment that has never been used.

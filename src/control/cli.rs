@@ -75,6 +75,8 @@ pub enum Verb {
     Flush(VolumeVerbArgs),
     /// Change how a volume is cached and written back, while it is used
     Set(SetArgs),
+    /// Make a cache larger or smaller while it is used
+    Resize(ResizeArgs),
     /// Bring everything acknowledged so far to the disk and keep that still, for a snapshot of it
     Checkpoint(CheckpointArgs),
     /// Show counters and rates

@@ -49,7 +49,7 @@ impl Scene {
             disks.push(DiskState::raw(REDO_SECTORS).named(2));
         }
         let geometry = Geometry::custom(16 << 10, 64 << 10, segments, 1).expect("a geometry");
-        let memory = Memory::new(class, geometry.device_size);
+        let memory = Memory::new(class, geometry.device_size).with_back(geometry.meta_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
         format(&SimPmem::new(&world), &SimClock::default(), &options).expect("fresh memory");

@@ -12,6 +12,7 @@
 //!   left as after a kill, and the answer says which.
 
 mod attach;
+mod cache_size;
 mod checkpoint;
 pub mod front_end;
 pub mod jobs;
@@ -96,6 +97,14 @@ pub enum DaemonError {
     /// Nothing of that name.
     #[error("there is no volume `{given}`{}", .nearest.as_ref().map_or(String::new(), |near| format!(": did you mean `{near}`?")))]
     NoVolume {
+        /// What was asked for.
+        given: String,
+        /// What may have been meant.
+        nearest: Option<String>,
+    },
+    /// No cache of that name.
+    #[error("there is no cache `{given}`{}", .nearest.as_ref().map_or(String::new(), |near| format!(": did you mean `{near}`?")))]
+    NoCache {
         /// What was asked for.
         given: String,
         /// What may have been meant.

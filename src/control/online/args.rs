@@ -129,6 +129,20 @@ pub struct SetArgs {
     pub online: OnlineArgs,
 }
 
+/// Options of `resize`.
+#[derive(Args, Debug)]
+pub struct ResizeArgs {
+    /// The cache, as the configuration file or `status` names it
+    #[arg(long, value_name = "CACHE")]
+    pub cache: Name,
+    /// Its new size, like 20GiB: a file grows to it or is cut off; of a device so much is used
+    #[arg(value_name = "SIZE", value_parser = value::cache_size)]
+    pub size: u64,
+    /// The daemon.
+    #[command(flatten)]
+    pub online: OnlineArgs,
+}
+
 /// Options of `checkpoint`.
 #[derive(Args, Debug)]
 pub struct CheckpointArgs {

@@ -5,6 +5,7 @@
 //! it came, and the next one goes on from there.
 
 pub mod args;
+mod cache_size;
 mod checkpoint;
 mod explain;
 mod status;
@@ -91,6 +92,7 @@ pub(super) fn run(verb: &Verb) -> Done {
             follow(&args.online, "POST", &path, None)
         }
         Verb::Set(args) => set(args),
+        Verb::Resize(args) => cache_size::resize(args),
         Verb::Checkpoint(args) => checkpoint::checkpoint(args),
         Verb::Stats(args) => stats(args),
         Verb::Top(args) => top::top(args),
