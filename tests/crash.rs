@@ -9,6 +9,10 @@
 
 #[path = "crash/damage.rs"]
 mod damage;
+#[path = "crash/images.rs"]
+mod images;
+#[path = "crash/index_memory.rs"]
+mod index_memory;
 #[path = "crash/lost.rs"]
 mod lost;
 #[path = "crash/pairs.rs"]

@@ -154,7 +154,8 @@ impl<E: Env> Cache<E> {
     fn audit_sector(&self, volume: &VolumeCore, id: u32, offset: u32, dirty: bool) -> Result<(), String> {
         let segment = &self.segments[id as usize];
         let owner = segment.owner.load(Ordering::Relaxed);
-        if matches!(segment.state(), State::Free | State::Bad | State::Retired) || owner != volume.incarnation {
+        if matches!(segment.state(), State::Free | State::Bad | State::Retired) || owner != volume.incarnation
+        {
             return Err(format!("the index points into segment {id}, {:?} of {owner}", segment.state()));
         }
         let payload = self.media.geometry.data_start()..segment.payload_end.load(Ordering::Relaxed);
@@ -181,7 +182,8 @@ impl<E: Env> Cache<E> {
         for (id, segment) in self.segments.iter().enumerate() {
             let id = id as u32;
             let owned = segment.owner.load(Ordering::Relaxed) == volume.incarnation;
-            let used = !matches!(segment.state(), State::Free | State::Bad | State::Retired | State::Reclaiming);
+            let used =
+                !matches!(segment.state(), State::Free | State::Bad | State::Retired | State::Reclaiming);
             let epoch = segment.max_epoch.load(Ordering::SeqCst);
             if !owned || !used || epoch <= tail || volume.damaged.load(Ordering::Relaxed) {
                 continue;

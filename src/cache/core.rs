@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::bound::IndexBound;
 use super::doubt;
 use super::env::{Clock, Env};
 use super::evicted::Evicted;
@@ -17,8 +18,8 @@ use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
 use super::recovery::{self, RecoveryReport};
-use super::scrub::Scrub;
 use super::resize::{self, Resizing};
+use super::scrub::Scrub;
 use super::segments::State;
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
@@ -96,6 +97,7 @@ pub struct Cache<E: Env> {
     pub(crate) clock: E::Clock,
     pub(crate) segments: SegmentTable,
     pub(crate) resizing: Resizing,
+    pub(crate) index_bound: IndexBound,
     pub(crate) liveness: Liveness,
     /// What reclaim has dropped lately.
     pub(crate) evicted: Evicted,
@@ -160,6 +162,7 @@ impl<E: Env> Cache<E> {
             clock,
             segments,
             resizing: Resizing::default(),
+            index_bound: IndexBound::default(),
             liveness: Liveness::default(),
             evicted: Evicted::new(capacity / 512),
             opened: AtomicU64::new(0),
@@ -289,11 +292,12 @@ impl<E: Env> Cache<E> {
         self.housekeeper.raise();
     }
 
-    /// Whether so much is dirty that write-back should hurry: a quarter of the segments is all that
-    /// is free or could be made free at once.
+    /// Whether write-back should hurry: a quarter of the segments is all that is free or could be made
+    /// free at once, or dirty data stands in the way of a shrink or of the bound on the index.
     pub(crate) fn is_pressed(&self) -> bool {
         let free = self.free_segments();
         self.resizing.is_pressing.load(Ordering::Relaxed)
+            || self.index_bound.is_over()
             || free < self.free_target()
                 && free + self.clean_count.load(Ordering::Relaxed) < (self.segments.len() / 4).max(2)
     }

@@ -9,9 +9,7 @@ use super::core::read;
 use super::geometry::LiveGeometry;
 use super::index::{Place, ZERO_NAME_END};
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{
-    Corruption, Dual, Key, KeyKind, PAGE, Secret, SegmentHeader, Sequenced, newest,
-};
+use crate::onmedia::{Corruption, Dual, Key, KeyKind, PAGE, Secret, SegmentHeader, Sequenced, newest};
 use crate::pmem::{MediaError, Pmem};
 use crate::sync::RwLock;
 

@@ -22,6 +22,7 @@ mod adopt;
 mod attach;
 #[cfg(feature = "sim")]
 mod audit;
+mod bound;
 mod compare;
 mod core;
 mod delete;

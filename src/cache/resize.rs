@@ -63,7 +63,9 @@ pub enum ResizeError {
     #[error(transparent)]
     Geometry(#[from] GeometryError),
     /// Nothing would change.
-    #[error("{size} bytes make no difference: the cache has {segments} segments of {segment_size} bytes already, and grows or shrinks by whole ones, by {least} bytes at least")]
+    #[error(
+        "{size} bytes make no difference: the cache has {segments} segments of {segment_size} bytes already, and grows or shrinks by whole ones, by {least} bytes at least"
+    )]
     Slight {
         /// What was asked for.
         size: u64,
@@ -75,7 +77,9 @@ pub enum ResizeError {
         least: u64,
     },
     /// The volumes that are attached need more.
-    #[error("{volumes} volumes are attached and need {needed} segments: {least} bytes at least, or detach some")]
+    #[error(
+        "{volumes} volumes are attached and need {needed} segments: {least} bytes at least, or detach some"
+    )]
     TooSmall {
         /// Volumes attached.
         volumes: usize,
@@ -91,7 +95,9 @@ pub enum ResizeError {
         size: u64,
     },
     /// Dirty data is in the way, and nobody brings it to its disk.
-    #[error("volume `{volume}` has {bytes} bytes that are not on its disk, and nothing writes them back: attach or drain it first")]
+    #[error(
+        "volume `{volume}` has {bytes} bytes that are not on its disk, and nothing writes them back: attach or drain it first"
+    )]
     Pinned {
         /// The volume.
         volume: String,
@@ -99,10 +105,14 @@ pub enum ResizeError {
         bytes: u64,
     },
     /// Nobody knows what of a volume is lost.
-    #[error("volume `{0}` is damaged, and what is cut off might be the evidence: accept the loss or delete it first")]
+    #[error(
+        "volume `{0}` is damaged, and what is cut off might be the evidence: accept the loss or delete it first"
+    )]
     Damaged(String),
     /// A `sync` has failed.
-    #[error("a sync of this cache has failed: it cannot be changed until it has been drained and opened again")]
+    #[error(
+        "a sync of this cache has failed: it cannot be changed until it has been drained and opened again"
+    )]
     SyncFailed,
     /// The last change was not finished.
     #[error("the media refused a part of the last change of size: the next start finishes it")]

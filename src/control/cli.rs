@@ -171,6 +171,9 @@ pub struct CacheArgs {
     /// Hours from one scrub to the next [default: 24]
     #[arg(long, value_name = "HOURS", value_parser = value::scrub_interval_h)]
     pub scrub_interval_h: Option<u32>,
+    /// Most RAM for the index: above it the cache holds less; 0 for no bound [default: 0]
+    #[arg(long, value_name = "SIZE", value_parser = value::index_memory_max)]
+    pub index_memory_max: Option<u64>,
     /// Where the default cache and disk are [default: /var/lib/pcache-vhost for root, else
     /// $XDG_STATE_HOME/pcache-vhost]
     #[arg(long, value_name = "DIR", value_parser = path_parser())]

@@ -155,7 +155,10 @@ impl Geometry {
         let segment_count = usable / u64::from(self.segment_size);
         if segment_count < SEGMENT_COUNT_MIN.into() {
             let segments = u64::from(SEGMENT_COUNT_MIN) * u64::from(self.segment_size);
-            return Err(GeometryError::DeviceTooSmall { device_size, minimum: 2 * self.meta_size + segments });
+            return Err(GeometryError::DeviceTooSmall {
+                device_size,
+                minimum: 2 * self.meta_size + segments,
+            });
         }
         let segment_count =
             u32::try_from(segment_count).map_err(|_| GeometryError::SegmentCount { segment_count })?;

@@ -338,7 +338,9 @@ mod tests {
         assert_eq!((done.void_from(), done.usable_segments(), done.features_incompat), (None, 10, 0));
         for from in [0, 3, 11] {
             let bad = Superblock { void_from: from, ..shrunk.clone() };
-            assert!(matches!(Superblock::decode(&bad.encode()), Err(SuperblockError::Damaged(c)) if c.field == "void_from"));
+            assert!(
+                matches!(Superblock::decode(&bad.encode()), Err(SuperblockError::Damaged(c)) if c.field == "void_from")
+            );
         }
     }
 

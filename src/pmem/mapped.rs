@@ -118,7 +118,12 @@ impl MappedPmem {
         loop {
             // SAFETY: the descriptor is open; the range is the file's own.
             let done = unsafe {
-                libc::fallocate(self.file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, 0, self.mapping.len() as i64)
+                libc::fallocate(
+                    self.file.as_raw_fd(),
+                    libc::FALLOC_FL_KEEP_SIZE,
+                    0,
+                    self.mapping.len() as i64,
+                )
             };
             match io::Error::last_os_error() {
                 _ if done == 0 => return Ok(()),
@@ -415,8 +420,14 @@ impl Mapping {
             unsafe { libc::munmap(reserved.cast(), before) };
         }
         let reserved_len = (reserved_len - before) / page_size as usize * page_size as usize;
-        let mapping =
-            Self { base, len: AtomicU64::new(len), reserved_len: AtomicUsize::new(reserved_len), page_size, writable, map_sync };
+        let mapping = Self {
+            base,
+            len: AtomicU64::new(len),
+            reserved_len: AtomicUsize::new(reserved_len),
+            page_size,
+            writable,
+            map_sync,
+        };
         match mapping.map(file, 0, mapped_len) {
             Ok(()) => Ok(mapping),
             Err(failure) => {

@@ -89,6 +89,8 @@ pub struct Memory {
     boot: u64,
     /// See [`Pmem::back_size`].
     back: u64,
+    /// Whether its length is whatever it is.
+    is_device: bool,
 }
 
 impl Memory {
@@ -106,12 +108,18 @@ impl Memory {
             poison: Vec::new(),
             boot: 1,
             back: 2 << 20,
+            is_device: false,
         }
     }
 
     /// The same, on which a cache has so small an end.
     pub fn with_back(self, back: u64) -> Memory {
         Memory { back, ..self }
+    }
+
+    /// The same, as a device, which nobody makes longer or cuts off.
+    pub fn as_device(self) -> Memory {
+        Memory { is_device: true, ..self }
     }
 
     /// Makes it longer, by zeros, or cuts it off; at once and durably, as a file's length is made durable
@@ -141,6 +149,7 @@ impl Memory {
             poison: self.poison.clone(),
             boot: self.boot + 1,
             back: self.back,
+            is_device: self.is_device,
         }
     }
 
@@ -401,10 +410,12 @@ impl Pmem for SimPmem {
     fn resize(&self, len: u64) -> io::Result<u64> {
         let len = len.next_multiple_of(super::pages::PAGE as u64);
         self.world.with(|w| {
-            w.event(Event::Resize);
-            w.memory.resize(len as usize);
-        });
-        Ok(len)
+            if !w.memory.is_device {
+                w.event(Event::Resize);
+                w.memory.resize(len as usize);
+            }
+            Ok(w.memory.len() as u64)
+        })
     }
 
     fn back_size(&self) -> u64 {

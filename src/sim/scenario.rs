@@ -48,6 +48,8 @@ pub struct Scenario {
     pub is_scrubbed: bool,
     /// Whether the cache grows and shrinks under its guests.
     pub resizes: bool,
+    /// Whether it lies on a device, on which what is cut off stays.
+    pub is_device: bool,
 }
 
 impl Scenario {
@@ -98,6 +100,7 @@ impl Scenario {
             waits: apart.chance(1, 2),
             is_scrubbed: apart.chance(1, 3),
             resizes: apart.chance(1, 3),
+            is_device: apart.chance(1, 2),
         }
     }
 }

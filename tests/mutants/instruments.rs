@@ -93,11 +93,12 @@ impl Instrument {
             | M::SealedBeforeDurable
             | M::ReusedBeforeGenerationDurable
             | M::TailBeforeLivenessDurable => run(|s| s.class == PageCache),
-            M::VoidNotNoted
-            | M::UsedWhileVoid
-            | M::ShrunkBeforeEmpty
-            | M::RetiredHandedOut
-            | M::GenerationFloorForgotten => run(|s| s.resizes),
+            M::VoidNotNoted | M::UsedWhileVoid | M::ShrunkBeforeEmpty | M::RetiredHandedOut => {
+                run(|s| s.resizes)
+            }
+            M::GenerationFloorForgotten => {
+                ("story of a segment made anew", Story(sizes::a_segment_that_is_made_anew))
+            }
             M::MoveNotMirrored => ("story of a move", Story(sizes::an_update_while_the_back_moves)),
             M::SignpostForgotten => ("story of a signpost", Story(sizes::a_front_that_is_lost)),
             M::CompletedUnsynced => run(|s| s.class == PageCache && s.styles.iter().any(|s| !s.write_cache)),

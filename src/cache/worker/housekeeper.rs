@@ -240,13 +240,16 @@ impl<E: Env> Housekeeper<E> {
     /// Takes victims if free segments run low.
     fn choose(&mut self) -> Progress {
         let (free, target) = (self.cache.free_segments(), self.cache.free_target());
-        if free >= target {
+        // Below the bound on the index a part of the cache stays empty.
+        let over = if self.cache.look_at_index() { (self.cache.segments.len() / 32).max(1) } else { 0 };
+        let wanted = target.saturating_sub(free).max(over);
+        if wanted == 0 {
             return Progress::Idle;
         }
         if self.relocates {
             self.relocator.fill_reserve();
         }
-        let victims = self.pick((target - free).min(BATCH));
+        let victims = self.pick(wanted.min(BATCH));
         if !victims.is_empty() {
             self.cache.is_exhausted.store(false, Ordering::SeqCst);
             self.stage = Stage::Emptying(victims.into(), Vec::new());

@@ -246,8 +246,8 @@ impl<E: Env> Housekeeper<E> {
                 State::Sealed if victims.len() < EMPTY_BATCH && self.take(id) => victims.push(id),
                 State::Sealed => {
                     let owner = cache.volume_of(segment.owner.load(Ordering::Relaxed));
-                    let dirty =
-                        owner.filter(|v| segment.max_epoch.load(Ordering::SeqCst) > v.tail.load(Ordering::SeqCst));
+                    let dirty = owner
+                        .filter(|v| segment.max_epoch.load(Ordering::SeqCst) > v.tail.load(Ordering::SeqCst));
                     waits_for.extend(dirty.map(|volume| volume.descriptor_name()));
                 }
                 _ => {}

@@ -54,6 +54,10 @@ pub struct CacheStatus {
     pub segments_used: u64,
     /// Segments given up because of damage.
     pub segments_bad: u64,
+    /// RAM that the index takes.
+    pub index_memory_bytes: u64,
+    /// RAM that it may take before the cache holds less for it; 0 for no bound.
+    pub index_memory_max_bytes: u64,
     /// Whether it could not be made durable once: it takes no more writes.
     pub has_failed: bool,
 }

@@ -458,6 +458,7 @@ mod tests {
             allow_volatile: false,
             scrub_mib_s: 0,
             scrub_interval_h: 24,
+            index_memory_max: 0,
         }]
     }
 

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use super::books;
 use super::disk::DiskState;
 use super::machine::{Machine, SimBuffer, Style};
-use super::memory::{Memory, SimPmem};
+use super::memory::SimPmem;
 use super::oracle::Oracle;
 use super::rng::Rng;
 use super::scenario::Scenario;
@@ -109,6 +109,8 @@ pub struct Run {
     trouble_ends: Option<u64>,
     /// Volumes whose order is being changed, one bit each.
     changing: u64,
+    /// Segments before the last change of size.
+    segments: u32,
     /// Disks that are not there at the next start, one bit each.
     absent: u64,
     /// Each volume's tail when this life began.
@@ -154,8 +156,7 @@ impl Run {
         disks.extend(
             (0..scenario.volumes).map(|number| DiskState::raw(redo_sectors).named(100 + number as u64)),
         );
-        let memory = Memory::new(scenario.class, scenario.geometry.device_size);
-        let memory = memory.with_back(scenario.geometry.meta_size);
+        let memory = size::memory(&scenario);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, rng.next());
         let options = FormatOptions { geometry: Some(scenario.geometry), ..FormatOptions::default() };
         format(&SimPmem::new(&world), &SimClock::default(), &options).map_err(|e| fail(e.to_string()))?;
@@ -167,6 +168,7 @@ impl Run {
             has_trouble: rng.chance(1, 3),
             trouble_ends: None,
             changing: 0,
+            segments: 0,
             absent: 0,
             rng,
             world,

@@ -4,7 +4,9 @@
 //! What must hold beside everything else: a crash at any instant leaves a cache that opens, of the old
 //! size or the new one; a change that nothing stands in the way of ends.
 
+use super::super::memory::Memory;
 use super::super::rng::Rng;
+use super::super::scenario::Scenario;
 use super::Run;
 use crate::cache::ResizeError;
 use crate::onmedia::Geometry;
@@ -16,6 +18,16 @@ const CALLED_OFF: u64 = 400;
 /// Rounds of all workers after which a change of size should have come to its end.
 const ROUNDS_MAX: u32 = 4000;
 
+/// The memory of a scenario: as large as its cache, or a device with room for all that it may become.
+pub(super) fn memory(scenario: &Scenario) -> Memory {
+    let Geometry { device_size, meta_size, segment_size, segment_count, .. } = scenario.geometry;
+    let memory = |len| Memory::new(scenario.class, len).with_back(meta_size);
+    match scenario.resizes && scenario.is_device {
+        true => memory(device_size + u64::from(segment_count) * u64::from(segment_size)).as_device(),
+        false => memory(device_size),
+    }
+}
+
 impl Run {
     /// Now and then begins to change the size, calls that off, or sees how it ended.
     pub(super) fn change_size(&mut self) -> Result<(), String> {
@@ -26,7 +38,11 @@ impl Run {
         self.see_size()?;
         if rng.chance(1, BEGINS) {
             let size = self.size(&mut rng);
+            let segments = self.machine().cache.geometry().segment_count;
             let begun = self.machine().control(|cache| cache.begin_resize(size));
+            if begun.is_ok() {
+                self.segments = segments;
+            }
             self.note(|| format!("to {size} bytes: {begun:?}"));
             if let Err(error @ (ResizeError::Unfinished | ResizeError::Superblock(_))) = begun {
                 return Err(format!("the cache takes no other size: {error}"));
@@ -48,11 +64,10 @@ impl Run {
 
     /// Sees how a change of size has ended, if it has.
     fn see_size(&mut self) -> Result<(), String> {
-        let before = self.machine().cache.media_len();
         let Some(ended) = self.machine().control(|cache| cache.end_resize()) else { return Ok(()) };
         self.note(|| format!("of another size: {ended:?}"));
         match ended {
-            Ok(geometry) if geometry.device_size < before => self.stats.shrinks += 1,
+            Ok(geometry) if geometry.segment_count < self.segments => self.stats.shrinks += 1,
             Ok(_) => self.stats.growths += 1,
             Err(ResizeError::Interrupted) => self.stats.resizes_undone += 1,
             // The disk of a volume that nobody serves at the moment.
