@@ -22,6 +22,7 @@ mod scenarios {
 
     mod bare;
     mod demo;
+    mod guide;
     mod harness;
     mod inside;
     mod survival;

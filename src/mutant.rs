@@ -70,6 +70,14 @@ mutants! {
     GenerationFloorForgotten 5 "segments made anew begin in their first generation again",
     MoveNotMirrored 2 "while the back metadata is being moved it is stored at its old place alone",
     SignpostForgotten 2 "a cache that ends before its media has no signpost",
+    // Consistency groups.
+    EpochNotShared 7 "the volumes of a consistency group count epochs each by itself",
+    MemberGoesAhead 7 "a volume writes an epoch back before its group has the one before",
+    JointDecidedByOne 7 "one volume's part of a joint group is committed, and the group counts",
+    JointPartBelieved 7 "a start applies a part of a joint group that others have not committed",
+    DiscardedCountsApplied 7 "a part of a joint group that is given up counts as applied",
+    MemberForgotten 7 "a start does not wait for members that are not attached yet",
+    EpochOutgrowsArea 7 "an epoch of a joint group may be larger than a redo area",
     // Epochs and FLUSH.
     EpochNotRaisedAtFlush 7 "a FLUSH does not end the epoch",
     EpochNotRaisedAtWrite 7 "without a write cache, a write does not end the epoch",

@@ -25,6 +25,8 @@ mod relocation;
 mod shares;
 #[path = "crash/sizes.rs"]
 mod sizes;
+#[path = "crash/together.rs"]
+mod together;
 #[path = "crash/unsynced.rs"]
 mod unsynced;
 

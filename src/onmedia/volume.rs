@@ -163,6 +163,10 @@ layout! {
         1128 disk_written: u64,
         /// The kernel's boot identity when that was so.
         1136 disk_boot: [u8; 16],
+        /// The consistency group it is a member of; zero for none.
+        1408 group_uuid: Uuid,
+        /// That group's name, as text.
+        1424 group_name: [u8; 64],
         /// Where its redo area was found: a hint, empty without one.
         1536 redo_path: [u8; 512],
     }
@@ -187,6 +191,11 @@ impl VolumeDescriptor {
     /// Where its redo area was found, if it has one.
     pub fn redo_path_text(&self) -> Cow<'_, str> {
         String::from_utf8_lossy(unpad(&self.redo_path))
+    }
+
+    /// The name of the consistency group it is a member of, empty without one.
+    pub fn group_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.group_name))
     }
 
     /// Its page.
@@ -288,6 +297,8 @@ impl Default for VolumeDescriptor {
             disk_attachment: 0,
             disk_written: 0,
             disk_boot: [0; 16],
+            group_uuid: [0; 16],
+            group_name: [0; 64],
         }
     }
 }
@@ -445,6 +456,8 @@ mod tests {
             disk_attachment: 19,
             disk_written: 20,
             disk_boot: [0x44; 16],
+            group_uuid: [0x55; 16],
+            group_name: pad("vm").unwrap(),
         }
     }
 

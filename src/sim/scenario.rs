@@ -50,6 +50,8 @@ pub struct Scenario {
     pub resizes: bool,
     /// Whether it lies on a device, on which what is cut off stays.
     pub is_device: bool,
+    /// Whether the volumes are one consistency group.
+    pub is_joint: bool,
 }
 
 impl Scenario {
@@ -76,11 +78,12 @@ impl Scenario {
         let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
         // Dice of their own.
         let mut apart = Rng::new(seed ^ 0x0dd5);
+        let mut sizes = Rng::new(seed ^ 0x512e);
         let simple = rng.chance(1, 2);
         let plain = Style { order: rng.pick(&[Order::Strict, Order::Grouped]), ..Style::strict() };
         let styles = (0..volumes).map(|_| if simple { plain } else { Style::random(&mut rng) });
         let styles = styles.collect();
-        Scenario {
+        let mut scenario = Scenario {
             seed,
             class,
             geometry: geometry.expect("within the bounds of a geometry"),
@@ -99,9 +102,16 @@ impl Scenario {
             redo_sectors: 48 + u64::from(segment_size) / 16 / 512 + rng.pick(&[0, 24, 400]),
             waits: apart.chance(1, 2),
             is_scrubbed: apart.chance(1, 3),
-            resizes: apart.chance(1, 3),
-            is_device: apart.chance(1, 2),
+            resizes: sizes.chance(1, 3),
+            is_device: sizes.chance(1, 2),
+            is_joint: false,
+        };
+        if simple && volumes > 1 && apart.chance(2, 3) {
+            scenario.is_joint = true;
+            // An epoch must fit, whatever its queues have put into it.
+            scenario.redo_sectors = 180 + apart.pick(&[0, 60, 400]);
         }
+        scenario
     }
 }
 

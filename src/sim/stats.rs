@@ -169,6 +169,10 @@ stats! {
     resizes_undone,
     /// Groups applied by way of a redo area.
     groups,
+    /// Images whose disks, those of a consistency group, were compared as one with the cache lost.
+    disks_together,
+    /// Of these, with a part of a group to be applied to more than one of them.
+    joint_images,
 }
 
 impl Stats {

@@ -91,6 +91,7 @@ fn options(world: &Arc<World>) -> AttachOptions<SimEnv> {
         mode: Mode::Writeback,
         order: Order::Strict,
         redo: None,
+        group: None,
         data_crc: true,
         pass_discard: false,
         reads: Default::default(),
