@@ -62,6 +62,14 @@ mutants! {
     PartsForgotten 7 "a start writes the parts of an epoch again that are on the disk already",
     RedoBelievedUnflushed 8 "a start believes a header of the redo area that is not durable",
     RedoLeftUnapplied 7 "a start leaves the group in the redo area where it is",
+    // Changes of size.
+    VoidNotNoted 5 "headers are overwritten, or not yet written, that count by what the superblock says",
+    UsedWhileVoid 5 "segments made anew are used before they are durably void no more",
+    ShrunkBeforeEmpty 12 "a shrink cuts off segments that are in use",
+    RetiredHandedOut 12 "what a shrink has emptied goes back to the free list",
+    GenerationFloorForgotten 5 "segments made anew begin in their first generation again",
+    MoveNotMirrored 2 "while the back metadata is being moved it is stored at its old place alone",
+    SignpostForgotten 2 "a cache that ends before its media has no signpost",
     // Consistency groups.
     EpochNotShared 7 "the volumes of a consistency group count epochs each by itself",
     MemberGoesAhead 7 "a volume writes an epoch back before its group has the one before",

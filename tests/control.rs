@@ -230,6 +230,45 @@ fn volumes_come_and_go_while_their_neighbour_is_busy() {
 }
 
 #[test]
+fn a_cache_grows_and_shrinks_while_guests_write_and_no_byte_is_wrong() {
+    let site = Site::new(&["a"]);
+    let load = Load::begin(&site, "a", Mix::default());
+    let cache = site.path("cache.img");
+    let resize = |cache: &str, size: &str| site.verb(&["resize", "--cache", cache, size]);
+    let segments = || {
+        let status: serde_json::Value =
+            serde_json::from_str(&site.verb(&["status", "--json"]).succeeds()).expect("JSON");
+        status["caches"][0]["segments_total"].as_u64().expect("a number")
+    };
+    assert_eq!(segments(), 88);
+    std::thread::sleep(Duration::from_secs(1));
+    let before = load.longest_batch();
+    for (mib, expected) in [(96, 184), (24, 40), (64, 120), (20, 32), (48, 88)] {
+        let said = resize("pmem", &format!("{mib}MiB")).succeeds();
+        assert!(said.contains("resize pmem: done") && said.contains(&format!("became {mib} MiB")), "{said}");
+        assert_eq!(said.contains("say so in the configuration"), mib != 48, "{said}");
+        assert_eq!((fs::metadata(&cache).unwrap().len(), segments()), (mib * MIB, expected));
+    }
+    let worst = load.longest_batch();
+    eprintln!("longest batch of 20 requests: {before:?} before, {worst:?} with five changes of size");
+    assert!(worst < Duration::from_secs(5), "a batch of requests took {worst:?}");
+    resize("pmme", "1GiB").fails(1, &["there is no cache `pmme`: did you mean `pmem`?"]);
+    resize("pmem", "4MiB").fails(1, &["too few for a cache"]);
+    resize("pmem", "6MiB").fails(1, &["2 volumes are attached and need 9 segments"]);
+    resize("pmem", "48MiB").fails(1, &["make no difference: the cache has 88 segments"]);
+    resize("pmem", "1024TiB").fails(1, &["are too many"]);
+    resize("pmem", "64 parsecs").fails(2, &["64 parsecs"]);
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    site.verb(&["flush", "a"]).succeeds();
+    site.agrees("a", &mut traffic);
+    drop(traffic);
+    site.kill_and_restart();
+    assert_eq!(segments(), 88);
+    site.stop();
+}
+
+#[test]
 fn an_attach_that_fails_leaves_nothing_and_one_that_contradicts_is_refused() {
     let site = Site::new(&["a"]);
     let before = site.verb(&["list"]).succeeds();

@@ -11,6 +11,10 @@
 mod damage;
 #[path = "crash/growth.rs"]
 mod growth;
+#[path = "crash/images.rs"]
+mod images;
+#[path = "crash/index_memory.rs"]
+mod index_memory;
 #[path = "crash/lost.rs"]
 mod lost;
 #[path = "crash/pairs.rs"]
@@ -21,6 +25,8 @@ mod regressions;
 mod relocation;
 #[path = "crash/shares.rs"]
 mod shares;
+#[path = "crash/sizes.rs"]
+mod sizes;
 #[path = "crash/together.rs"]
 mod together;
 #[path = "crash/unsynced.rs"]

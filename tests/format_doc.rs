@@ -128,6 +128,8 @@ fn every_constant_has_the_value_it_says() {
         ("COUNTER_MAX", format::COUNTER_MAX),
         ("GC_PERCENT_MAX", format::GC_PERCENT_MAX.into()),
         ("GC_PERCENT_UNSET", format::GC_PERCENT_UNSET.into()),
+        ("VOID_SEGMENTS", format::VOID_SEGMENTS),
+        ("GENERATION_FLOOR", format::GENERATION_FLOOR),
         ("REDO_VERSION", format::REDO_VERSION.into()),
         ("REDO_MEMBERS_MAX", format::REDO_MEMBERS_MAX as u64),
         ("REDO_SAMPLES_MAX", format::REDO_SAMPLES_MAX as u64),

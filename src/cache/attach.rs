@@ -382,9 +382,8 @@ impl<E: Env> Cache<E> {
         let mut descriptor = guard.0.clone();
         change(&mut descriptor);
         descriptor.sequence += 1;
-        let at = guard.1 ^ usize::from(mutated(Mutant::DescriptorNewestOverwritten));
-        let at = self.media.geometry.descriptor(core.slot, at);
-        self.media.pmem.write(at, &descriptor.encode()[..])?;
+        let copy = guard.1 ^ usize::from(mutated(Mutant::DescriptorNewestOverwritten));
+        self.media.write_page(|geometry| geometry.descriptor(core.slot, copy), &descriptor.encode()[..])?;
         self.settle()?;
         *guard = (descriptor, 1 - guard.1);
         Ok(())
@@ -413,7 +412,7 @@ impl<E: Env> Cache<E> {
             lost: lock(&core.lost).clone(),
         };
         page.1 = 1 - copy;
-        self.media.pmem.write(self.media.geometry.tail(core.slot, copy), &tail.encode()[..])
+        self.media.write_page(|geometry| geometry.tail(core.slot, copy), &tail.encode()[..])
     }
 
     /// Writes the other copy of a tail that is durable. It is by the next wait for durability.

@@ -55,7 +55,7 @@ impl<E: Env> Cache<E> {
         for (id, segment) in self.segments.iter().enumerate() {
             let id = id as u32;
             let Some(volume) = self.volume_of(segment.owner.load(Ordering::Relaxed)) else { continue };
-            if matches!(segment.state(), State::Free | State::Bad) {
+            if matches!(segment.state(), State::Free | State::Bad | State::Retired) {
                 continue;
             }
             let none = HashSet::new();
@@ -107,7 +107,7 @@ impl<E: Env> Cache<E> {
             let expected = match segment.state() {
                 State::Free | State::Open | State::Sealed => 1,
                 // In the hands of the housekeeper, or in nobody's.
-                State::Full | State::Reclaiming | State::Target | State::Bad => 0,
+                State::Full | State::Reclaiming | State::Target | State::Bad | State::Retired => 0,
             };
             if homes != expected {
                 return Err(format!("segment {id}, {:?}, is on {homes} lists", segment.state()));
@@ -154,7 +154,8 @@ impl<E: Env> Cache<E> {
     fn audit_sector(&self, volume: &VolumeCore, id: u32, offset: u32, dirty: bool) -> Result<(), String> {
         let segment = &self.segments[id as usize];
         let owner = segment.owner.load(Ordering::Relaxed);
-        if matches!(segment.state(), State::Free | State::Bad) || owner != volume.incarnation {
+        if matches!(segment.state(), State::Free | State::Bad | State::Retired) || owner != volume.incarnation
+        {
             return Err(format!("the index points into segment {id}, {:?} of {owner}", segment.state()));
         }
         let payload = self.media.geometry.data_start()..segment.payload_end.load(Ordering::Relaxed);
@@ -181,7 +182,8 @@ impl<E: Env> Cache<E> {
         for (id, segment) in self.segments.iter().enumerate() {
             let id = id as u32;
             let owned = segment.owner.load(Ordering::Relaxed) == volume.incarnation;
-            let used = !matches!(segment.state(), State::Free | State::Bad | State::Reclaiming);
+            let used =
+                !matches!(segment.state(), State::Free | State::Bad | State::Retired | State::Reclaiming);
             let epoch = segment.max_epoch.load(Ordering::SeqCst);
             if !owned || !used || epoch <= tail || volume.damaged.load(Ordering::Relaxed) {
                 continue;

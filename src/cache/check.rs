@@ -78,8 +78,17 @@ pub fn check<P: Pmem>(pmem: &Arc<P>) -> CheckReport {
             return report;
         }
     };
-    if let Ok((_, true)) = load_superblock(&**pmem) {
+    let superblock = load_superblock(&**pmem);
+    if let Ok((_, true)) = superblock {
         report.findings.push("a copy of the superblock is damaged".to_owned());
+    }
+    if let Ok((superblock, _)) = superblock
+        && let Some(from) = superblock.void_from()
+    {
+        report.remarks.push(format!(
+            "a change of size is not finished: the next start makes segments {from} to {} anew",
+            superblock.segment_count
+        ));
     }
     let start = load_start(&media);
     for error in start.errors.iter().flatten() {
@@ -94,7 +103,7 @@ pub fn check<P: Pmem>(pmem: &Arc<P>) -> CheckReport {
         }
     }
     let mut volumes = check_volumes(&media, &mut report);
-    for id in 0..media.geometry.segment_count {
+    for id in 0..media.geometry.segment_count() {
         check_segment(&media, id, &mut volumes, &mut report);
     }
     report.volumes = volumes.into_values().collect();
@@ -289,7 +298,7 @@ pub fn dump<P: Pmem>(pmem: &Arc<P>, keys: bool, out: &mut dyn Write) -> io::Resu
             )?;
         }
     }
-    for id in 0..media.geometry.segment_count {
+    for id in 0..media.geometry.segment_count() {
         dump_segment(&media, id, keys, out)?;
     }
     Ok(())

@@ -8,23 +8,27 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::bound::IndexBound;
 use super::doubt;
 use super::env::{Clock, Env};
 use super::evicted::Evicted;
 use super::format::has_small_segments;
+use super::geometry::LiveGeometry;
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
 use super::recovery::ahead::ReadAhead;
 use super::recovery::{self, RecoveryReport};
+use super::resize::{self, Resizing};
 use super::scrub::Scrub;
-use super::segments::{Segment, State};
+use super::segments::State;
 use super::stripes::lock;
 use super::syncer::{Outcome, Syncer};
+use super::table::SegmentTable;
 use super::volume::VolumeCore;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
-    Corruption, Dual, Geometry, META_SIZE, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
+    Corruption, Dual, Geometry, PAGE, StartPage, Superblock, SuperblockError, backup_superblock,
 };
 use crate::pmem::{MediaClass, MediaError, Pmem};
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -92,7 +96,9 @@ pub(crate) struct StartState {
 pub struct Cache<E: Env> {
     pub(crate) media: Media<E::Pmem>,
     pub(crate) clock: E::Clock,
-    pub(crate) segments: Box<[Segment]>,
+    pub(crate) segments: SegmentTable,
+    pub(crate) resizing: Resizing,
+    pub(crate) index_bound: IndexBound,
     pub(crate) liveness: Liveness,
     /// What reclaim has dropped lately.
     pub(crate) evicted: Evicted,
@@ -142,7 +148,7 @@ impl<E: Env> Cache<E> {
     ) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let mut media = load_media(pmem)?;
         let class = media.pmem.class();
-        if has_small_segments(&media.geometry, class) {
+        if has_small_segments(media.geometry.fixed(), class) {
             return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
         }
         let has_failed = doubt::has_failed(&media)?;
@@ -158,15 +164,18 @@ impl<E: Env> Cache<E> {
         }
         media.settle_metadata();
         let start = begin_start(&media, has_failed)?;
-        let segments = (0..media.geometry.segment_count).map(|_| Segment::default()).collect();
+        resize::finish_at_start(&media)?;
+        let segments = SegmentTable::new(media.geometry.segment_count() as usize);
         let now_ms = clock.unix_ms();
-        let capacity = u64::from(media.geometry.segment_size) * u64::from(media.geometry.segment_count);
+        let capacity = u64::from(media.geometry.segment_size) * segments.len() as u64;
         let mut cache = Cache {
             syncer: Syncer::new(class).marking(media.geometry.sync_mark()),
             start_counter: start.page.start_counter,
             media,
             clock,
             segments,
+            resizing: Resizing::default(),
+            index_bound: IndexBound::default(),
             liveness: Liveness::default(),
             evicted: Evicted::new(capacity / 512),
             opened: AtomicU64::new(0),
@@ -195,7 +204,7 @@ impl<E: Env> Cache<E> {
 
     /// Where everything is.
     pub fn geometry(&self) -> Geometry {
-        self.media.geometry
+        self.media.geometry.now()
     }
 
     /// What survives what.
@@ -217,9 +226,9 @@ impl<E: Env> Cache<E> {
     pub fn space(&self) -> Space {
         let count = |f: fn(State) -> bool| self.segments.iter().filter(|s| f(s.state())).count();
         Space {
-            total: self.segments.len(),
+            total: count(|s| s != State::Retired),
             free: lock(&self.free).len(),
-            used: count(|s| !matches!(s, State::Free | State::Bad)),
+            used: count(|s| !matches!(s, State::Free | State::Bad | State::Retired)),
             bad: count(|s| s == State::Bad),
         }
     }
@@ -238,9 +247,27 @@ impl<E: Env> Cache<E> {
     }
 
     pub(crate) fn add_free(&self, id: u32) {
-        self.segments[id as usize].set_state(State::Free);
         let mut free = lock(&self.free);
-        free.push_back(id);
+        // Looked at under the lock: a shrink takes what it finds on the list under it, too.
+        let is_over = id as usize >= self.segments.len() && !mutated(Mutant::RetiredHandedOut);
+        self.segments[id as usize].set_state(if is_over { State::Retired } else { State::Free });
+        if !is_over {
+            free.push_back(id);
+        }
+        self.free_count.store(free.len(), Ordering::Relaxed);
+    }
+
+    /// Says how many segments are used for something new, and takes those beyond off the free list.
+    pub(crate) fn retire_free(&self, len: usize) {
+        let mut free = lock(&self.free);
+        self.segments.set_len(len);
+        free.retain(|&id| {
+            let stays = (id as usize) < len;
+            if !stays {
+                self.segments[id as usize].set_state(State::Retired);
+            }
+            stays
+        });
         self.free_count.store(free.len(), Ordering::Relaxed);
     }
 
@@ -278,12 +305,14 @@ impl<E: Env> Cache<E> {
         self.housekeeper.raise();
     }
 
-    /// Whether so much is dirty that write-back should hurry: a quarter of the segments is all that
-    /// is free or could be made free at once.
+    /// Whether write-back should hurry: a quarter of the segments is all that is free or could be made
+    /// free at once, or dirty data stands in the way of a shrink or of the bound on the index.
     pub(crate) fn is_pressed(&self) -> bool {
         let free = self.free_segments();
-        free < self.free_target()
-            && free + self.clean_count.load(Ordering::Relaxed) < (self.segments.len() / 4).max(2)
+        self.resizing.is_pressing.load(Ordering::Relaxed)
+            || self.index_bound.is_over()
+            || free < self.free_target()
+                && free + self.clean_count.load(Ordering::Relaxed) < (self.segments.len() / 4).max(2)
     }
 
     pub(crate) fn volume_of(&self, incarnation: u64) -> Option<Arc<VolumeCore>> {
@@ -327,8 +356,8 @@ impl<E: Env> Cache<E> {
         let mut page = start.page.clone();
         change(&mut page);
         page.sequence += 1;
-        let at = self.media.geometry.start_page(start.next);
-        self.media.pmem.write(at, &page.encode()[..])?;
+        let next = start.next;
+        self.media.write_page(|geometry| geometry.start_page(next), &page.encode()[..])?;
         let ticket = self.syncer.request(&*self.media.pmem, None);
         if self.syncer.wait(&*self.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);
@@ -338,8 +367,22 @@ impl<E: Env> Cache<E> {
     }
 }
 
+/// Where a superblock is looked for when nothing is left of the front.
+pub(super) fn signpost<P: Pmem>(pmem: &P) -> Option<u64> {
+    backup_superblock(pmem.len(), pmem.back_size())
+}
+
 /// The newest superblock, from either end of the media, and whether a copy is damaged.
 pub(crate) fn load_superblock<P: Pmem>(pmem: &P) -> Result<(Superblock, bool), SuperblockError> {
+    let dual = load_superblocks(pmem)?;
+    let damaged = dual.is_damaged();
+    Ok((dual.into_newest()?, damaged))
+}
+
+/// Both superblocks.
+pub(super) fn load_superblocks<P: Pmem>(
+    pmem: &P,
+) -> Result<Dual<Superblock, SuperblockError>, SuperblockError> {
     let read = |at| match super::media::read_page(pmem, at) {
         Ok(page) => Superblock::decode(&page[..]),
         Err(_) => Err(SuperblockError::Damaged(Corruption::unreadable("Superblock"))),
@@ -348,15 +391,23 @@ pub(crate) fn load_superblock<P: Pmem>(pmem: &P) -> Result<(Superblock, bool), S
         return Err(SuperblockError::NotOurs { found: 0 });
     }
     let front = read(0);
-    // Without a front copy the back one is where the product's geometry puts it.
-    let back = match &front {
-        Ok(s) => Some(s.geometry().superblock(1)).filter(|at| at + PAGE as u64 <= pmem.len()),
-        Err(_) => backup_superblock(pmem.len(), META_SIZE),
+    let read_if_inside = |at: u64| match at + PAGE as u64 <= pmem.len() {
+        true => read(at),
+        false => Err(SuperblockError::NotOurs { found: 0 }),
     };
-    let back = back.map_or(Err(SuperblockError::NotOurs { found: 0 }), read);
-    let dual = Superblock::newest(front, back)?;
-    let damaged = dual.is_damaged();
-    Ok((dual.into_newest()?, damaged))
+    let back = match &front {
+        Ok(front) => read_if_inside(front.geometry().superblock(1)),
+        // The signpost: the back copy itself, or, where the cache does not end with the media, one
+        // that says where the back copy is.
+        Err(_) => match signpost(pmem).map_or(Err(SuperblockError::NotOurs { found: 0 }), read) {
+            Ok(post) => match read_if_inside(post.geometry().superblock(1)) {
+                Ok(back) if back.uuid == post.uuid && back.sequence > post.sequence => Ok(back),
+                _ => Ok(post),
+            },
+            error => error,
+        },
+    };
+    Superblock::newest(front, back)
 }
 
 pub(crate) fn load_media<P: Pmem>(pmem: Arc<P>) -> Result<Media<P>, OpenError> {
@@ -370,11 +421,13 @@ pub(crate) fn load_media<P: Pmem>(pmem: Arc<P>) -> Result<Media<P>, OpenError> {
     if superblock.unknown_ro_compat() != 0 {
         return Err(OpenError::Newer);
     }
-    let geometry = superblock.geometry();
+    // Segments that hold nothing yet are nobody's business but of who makes them.
+    let geometry = Geometry { segment_count: superblock.usable_segments(), ..superblock.geometry() };
     if pmem.len() < geometry.device_size {
         return Err(OpenError::Truncated { formatted: geometry.device_size, found: pmem.len() });
     }
-    Ok(Media { pmem, geometry, secret: superblock.secret, uuid: superblock.uuid })
+    let geometry = LiveGeometry::new(geometry);
+    Ok(Media { pmem, geometry, secret: superblock.secret, uuid: superblock.uuid, moving: RwLock::default() })
 }
 
 pub(crate) fn load_start<P: Pmem>(media: &Media<P>) -> Dual<StartPage> {

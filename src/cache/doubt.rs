@@ -52,7 +52,7 @@ pub(crate) fn has_failed<P: Pmem>(media: &Media<P>) -> Result<bool, OpenError> {
     page.sync_failed = true;
     page.sequence += 1;
     if !mutated(Mutant::DoubtNotNoted) {
-        media.pmem.write(media.geometry.start_page(next), &page.encode()[..])?;
+        media.write_page(|geometry| geometry.start_page(next), &page.encode()[..])?;
     }
     media.pmem.sync().map_err(|_| OpenError::NotDurable)?;
     Ok(true)
@@ -108,7 +108,7 @@ fn believed<P: Pmem>(media: &Media<P>) -> Vec<Range<u64>> {
         _ => ranges.push(start..end),
     };
     add(0, geometry.meta_size);
-    for id in 0..geometry.segment_count {
+    for id in 0..geometry.segment_count() {
         let at = |offset| media.in_segment(id, offset);
         let is_open = media.load_header(id).newest.is_some_and(|h| h.state == SegmentState::Open);
         add(at(0), at(if is_open { geometry.data_end() } else { geometry.data_start() }));

@@ -156,7 +156,7 @@ impl<E: Env> Cache<E> {
         for id in pending {
             let segment = &self.segments[id as usize];
             segment.liveness_pending.swap(false, Ordering::AcqRel);
-            let is_gone = matches!(segment.state(), State::Free | State::Bad);
+            let is_gone = matches!(segment.state(), State::Free | State::Bad | State::Retired);
             if is_gone || segment.is_buried.load(Ordering::Relaxed) {
                 continue;
             }
@@ -211,7 +211,7 @@ impl<E: Env> Cache<E> {
         for copy in 0..2 {
             for floor in &due {
                 let segment = &self.segments[floor.segment as usize];
-                let is_gone = matches!(segment.state(), State::Free | State::Bad)
+                let is_gone = matches!(segment.state(), State::Free | State::Bad | State::Retired)
                     || segment.generation.load(Ordering::Relaxed) != floor.generation;
                 if is_gone || segment.is_buried.load(Ordering::Relaxed) {
                     continue;

@@ -5,19 +5,22 @@
 
 use std::sync::Arc;
 
+use super::core::read;
+use super::geometry::LiveGeometry;
 use super::index::{Place, ZERO_NAME_END};
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{
-    Corruption, Dual, Geometry, Key, KeyKind, PAGE, Secret, SegmentHeader, Sequenced, newest,
-};
+use crate::onmedia::{Corruption, Dual, Key, KeyKind, PAGE, Secret, SegmentHeader, Sequenced, newest};
 use crate::pmem::{MediaError, Pmem};
+use crate::sync::RwLock;
 
 /// The media, its layout, and the secret its checks are keyed with.
 pub(crate) struct Media<P> {
     pub pmem: Arc<P>,
-    pub geometry: Geometry,
+    pub geometry: LiveGeometry,
     pub secret: Secret,
     pub uuid: [u8; 16],
+    /// Where the back metadata is being moved to, while it is. Held for each store of a page of it.
+    pub moving: RwLock<Option<u64>>,
 }
 
 impl<P: Pmem> Media<P> {
@@ -27,6 +30,8 @@ impl<P: Pmem> Media<P> {
         at: impl Fn(usize) -> u64,
         decode: impl Fn(&[u8]) -> Result<T, Corruption>,
     ) -> Dual<T> {
+        // A copy is looked for where it is and not where it was.
+        let _still = read(&self.moving);
         let copy = |n| match read_page(&*self.pmem, at(n)) {
             Ok(page) => decode(&page[..]),
             Err(_) => Err(Corruption::unreadable("page")),
@@ -34,10 +39,27 @@ impl<P: Pmem> Media<P> {
         newest(copy(0), copy(1))
     }
 
+    /// Stores a page of metadata at the place that the geometry gives it: in a moment at which that is
+    /// true, and while the back metadata is being moved to both its places.
+    ///
+    /// # Errors
+    /// The media refused.
+    pub fn write_page(&self, at: impl FnOnce(&LiveGeometry) -> u64, page: &[u8]) -> Result<(), MediaError> {
+        let moving = read(&self.moving);
+        let (at, back) = (at(&self.geometry), self.geometry.back());
+        self.pmem.write(at, page)?;
+        match *moving {
+            Some(to) if at >= back && !mutated(Mutant::MoveNotMirrored) => {
+                self.pmem.write(at - back + to, page)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes durable what anybody has left in the metadata: recovery is about to believe it.
     pub fn settle_metadata(&self) {
-        let Geometry { device_size, meta_size, .. } = self.geometry;
-        for at in [0, device_size - meta_size] {
+        let (meta_size, back) = (self.geometry.meta_size, self.geometry.back());
+        for at in [0, back] {
             // By page: what cannot be reached is not believed either, and there is another copy.
             for page in (at..at + meta_size).step_by(PAGE) {
                 self.settle(page, PAGE as u64);

@@ -61,7 +61,7 @@ impl<E: Env> Volume<E> {
                 continue;
             }
             let state = segment.state();
-            if matches!(state, State::Free | State::Bad) {
+            if matches!(state, State::Free | State::Bad | State::Retired) {
                 continue;
             }
             let epoch = segment.max_epoch.load(Ordering::Relaxed);

@@ -83,7 +83,7 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>, ahead: &ReadAhead) -> Result
         let (mut segments, mut keys) = (Vec::new(), Keys::default());
         loop {
             let id = next.fetch_add(1, Ordering::Relaxed);
-            if id >= cache.media.geometry.segment_count {
+            if id as usize >= cache.segments.len() {
                 // What this thread has stored, nobody else's fence covers.
                 cache.media.pmem.fence();
                 return (segments, keys);

@@ -38,7 +38,7 @@ impl<P: Pmem> Media<P> {
             let mut bytes = [0; SegmentHeader::SIZE];
             let at = self.in_segment(id, self.geometry.header_offset(copy));
             match self.pmem.read(at, &mut bytes) {
-                Ok(()) => SegmentHeader::decode(&bytes, &self.uuid, &self.geometry, id),
+                Ok(()) => SegmentHeader::decode(&bytes, &self.uuid, self.geometry.fixed(), id),
                 Err(_) => Err(Corruption::unreadable("SegmentHeader")),
             }
         };
@@ -61,7 +61,7 @@ impl<P: Pmem> Media<P> {
 
     /// Everything a sealed segment holds, by its summary.
     pub fn scan_summary(&self, id: u32, header: &SegmentHeader) -> Result<Scan, String> {
-        let geometry = &self.geometry;
+        let geometry = self.geometry.fixed();
         let (offset, len) = (header.summary_offset, header.summary_len as usize);
         if offset < geometry.data_start() || u64::from(offset) + len as u64 > u64::from(geometry.data_end()) {
             return Err(format!("the summary lies outside the segment ({offset}+{len})"));
@@ -153,7 +153,7 @@ impl<P: Pmem> Media<P> {
     ) -> bool {
         let SegmentHeader { generation, incarnation, .. } = *header;
         let expect = RecordExpect { segment: id, generation, incarnation, offset };
-        decode_record_into(&self.secret, &self.geometry, bytes, &expect, record).is_ok()
+        decode_record_into(&self.secret, self.geometry.fixed(), bytes, &expect, record).is_ok()
             && (record.header.start_counter == header.start_counter || mutated(Mutant::StartNotChecked))
     }
 

@@ -32,6 +32,8 @@ pub(crate) enum State {
     Target = 6,
     /// Its header cannot be trusted or written; never used again.
     Bad = 5,
+    /// Beyond the end of the cache, or about to be: empty, on no list.
+    Retired = 7,
 }
 
 impl State {
@@ -43,6 +45,7 @@ impl State {
             3 => State::Sealed,
             4 => State::Reclaiming,
             6 => State::Target,
+            7 => State::Retired,
             _ => State::Bad,
         }
     }

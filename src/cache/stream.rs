@@ -208,7 +208,7 @@ impl<E: Env> Cache<E> {
     pub(crate) fn open_taken(&self, id: u32, owner: u64, stream: u16) -> Option<Open> {
         let segment = &self.segments[id as usize];
         let generation = segment.generation.load(Ordering::Relaxed);
-        segment.begin(&self.media.geometry, owner, generation, self.start_counter);
+        segment.begin(self.media.geometry.fixed(), owner, generation, self.start_counter);
         if let Err(error) = self.begin_on_media(id, owner, stream, generation) {
             tracing::error!(%error, segment = id, "a segment cannot be opened and is given up");
             segment.set_state(State::Bad);

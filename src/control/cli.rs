@@ -75,7 +75,7 @@ pub enum Verb {
     Flush(VolumeVerbArgs),
     /// Change how a volume is cached and written back, while it is used
     Set(SetArgs),
-    /// Make a volume larger while it is used; its VM sees it without a restart
+    /// Make a volume larger, or a cache larger or smaller, while it is used
     Resize(ResizeArgs),
     /// Bring everything acknowledged so far to the disk and keep that still, for a snapshot of it
     Checkpoint(CheckpointArgs),
@@ -181,6 +181,9 @@ pub struct CacheArgs {
     /// Hours from one scrub to the next [default: 24]
     #[arg(long, value_name = "HOURS", value_parser = value::scrub_interval_h)]
     pub scrub_interval_h: Option<u32>,
+    /// Most RAM for the index: above it the cache holds less; 0 for no bound [default: 0]
+    #[arg(long, value_name = "SIZE", value_parser = value::index_memory_max)]
+    pub index_memory_max: Option<u64>,
     /// Where the default cache and disk are [default: /var/lib/pcache-vhost for root, else
     /// $XDG_STATE_HOME/pcache-vhost]
     #[arg(long, value_name = "DIR", value_parser = path_parser())]

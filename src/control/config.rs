@@ -131,6 +131,8 @@ pub struct CacheConfig {
     pub scrub_mib_s: u32,
     /// Hours from one scrub to the next.
     pub scrub_interval_h: u32,
+    /// Bytes of RAM that the index may take, 0 for no bound.
+    pub index_memory_max: u64,
 }
 
 /// Where a front end finds a volume.
@@ -391,6 +393,7 @@ impl Config {
             allow_volatile: cache.allow_volatile,
             scrub_mib_s: cache.scrub_mib_s.unwrap_or(DEFAULT_SCRUB_MIB_S),
             scrub_interval_h: cache.scrub_interval_h.unwrap_or(DEFAULT_SCRUB_INTERVAL_H),
+            index_memory_max: cache.index_memory_max.unwrap_or(0),
         };
         let disk_default = volume.backing.is_none().then_some(DEFAULT_DISK_SIZE);
         let backing = BackingConfig {
@@ -615,7 +618,7 @@ mod tests {
              --max-dirty 1GiB --data-crc --block-size 4096 --read-only --serial S9 --discard keep \
              --admission second-miss --sequential-cutoff 1MiB --poll-us 7 --sidecar=false \
              --force-identity --accept-loss=web --on-backing-error read_only --backing-timeout-s 9 \
-             --scrub-mib-s 5 --scrub-interval-h 6",
+             --scrub-mib-s 5 --scrub-interval-h 6 --index-memory-max 64MiB",
         )
         .unwrap();
         let cache = CacheConfig {
@@ -627,6 +630,7 @@ mod tests {
             allow_volatile: true,
             scrub_mib_s: 5,
             scrub_interval_h: 6,
+            index_memory_max: 64 << 20,
         };
         let path = "/run/s".parse().unwrap();
         let volume = VolumeConfig {

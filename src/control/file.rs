@@ -197,6 +197,7 @@ fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
     let allow_volatile = section.flag("allow_volatile")?;
     let scrub_mib_s = section.number("scrub_mib_s", value::scrub_mib_s)?;
     let scrub_interval_h = section.number("scrub_interval_h", value::scrub_interval_h)?;
+    let index_memory_max = section.size("index_memory_max", value::index_memory_max)?.unwrap_or(0);
     let name = section.required("name", name)?;
     let path = section.required("path", path)?;
     section.finish()?;
@@ -212,6 +213,7 @@ fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
         allow_volatile,
         scrub_mib_s,
         scrub_interval_h,
+        index_memory_max,
     })
 }
 
@@ -463,6 +465,7 @@ assume_dax = true
 allow_volatile = true
 scrub_mib_s = 7
 scrub_interval_h = 8
+index_memory_max = "256MiB"
 
 [[volume]]
 name = "web"
@@ -507,6 +510,7 @@ backing = "/dev/vg/db"
         assert_eq!(cache.segment_size, Some(16 << 20));
         assert!(cache.assume_dax && cache.allow_volatile);
         assert_eq!((cache.scrub_mib_s, cache.scrub_interval_h), (7, 8));
+        assert_eq!(cache.index_memory_max, 256 << 20);
         let web = &config.volumes()[0];
         let endpoint =
             Endpoint::socket("/run/pcache/web.sock".parse().unwrap(), Some(0o640), Some("kvm".into()));

@@ -372,6 +372,7 @@ fn open_cache(config: &CacheConfig, image: Image, ahead: &ReadAhead) -> Result<O
         bytes_per_s: u64::from(config.scrub_mib_s) << 20,
         interval_ms: u64::from(config.scrub_interval_h) * 3_600_000,
     });
+    cache.set_index_memory_max(config.index_memory_max);
     let (config, workers) = (config.clone(), Mutex::default());
     Ok(OpenCache { config, pmem: image.pmem, cache, is_new: image.is_new, workers })
 }

@@ -180,6 +180,22 @@ fn multiple_of(text: &str, unit: u64) -> Result<u64, ValueError> {
     Ok(size)
 }
 
+/// Most RAM for a cache's index, 0 for no bound.
+///
+/// # Errors
+/// Not a size, or too little for an empty index.
+pub fn index_memory_max(text: &str) -> Result<u64, ValueError> {
+    const MIN: u64 = 1 << 20;
+    if text == "0" {
+        return Ok(0);
+    }
+    let Bytes(size) = text.parse()?;
+    match size {
+        0..MIN => Err(ValueError::OutOfRange { given: text.into(), min: MIN, max: u64::MAX }),
+        _ => Ok(size),
+    }
+}
+
 /// How much is read in one go before it is no longer cached, 0 for no limit.
 ///
 /// # Errors

@@ -145,6 +145,28 @@ impl Geometry {
         Ok(geometry)
     }
 
+    /// The same cache on `device_size` bytes: as many segments as fit.
+    ///
+    /// # Errors
+    /// [`GeometryError`]: they are too few, or too many.
+    pub fn resized(&self, device_size: u64) -> Result<Geometry, GeometryError> {
+        let device_size = device_size - device_size % PAGE as u64;
+        let usable = device_size.saturating_sub(2 * self.meta_size);
+        let segment_count = usable / u64::from(self.segment_size);
+        if segment_count < SEGMENT_COUNT_MIN.into() {
+            let segments = u64::from(SEGMENT_COUNT_MIN) * u64::from(self.segment_size);
+            return Err(GeometryError::DeviceTooSmall {
+                device_size,
+                minimum: 2 * self.meta_size + segments,
+            });
+        }
+        let segment_count =
+            u32::try_from(segment_count).map_err(|_| GeometryError::SegmentCount { segment_count })?;
+        let geometry = Geometry { device_size, segment_count, ..*self };
+        geometry.validate()?;
+        Ok(geometry)
+    }
+
     /// Whether all the type's invariants hold.
     ///
     /// # Errors
@@ -315,6 +337,22 @@ mod tests {
                 assert!(Geometry::choose(minimum - 1, forced).is_err());
             }
         }
+    }
+
+    #[test]
+    fn another_size_changes_the_number_of_segments_and_nothing_else() {
+        let old = Geometry::choose(64 * MIB, None).unwrap();
+        let count = |size| old.resized(size).map(|new| new.segment_count);
+        assert_eq!(old.resized(old.device_size), Ok(old));
+        assert_eq!(count(old.device_size + 5), Ok(old.segment_count));
+        let segment = u64::from(old.segment_size);
+        assert_eq!(count(old.device_size + 3 * segment), Ok(old.segment_count + 3));
+        assert_eq!(count(4 * MIB + 4 * segment), Ok(4));
+        for size in [0, 4096, 4 * MIB, 4 * MIB + 4 * segment - 1] {
+            assert!(matches!(count(size), Err(GeometryError::DeviceTooSmall { .. })), "{size}");
+        }
+        let tiny = Geometry::custom(16 << 10, SEGMENT_SIZE_MIN, 4, 1).unwrap();
+        assert!(matches!(tiny.resized(1 << 60), Err(GeometryError::SegmentCount { .. })));
     }
 
     #[test]

@@ -62,8 +62,8 @@ pub use summary::{
     encode_summary, summary_len,
 };
 pub use superblock::{
-    FEATURES_COMPAT, FEATURES_INCOMPAT, FEATURES_RO_COMPAT, SUPERBLOCK_MAGIC, Superblock, SuperblockError,
-    VERSION,
+    FEATURES_COMPAT, FEATURES_INCOMPAT, FEATURES_RO_COMPAT, GENERATION_FLOOR, SUPERBLOCK_MAGIC, Superblock,
+    SuperblockError, VERSION, VOID_SEGMENTS,
 };
 pub use text::{pad, pad_cut, text, unpad};
 pub use volume::{

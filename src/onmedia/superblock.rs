@@ -8,7 +8,7 @@ use super::check::{judge_crc, put_crc};
 use super::corruption::Judge;
 use super::dual::{Dual, Sequenced, newest};
 use super::layout::{layout, offset_of};
-use super::{Corruption, Geometry, GeometryError, PAGE, Secret, Uuid};
+use super::{Corruption, Geometry, GeometryError, PAGE, SEGMENT_COUNT_MIN, Secret, Uuid};
 
 /// The first 8 bytes of a cache, as a little-endian number.
 pub const SUPERBLOCK_MAGIC: u64 = u64::from_le_bytes(*b"PCVHOST\x01");
@@ -16,10 +16,14 @@ pub const SUPERBLOCK_MAGIC: u64 = u64::from_le_bytes(*b"PCVHOST\x01");
 pub const VERSION: u32 = 1;
 /// Compatible features this code knows: others may be ignored.
 pub const FEATURES_COMPAT: u64 = 0;
+/// Read-only compatible: `generation_floor` counts, because the cache has been shrunk.
+pub const GENERATION_FLOOR: u64 = 1;
+/// Incompatible: `void_from` counts, because a change of size is not finished.
+pub const VOID_SEGMENTS: u64 = 1;
 /// Read-only compatible features this code knows: with others the cache may be read, not written.
-pub const FEATURES_RO_COMPAT: u64 = 0;
+pub const FEATURES_RO_COMPAT: u64 = GENERATION_FLOOR;
 /// Incompatible features this code knows: with others the cache must be left alone.
-pub const FEATURES_INCOMPAT: u64 = 0;
+pub const FEATURES_INCOMPAT: u64 = VOID_SEGMENTS;
 
 const CRC: usize = offset_of(Superblock::FIELDS, "crc");
 const VERSION_AT: usize = offset_of(Superblock::FIELDS, "version");
@@ -52,12 +56,16 @@ layout! {
         100 segment_count: u32,
         /// Number of volume slots.
         104 volume_slots: u32,
+        /// With [`VOID_SEGMENTS`]: segments from this one on hold nothing, whatever stands there.
+        108 void_from: u32,
         /// When it was formatted, seconds since 1970 UTC.
         112 created_at: u64,
         /// By what, as text.
         120 created_by: [u8; 32],
         /// The operator's name for it, as text.
         152 label: [u8; 64],
+        /// With [`GENERATION_FLOOR`]: no segment that is made anew begins with a lower generation.
+        216 generation_floor: u64,
     }
 }
 
@@ -98,8 +106,8 @@ impl Superblock {
     pub fn new(geometry: &Geometry, uuid: Uuid, secret: Secret) -> Superblock {
         Superblock {
             features_compat: FEATURES_COMPAT,
-            features_ro_compat: FEATURES_RO_COMPAT,
-            features_incompat: FEATURES_INCOMPAT,
+            features_ro_compat: 0,
+            features_incompat: 0,
             uuid,
             secret,
             sequence: 1,
@@ -108,10 +116,50 @@ impl Superblock {
             segment_size: geometry.segment_size,
             segment_count: geometry.segment_count,
             volume_slots: geometry.volume_slots,
+            void_from: 0,
             created_at: 0,
             created_by: [0; 32],
             label: [0; 64],
+            generation_floor: 0,
         }
+    }
+
+    /// The same cache with another geometry, of which segments from `void_from` on hold nothing yet.
+    pub fn with_size(self, geometry: &Geometry, void_from: Option<u32>) -> Superblock {
+        Superblock {
+            device_size: geometry.device_size,
+            segment_count: geometry.segment_count,
+            void_from: void_from.unwrap_or(0),
+            features_incompat: match void_from {
+                Some(_) => self.features_incompat | VOID_SEGMENTS,
+                None => self.features_incompat & !VOID_SEGMENTS,
+            },
+            ..self
+        }
+    }
+
+    /// The same cache, in which no segment that is made anew begins below this generation.
+    pub fn with_generation_floor(self, floor: u64) -> Superblock {
+        Superblock {
+            generation_floor: self.first_generation().max(floor),
+            features_ro_compat: self.features_ro_compat | GENERATION_FLOOR,
+            ..self
+        }
+    }
+
+    /// The first of the segments that hold nothing, whatever stands there, if there are any.
+    pub fn void_from(&self) -> Option<u32> {
+        (self.features_incompat & VOID_SEGMENTS != 0).then_some(self.void_from)
+    }
+
+    /// Segments whose headers count.
+    pub fn usable_segments(&self) -> u32 {
+        self.void_from().unwrap_or(self.segment_count)
+    }
+
+    /// The generation in which a segment that is made anew begins.
+    pub fn first_generation(&self) -> u64 {
+        if self.features_ro_compat & GENERATION_FLOOR == 0 { 1 } else { self.generation_floor.max(1) }
     }
 
     /// Where everything lies.
@@ -166,6 +214,12 @@ impl Superblock {
         }
         JUDGE.counter("sequence", superblock.sequence)?;
         superblock.geometry().validate().map_err(SuperblockError::Geometry)?;
+        if superblock.void_from().is_some() {
+            let (from, count) = (superblock.void_from.into(), superblock.segment_count.into());
+            JUDGE.at_least("void_from", SEGMENT_COUNT_MIN.into(), from)?;
+            JUDGE.at_most("void_from", count, from)?;
+        }
+        JUDGE.counter("generation_floor", superblock.first_generation())?;
         Ok(superblock)
     }
 
@@ -263,6 +317,31 @@ mod tests {
     fn features_that_may_be_unknown_do_not_stop_reading() {
         let read = changed(|page| page[24] = 4).unwrap();
         assert_eq!((read.unknown_ro_compat(), read.features_compat), (4, 0x8000_0000_0000_0001));
+    }
+
+    #[test]
+    fn what_a_change_of_size_notes_counts_only_with_its_feature() {
+        let plain = example();
+        assert_eq!((plain.void_from(), plain.first_generation(), plain.usable_segments()), (None, 1, 63));
+        let without = changed(|page| {
+            page[108] = 9;
+            page[216] = 9;
+        });
+        let without = without.unwrap();
+        assert_eq!((without.void_from(), without.first_generation()), (None, 1));
+        let larger = Geometry { segment_count: 10, ..example().geometry() };
+        let shrunk = example().with_generation_floor(7).with_size(&larger, Some(8));
+        let read = Superblock::decode(&shrunk.encode()).unwrap();
+        assert_eq!((read.void_from(), read.usable_segments(), read.first_generation()), (Some(8), 8, 7));
+        assert_eq!(read.clone().with_generation_floor(5).first_generation(), 7, "it never falls");
+        let done = read.with_size(&larger, None);
+        assert_eq!((done.void_from(), done.usable_segments(), done.features_incompat), (None, 10, 0));
+        for from in [0, 3, 11] {
+            let bad = Superblock { void_from: from, ..shrunk.clone() };
+            assert!(
+                matches!(Superblock::decode(&bad.encode()), Err(SuperblockError::Damaged(c)) if c.field == "void_from")
+            );
+        }
     }
 
     #[test]

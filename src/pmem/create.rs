@@ -6,10 +6,10 @@
 //! and mode, and some file systems (NFS, overlayfs) know no `O_TMPFILE`.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::lock::{self, Holder, LockError};
@@ -126,6 +126,31 @@ fn make_in_place(path: &Path, size: u64, new: bool, allocate: Allocate) -> Resul
     })
 }
 
+/// Makes a file that is in use longer: takes all of the space, makes that durable. On failure it has the
+/// length it had.
+///
+/// # Errors
+/// There is not enough space, or the file system refuses; a sentence says how much there is.
+pub(super) fn extend(file: &File, from: u64, to: u64) -> io::Result<()> {
+    let missing = to.saturating_sub(from);
+    let no_space = |free: u64| {
+        let what = format!("{missing} bytes more are needed and {free} are free");
+        io::Error::new(io::ErrorKind::StorageFull, what)
+    };
+    if let Ok(free) = free_space(file)
+        && free < missing
+    {
+        return Err(no_space(free));
+    }
+    let Err(error) = allocate_from(file, from, to).and_then(|()| file.sync_all()) else { return Ok(()) };
+    // What is beyond the end is nobody's yet.
+    drop(file.set_len(from));
+    match (error.kind(), free_space(file)) {
+        (io::ErrorKind::StorageFull, Ok(free)) => Err(no_space(free)),
+        _ => Err(error),
+    }
+}
+
 /// Allocates, and makes durable. On failure the file is empty again.
 fn fill(path: &Path, file: &File, size: u64, allocate: Allocate) -> Result<(), CreateError> {
     let no_space = |free| CreateError::NoSpace { path: path.to_owned(), size, free };
@@ -145,29 +170,34 @@ fn fill(path: &Path, file: &File, size: u64, allocate: Allocate) -> Result<(), C
     }
 }
 
-#[expect(unsafe_code, reason = "calls fallocate")]
 fn allocate(file: &File, size: u64) -> io::Result<()> {
+    allocate_from(file, 0, size)
+}
+
+/// Takes the space of a file from `from`, where it ends, to `to`.
+#[expect(unsafe_code, reason = "calls fallocate")]
+fn allocate_from(file: &File, from: u64, to: u64) -> io::Result<()> {
     loop {
         // SAFETY: the descriptor is open; the range is checked by the kernel.
-        if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, size as i64) } == 0 {
+        if unsafe { libc::fallocate(file.as_raw_fd(), 0, from as i64, (to - from) as i64) } == 0 {
             return Ok(());
         }
         match io::Error::last_os_error() {
             error if error.kind() == io::ErrorKind::Interrupted => {}
-            error if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return write_zeros(file, size),
+            error if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return write_zeros(file, from, to),
             error => return Err(error),
         }
     }
 }
 
 /// For file systems that allocate only what is written.
-fn write_zeros(mut file: &File, size: u64) -> io::Result<()> {
+fn write_zeros(file: &File, from: u64, to: u64) -> io::Result<()> {
     let zeros = vec![0; 1 << 20];
-    let mut left = size;
-    while left > 0 {
-        let step = left.min(zeros.len() as u64);
-        file.write_all(&zeros[..step as usize])?;
-        left -= step;
+    let mut at = from;
+    while at < to {
+        let step = (to - at).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..step as usize], at)?;
+        at += step;
     }
     Ok(())
 }

@@ -10,6 +10,8 @@
 //!    Only a process that has dropped those pages ([`Pmem::reread`]) may believe its own again.
 //! 4. `sync`s take turns. The kernel reports a write error once per open file: of two that overlap
 //!    one would be told of the failure, and the other that its data is durable.
+//! 5. The mapping never moves: what it may grow to is reserved from the start, and a part that is cut
+//!    off stays reserved. So `len` may change while others copy; they touch nothing past it.
 //!
 //! `sync` is an `fdatasync` without an `msync`: on Linux `msync(MS_SYNC)` is a ranged `fsync` of the
 //! file, and pages dirtied through a mapping are the file's dirty pages, since the first store to a
@@ -22,12 +24,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
 use super::guard::{ForeignSlice, ForeignSliceMut};
 use super::store::complete_stores;
-use super::{MediaClass, MediaError, Pmem, StoreMethod, StorePlan, SyncError, guard, open};
+use super::{MediaClass, MediaError, Pmem, StoreMethod, StorePlan, SyncError, create, guard, open};
 
 /// Alignment of the mapping's base: a huge page of every size that matters, so that a structure
 /// aligned on the media is aligned in memory, and file systems can map 2 MiB at once.
@@ -132,7 +134,12 @@ impl MappedPmem {
         loop {
             // SAFETY: the descriptor is open; the range is the file's own.
             let done = unsafe {
-                libc::fallocate(self.file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, 0, self.mapping.len as i64)
+                libc::fallocate(
+                    self.file.as_raw_fd(),
+                    libc::FALLOC_FL_KEEP_SIZE,
+                    0,
+                    self.mapping.len() as i64,
+                )
             };
             match io::Error::last_os_error() {
                 _ if done == 0 => return Ok(()),
@@ -146,14 +153,39 @@ impl MappedPmem {
     #[inline]
     fn address(&self, at: u64, len: usize) -> *mut u8 {
         let end = at.checked_add(len as u64);
-        assert!(end.is_some_and(|end| end <= self.mapping.len), "{at}+{len} of {}", self.mapping.len);
+        assert!(end.is_some_and(|end| end <= self.mapping.len()), "{at}+{len} of {}", self.mapping.len());
         self.mapping.base.wrapping_add(at as usize)
     }
 }
 
 impl Pmem for MappedPmem {
     fn len(&self) -> u64 {
-        self.mapping.len
+        self.mapping.len()
+    }
+
+    fn resize(&self, len: u64) -> io::Result<u64> {
+        assert!(!self.is_read_only(), "a change of media opened for reading");
+        let meta = self.file.metadata()?;
+        if !meta.is_file() {
+            // Whoever gives a device its size has done so already.
+            let found = open::device_len(&self.file, &meta)?;
+            if found > self.len() {
+                self.mapping.grow(&self.file, found, self.class)?;
+            }
+            return Ok(self.len());
+        }
+        let len = len.next_multiple_of(self.mapping.page_size);
+        if len > self.len() {
+            if len > meta.len() {
+                create::extend(&self.file, meta.len(), len)?;
+            }
+            self.mapping.grow(&self.file, len, self.class)?;
+        } else if len < self.len() {
+            self.mapping.cut(len)?;
+            self.file.set_len(len)?;
+            self.file.sync_all()?;
+        }
+        Ok(self.len())
     }
 
     fn class(&self) -> MediaClass {
@@ -313,7 +345,7 @@ fn drop_pages(file: &File, mapping: &Mapping) -> io::Result<()> {
     }
     for _ in 0..DROP_TRIES {
         // SAFETY: our own mapping of a file: what is not mapped any more is read again when touched.
-        unsafe { libc::madvise(mapping.base.cast(), mapping.mapped_len, libc::MADV_DONTNEED) };
+        unsafe { libc::madvise(mapping.base.cast(), mapping.mapped_len(), libc::MADV_DONTNEED) };
         // SAFETY: the descriptor is open.
         unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         if !mapping.is_resident()? {
@@ -359,11 +391,19 @@ impl MapFailure {
 pub(super) struct Mapping {
     base: *mut u8,
     /// Bytes that are the file's.
-    len: u64,
-    /// Bytes mapped: `len` rounded up to the media's page size.
-    mapped_len: usize,
+    len: AtomicU64,
+    /// Bytes of addresses that are ours, from `base` on; at least `len`.
+    reserved_len: AtomicUsize,
+    /// Alignment of address and length that the kernel demands.
+    page_size: u64,
     writable: bool,
+    map_sync: bool,
 }
+
+/// Addresses reserved for a mapping to grow into: so many times what it has, and this at least.
+/// Addresses cost nothing; a process has 128 TiB of them.
+const GROWTH: u64 = 16;
+const GROWTH_MIN: u64 = 64 << 30;
 
 #[expect(unsafe_code, reason = "a mapping belongs to the process, not to a thread")]
 // SAFETY: the pointer is only ever used by the guarded copies, from any thread.
@@ -390,7 +430,7 @@ impl Mapping {
     }
 
     /// Maps `len` bytes of the file, whose mappings come in pages of `page_size`.
-    #[expect(unsafe_code, reason = "calls mmap, munmap and madvise")]
+    #[expect(unsafe_code, reason = "calls munmap")]
     pub(super) fn new(
         file: &File,
         len: u64,
@@ -401,49 +441,111 @@ impl Mapping {
         let too_long = || MapFailure { step: "mapped", source: io::Error::from_raw_os_error(libc::ENOMEM) };
         let align = BASE_ALIGN.max(page_size.next_power_of_two());
         let mapped_len = len.checked_next_multiple_of(page_size).ok_or_else(too_long)?;
-        let reserved_len = mapped_len.checked_add(align).ok_or_else(too_long)?;
-        let (mapped_len, reserved_len) = (mapped_len as usize, reserved_len as usize);
-        // More addresses than needed, so that an aligned base is among them.
-        let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new mapping, at an address of the kernel's choice.
-        let reserved = unsafe { libc::mmap(ptr::null_mut(), reserved_len, libc::PROT_NONE, private, -1, 0) };
-        if reserved == libc::MAP_FAILED {
-            return Err(MapFailure::last("given addresses"));
-        }
-        let reserved = reserved.cast::<u8>();
+        let least = mapped_len.checked_add(align).ok_or_else(too_long)?;
+        let most = mapped_len.saturating_mul(if writable { GROWTH } else { 1 }).max(least);
+        let most = if writable { most.max(GROWTH_MIN) } else { most };
+        // More addresses than needed, so that an aligned base is among them. Where addresses are limited
+        // there is less to grow into.
+        let (reserved, reserved_len) = reserve(most as usize)
+            .map(|reserved| (reserved, most as usize))
+            .or_else(|_| reserve(least as usize).map(|reserved| (reserved, least as usize)))?;
+        let mapped_len = mapped_len as usize;
         let base = reserved.wrapping_add(reserved.align_offset(align as usize));
-        let how = if map_sync { libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC } else { libc::MAP_SHARED };
-        // SAFETY: replaces a part of our own reservation.
+        let before = base.addr() - reserved.addr();
+        if before > 0 {
+            // SAFETY: the front of our own reservation, which nothing has been mapped over.
+            unsafe { libc::munmap(reserved.cast(), before) };
+        }
+        let reserved_len = (reserved_len - before) / page_size as usize * page_size as usize;
+        let mapping = Self {
+            base,
+            len: AtomicU64::new(len),
+            reserved_len: AtomicUsize::new(reserved_len),
+            page_size,
+            writable,
+            map_sync,
+        };
+        match mapping.map(file, 0, mapped_len) {
+            Ok(()) => Ok(mapping),
+            Err(failure) => {
+                // The reservation is left as it is: the kernel may have opened a hole in it already, in
+                // which another thread's mapping may lie by now. It costs addresses, not memory.
+                std::mem::forget(mapping);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Maps bytes `from` to `end` of the file, whole pages within the reservation.
+    #[expect(unsafe_code, reason = "calls mmap and madvise")]
+    fn map(&self, file: &File, from: usize, end: usize) -> Result<(), MapFailure> {
+        let how = if self.map_sync { libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC } else { libc::MAP_SHARED };
+        let (at, len) = (self.base.wrapping_add(from).cast(), end - from);
+        let fd = file.as_raw_fd();
+        // SAFETY: replaces a part of our own reservation, in which nobody copies yet.
         let mapped = unsafe {
-            libc::mmap(
-                base.cast(),
-                mapped_len,
-                protection(writable),
-                how | libc::MAP_FIXED,
-                file.as_raw_fd(),
-                0,
-            )
+            libc::mmap(at, len, protection(self.writable), how | libc::MAP_FIXED, fd, from as libc::off_t)
         };
         if mapped == libc::MAP_FAILED {
-            // The reservation is left as it is: the kernel may have opened a hole in it already, in
-            // which another thread's mapping may lie by now. It costs addresses, not memory.
             return Err(MapFailure::last("mapped"));
         }
-        let before = base.addr() - reserved.addr();
-        let after = reserved_len - before - mapped_len;
-        // SAFETY: what is left of our own reservation on either side; the advice is about our own
-        // mapping, and its refusal harmless: huge pages are a hint, and a core dump only gets bigger.
+        // SAFETY: advice about our own mapping, whose refusal is harmless: huge pages are a hint, and a
+        // core dump only gets bigger.
         unsafe {
-            if before > 0 {
-                libc::munmap(reserved.cast(), before);
-            }
-            if after > 0 {
-                libc::munmap(base.wrapping_add(mapped_len).cast(), after);
-            }
-            libc::madvise(base.cast(), mapped_len, libc::MADV_HUGEPAGE);
-            libc::madvise(base.cast(), mapped_len, libc::MADV_DONTDUMP);
+            libc::madvise(at, len, libc::MADV_HUGEPAGE);
+            libc::madvise(at, len, libc::MADV_DONTDUMP);
         }
-        Ok(Self { base, len, mapped_len, writable })
+        Ok(())
+    }
+
+    /// Bytes that are the file's.
+    #[inline]
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Bytes mapped: those of the file, rounded up to the media's page size.
+    fn mapped_len(&self) -> usize {
+        self.len().next_multiple_of(self.page_size) as usize
+    }
+
+    /// Maps what the file has become longer by.
+    fn grow(&self, file: &File, len: u64, class: MediaClass) -> io::Result<()> {
+        let (from, end) = (self.mapped_len(), len.next_multiple_of(self.page_size) as usize);
+        let reserved_len = self.reserved_len.load(Ordering::Relaxed);
+        if end > reserved_len {
+            let what = format!("addresses are reserved for {reserved_len} bytes only: open the cache again");
+            return Err(io::Error::other(what));
+        }
+        if from < end {
+            self.map(file, from, end).map_err(|failure| {
+                // As in `new`: what is behind may be another's by now, and is left as it is.
+                self.reserved_len.store(from, Ordering::Relaxed);
+                failure.source
+            })?;
+            if class != MediaClass::PageCache {
+                // No guest's request is to pay for the first touch of memory.
+                self.populate(from, end, class).map_err(|failure| failure.source)?;
+            }
+        }
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    /// Unmaps what the file is about to be shorter by; the addresses stay ours. Nobody copies there.
+    #[expect(unsafe_code, reason = "calls mmap")]
+    fn cut(&self, len: u64) -> io::Result<()> {
+        let (from, end) = (len.next_multiple_of(self.page_size) as usize, self.mapped_len());
+        self.len.store(len, Ordering::Release);
+        if from < end {
+            let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            let at = self.base.wrapping_add(from).cast();
+            // SAFETY: replaces a part of our own mapping that nobody touches any more.
+            if unsafe { libc::mmap(at, end - from, libc::PROT_NONE, private, -1, 0) } == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
     }
 
     /// Whether any page of it is in the page cache.
@@ -451,8 +553,9 @@ impl Mapping {
     fn is_resident(&self) -> io::Result<bool> {
         const STEP: usize = 1 << 30;
         let mut pages = vec![0u8; STEP / 4096];
-        for at in (0..self.mapped_len).step_by(STEP) {
-            let len = STEP.min(self.mapped_len - at);
+        let mapped_len = self.mapped_len();
+        for at in (0..mapped_len).step_by(STEP) {
+            let len = STEP.min(mapped_len - at);
             let base = self.base.wrapping_add(at).cast();
             // SAFETY: our own mapping, and the vector has a byte for each of its pages.
             if unsafe { libc::mincore(base, len, pages.as_mut_ptr()) } != 0 {
@@ -467,13 +570,17 @@ impl Mapping {
 
     /// Touches every page. For writing where that only allocates; behind the page cache it would
     /// make every page dirty, so there for reading.
-    #[expect(unsafe_code, reason = "calls madvise")]
     pub(super) fn prefault(&self, class: MediaClass) -> Result<(), MapFailure> {
+        self.populate(0, self.mapped_len(), class)
+    }
+
+    #[expect(unsafe_code, reason = "calls madvise")]
+    fn populate(&self, from: usize, end: usize, class: MediaClass) -> Result<(), MapFailure> {
         let for_writing = self.writable && class != MediaClass::PageCache;
         let advice = if for_writing { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
         loop {
             // SAFETY: our own mapping, whose content populating does not change.
-            if unsafe { libc::madvise(self.base.cast(), self.mapped_len, advice) } == 0 {
+            if unsafe { libc::madvise(self.base.wrapping_add(from).cast(), end - from, advice) } == 0 {
                 return Ok(());
             }
             let source = io::Error::last_os_error();
@@ -494,8 +601,17 @@ impl Drop for Mapping {
     #[expect(unsafe_code, reason = "calls munmap")]
     fn drop(&mut self) {
         // SAFETY: our own mapping, and nothing refers into it.
-        unsafe { libc::munmap(self.base.cast(), self.mapped_len) };
+        unsafe { libc::munmap(self.base.cast(), self.reserved_len.load(Ordering::Relaxed)) };
     }
+}
+
+/// Addresses that nothing is mapped at, and nobody else will map anything at.
+#[expect(unsafe_code, reason = "calls mmap")]
+fn reserve(len: usize) -> Result<*mut u8, MapFailure> {
+    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, at an address of the kernel's choice.
+    let reserved = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, private, -1, 0) };
+    if reserved == libc::MAP_FAILED { Err(MapFailure::last("given addresses")) } else { Ok(reserved.cast()) }
 }
 
 fn protection(writable: bool) -> libc::c_int {

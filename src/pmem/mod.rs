@@ -88,13 +88,31 @@ pub struct MediaError {
 #[error("making the cache durable failed: {0}")]
 pub struct SyncError(pub std::io::Error);
 
-/// Byte-addressable memory of a fixed size.
+/// Byte-addressable memory.
 ///
 /// Offsets past `len()` are a bug of the caller and panic. All methods may be called from any
 /// thread; accesses to the same bytes are ordered by the caller.
 pub trait Pmem: Send + Sync + 'static {
-    /// Size in bytes, constant.
+    /// Size in bytes; only [`Pmem::resize`] changes it.
     fn len(&self) -> u64;
+
+    /// Gives the memory another size, where it can have one: a file grows, with all of its space taken, or
+    /// is cut off; of a device what it has by now is found out. Returns the size that it has then. What
+    /// it has had before and has still does not move, and a size that is returned is durable; nobody may
+    /// touch what is cut off.
+    ///
+    /// # Errors
+    /// It cannot; it has the size it had.
+    fn resize(&self, len: u64) -> io::Result<u64> {
+        let _ = len;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Bytes before its end at which the second superblock of a cache is looked for when nothing is left
+    /// of the first. 2 MiB, but in simulations.
+    fn back_size(&self) -> u64 {
+        2 << 20
+    }
 
     /// Whether there is nothing.
     fn is_empty(&self) -> bool {

@@ -291,6 +291,16 @@ fn has_dax_attribute(file: &File) -> bool {
     asked == 0 && stat.stx_attributes & stat.stx_attributes_mask & libc::STATX_ATTR_DAX as u64 != 0
 }
 
+/// Bytes that a device has now.
+pub(super) fn device_len(file: &File, meta: &fs::Metadata) -> io::Result<u64> {
+    if meta.file_type().is_block_device() {
+        return (&*file).seek(io::SeekFrom::End(0));
+    }
+    let device = sysfs_device(Path::new("/sys"), "char", meta.rdev());
+    let size = device.and_then(|device| fs::read_to_string(device.join("size")).ok()?.trim().parse().ok());
+    size.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "sysfs tells no size"))
+}
+
 /// One sentence for the log line at start.
 pub(super) fn durability(class: MediaClass) -> &'static str {
     match class {

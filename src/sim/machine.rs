@@ -225,6 +225,12 @@ impl Machine {
         self.stepper.housekeeper()
     }
 
+    /// Does something on behalf of whoever controls the cache.
+    pub fn control<T>(&mut self, f: impl FnOnce(&Cache<SimEnv>) -> T) -> T {
+        self.world.act_as(CONTROL);
+        f(&self.cache)
+    }
+
     /// Whether reclaim relocates or drops, from now on.
     pub fn relocate(&mut self, on: bool) {
         self.stepper.relocate(on);

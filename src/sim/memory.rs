@@ -88,6 +88,10 @@ pub struct Memory {
     poison: Vec<Range<u64>>,
     /// Deaths of the host so far.
     boot: u64,
+    /// See [`Pmem::back_size`].
+    back: u64,
+    /// Whether its length is whatever it is.
+    is_device: bool,
 }
 
 impl Memory {
@@ -104,7 +108,28 @@ impl Memory {
             lost: BTreeMap::new(),
             poison: Vec::new(),
             boot: 1,
+            back: 2 << 20,
+            is_device: false,
         }
+    }
+
+    /// The same, on which a cache has so small an end.
+    pub fn with_back(self, back: u64) -> Memory {
+        Memory { back, ..self }
+    }
+
+    /// The same, as a device, which nobody makes longer or cuts off.
+    pub fn as_device(self) -> Memory {
+        Memory { is_device: true, ..self }
+    }
+
+    /// Makes it longer, by zeros, or cuts it off; at once and durably, as a file's length is made durable
+    /// before anything else is done with it.
+    fn resize(&mut self, len: usize) {
+        self.now.resize(len);
+        self.durable.retain(|&page, _| (page + 1) * super::pages::PAGE <= len);
+        self.log.retain(|store| store.end() <= len);
+        self.lost.retain(|&line, _| (line + 1) * self.line <= len);
     }
 
     /// None: where a cache is lost.
@@ -124,6 +149,8 @@ impl Memory {
             lost: BTreeMap::new(),
             poison: self.poison.clone(),
             boot: self.boot + 1,
+            back: self.back,
+            is_device: self.is_device,
         }
     }
 
@@ -365,21 +392,35 @@ fn without(store: &Store, over: &Store) -> impl Iterator<Item = Store> + use<> {
 /// The world's memory, as the engine sees it.
 pub struct SimPmem {
     world: Arc<World>,
-    len: u64,
     class: MediaClass,
 }
 
 impl SimPmem {
     /// The memory of `world`.
     pub fn new(world: &Arc<World>) -> SimPmem {
-        let (len, class) = world.with(|w| (w.memory.len() as u64, w.memory.class));
-        SimPmem { world: world.clone(), len, class }
+        let class = world.with(|w| w.memory.class);
+        SimPmem { world: world.clone(), class }
     }
 }
 
 impl Pmem for SimPmem {
     fn len(&self) -> u64 {
-        self.len
+        self.world.with(|w| w.memory.len() as u64)
+    }
+
+    fn resize(&self, len: u64) -> io::Result<u64> {
+        let len = len.next_multiple_of(super::pages::PAGE as u64);
+        self.world.with(|w| {
+            if !w.memory.is_device {
+                w.event(Event::Resize);
+                w.memory.resize(len as usize);
+            }
+            Ok(w.memory.len() as u64)
+        })
+    }
+
+    fn back_size(&self) -> u64 {
+        self.world.with(|w| w.memory.back)
     }
 
     fn class(&self) -> MediaClass {

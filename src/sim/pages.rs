@@ -25,9 +25,16 @@ impl Pages {
         self.0.len() * PAGE
     }
 
+    /// Zero bytes behind what there is, or less of it.
+    pub fn resize(&mut self, len: usize) {
+        assert!(len.is_multiple_of(PAGE), "{len} bytes are not whole pages");
+        let zeros = Arc::new([0; PAGE]);
+        self.0.resize_with(len / PAGE, || zeros.clone());
+    }
+
     /// Whether no page has been written since one was copied from the other.
     pub fn is_shared(&self, other: &Pages) -> bool {
-        self.0.iter().zip(&other.0).all(|(a, b)| Arc::ptr_eq(a, b))
+        self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(|(a, b)| Arc::ptr_eq(a, b))
     }
 
     /// A page, to be shared.

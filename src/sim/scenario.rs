@@ -46,6 +46,10 @@ pub struct Scenario {
     pub waits: bool,
     /// Whether the cache is scrubbed all the time.
     pub is_scrubbed: bool,
+    /// Whether the cache grows and shrinks under its guests.
+    pub resizes: bool,
+    /// Whether it lies on a device, on which what is cut off stays.
+    pub is_device: bool,
     /// Whether the volumes are one consistency group.
     pub is_joint: bool,
 }
@@ -74,6 +78,7 @@ impl Scenario {
         let geometry = Geometry::custom(meta, segment_size, segments, volumes as u32);
         // Dice of their own.
         let mut apart = Rng::new(seed ^ 0x0dd5);
+        let mut sizes = Rng::new(seed ^ 0x512e);
         let simple = rng.chance(1, 2);
         let plain = Style { order: rng.pick(&[Order::Strict, Order::Grouped]), ..Style::strict() };
         let styles = (0..volumes).map(|_| if simple { plain } else { Style::random(&mut rng) });
@@ -97,6 +102,8 @@ impl Scenario {
             redo_sectors: 48 + u64::from(segment_size) / 16 / 512 + rng.pick(&[0, 24, 400]),
             waits: apart.chance(1, 2),
             is_scrubbed: apart.chance(1, 3),
+            resizes: sizes.chance(1, 3),
+            is_device: sizes.chance(1, 2),
             is_joint: false,
         };
         if simple && volumes > 1 && apart.chance(2, 3) {

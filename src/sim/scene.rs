@@ -37,7 +37,17 @@ impl Scene {
 
     /// A fresh cache of so many segments of 64 KiB before a disk of so many sectors.
     pub fn sized(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Scene {
-        let world = Scene::world(class, style, segments, sectors);
+        Scene::begin(Scene::world(class, style, segments, sectors), style)
+    }
+
+    /// A fresh cache of 12 segments of 64 KiB on a device, before a disk of 512 sectors.
+    pub fn on_device(class: MediaClass, style: Style) -> Scene {
+        let world = Scene::world(class, style, 12, 512);
+        world.with(|w| w.memory = w.memory.clone().as_device());
+        Scene::begin(world, style)
+    }
+
+    fn begin(world: Arc<World>, style: Style) -> Scene {
         let machine = Machine::open(&world, &[style], 1).expect("a fresh cache");
         Scene { world, machine, style, next_tag: 1, rng: Rng::new(2) }
     }
@@ -49,7 +59,7 @@ impl Scene {
             disks.push(DiskState::raw(REDO_SECTORS).named(2));
         }
         let geometry = Geometry::custom(16 << 10, 64 << 10, segments, 1).expect("a geometry");
-        let memory = Memory::new(class, geometry.device_size);
+        let memory = Memory::new(class, geometry.device_size).with_back(geometry.meta_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
         format(&SimPmem::new(&world), &SimClock::default(), &options).expect("fresh memory");

@@ -45,6 +45,8 @@ stats! {
     cuts_fence,
     /// Instants before a `sync`.
     cuts_sync,
+    /// Instants before a change of the memory's size.
+    cuts_resize,
     /// Instants before a disk read.
     cuts_disk_read,
     /// Instants before a disk write.
@@ -159,6 +161,12 @@ stats! {
     redo_images,
     /// Changes of a volume's order under its guest.
     order_changes,
+    /// Times the cache grew under its guests.
+    growths,
+    /// Times the cache shrank under its guests.
+    shrinks,
+    /// Changes of size that were called off, or cut off by the end of a life.
+    resizes_undone,
     /// Groups applied by way of a redo area.
     groups,
     /// Images whose disks, those of a consistency group, were compared as one with the cache lost.
@@ -174,6 +182,7 @@ impl Stats {
             Event::Store => &mut self.cuts_store,
             Event::Fence => &mut self.cuts_fence,
             Event::Sync => &mut self.cuts_sync,
+            Event::Resize => &mut self.cuts_resize,
             Event::DiskRead => &mut self.cuts_disk_read,
             Event::DiskWrite => &mut self.cuts_disk_write,
             Event::DiskFlush => &mut self.cuts_disk_flush,

@@ -114,6 +114,8 @@ pub enum Event {
     Fence,
     /// A `sync` of the memory.
     Sync,
+    /// The memory gets another size.
+    Resize,
     /// A read is submitted to a disk.
     DiskRead,
     /// A write or zeroing is submitted to a disk.
@@ -128,10 +130,11 @@ pub enum Event {
 
 impl Event {
     /// All of them.
-    pub const ALL: [Event; 8] = [
+    pub const ALL: [Event; 9] = [
         Event::Store,
         Event::Fence,
         Event::Sync,
+        Event::Resize,
         Event::DiskRead,
         Event::DiskWrite,
         Event::DiskFlush,
@@ -145,6 +148,7 @@ impl Event {
             Event::Store => "a store",
             Event::Fence => "a fence",
             Event::Sync => "a sync",
+            Event::Resize => "a change of the memory's size",
             Event::DiskRead => "a disk read",
             Event::DiskWrite => "a disk write",
             Event::DiskFlush => "a disk flush",

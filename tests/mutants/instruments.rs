@@ -8,7 +8,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{failing, growth, pairs, rest, starts, stories};
+use super::{failing, growth, pairs, rest, sizes, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -94,6 +94,14 @@ impl Instrument {
             | M::SealedBeforeDurable
             | M::ReusedBeforeGenerationDurable
             | M::TailBeforeLivenessDurable => run(|s| s.class == PageCache),
+            M::VoidNotNoted | M::UsedWhileVoid | M::ShrunkBeforeEmpty | M::RetiredHandedOut => {
+                run(|s| s.resizes)
+            }
+            M::GenerationFloorForgotten => {
+                ("story of a segment made anew", Story(sizes::a_segment_that_is_made_anew))
+            }
+            M::MoveNotMirrored => ("story of a move", Story(sizes::an_update_while_the_back_moves)),
+            M::SignpostForgotten => ("story of a signpost", Story(sizes::a_front_that_is_lost)),
             M::CompletedUnsynced => run(|s| s.class == PageCache && s.styles.iter().any(|s| !s.write_cache)),
             M::EpochNotRaisedAtWrite | M::BypassUnflushed => run(|s| s.styles.iter().any(|s| !s.write_cache)),
             M::BypassUndrained | M::AttachUnflushed => run(|s| s.changes_style),

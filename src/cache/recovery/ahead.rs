@@ -31,7 +31,7 @@ impl ReadAhead {
     pub fn read<P: Pmem>(pmem: &Arc<P>, threads: usize) -> Self {
         // What is wrong with these media, the one who opens them says.
         let Ok(media) = load_media(Arc::clone(pmem)) else { return Self::default() };
-        let count = media.geometry.segment_count;
+        let count = media.geometry.segment_count();
         let segments: Vec<_> = (0..count).map(|_| Mutex::default()).collect();
         let next = AtomicU32::new(0);
         super::spread(threads.min(count as usize).max(1), || {

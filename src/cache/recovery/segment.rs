@@ -62,7 +62,7 @@ pub(super) fn recover<E: Env>(
         found.state = State::Free;
         return found;
     }
-    segment.begin(&cache.media.geometry, header.incarnation, header.generation, header.start_counter);
+    segment.begin(cache.media.geometry.fixed(), header.incarnation, header.generation, header.start_counter);
     segment.set_class(Class::of_stream(header.stream));
     if let Some(volume) = volumes.get(&header.incarnation) {
         let scan = scan_segment(cache, id, &header, volume, ahead, &mut found);

@@ -176,7 +176,8 @@ impl<E: Env> Writeback<E> {
         let mut dirty = lock(&core.dirty);
         for Consumed { id, generation, cursor, next } in plan.cursors.drain(..) {
             let segment = &segments[id as usize];
-            let is_gone = matches!(segment.state(), State::Free | State::Reclaiming | State::Bad);
+            let is_gone =
+                matches!(segment.state(), State::Free | State::Reclaiming | State::Bad | State::Retired);
             if is_gone || segment.generation.load(Ordering::Relaxed) != generation {
                 // Reclaim has taken its entries away; those there are now are of its next life.
                 continue;

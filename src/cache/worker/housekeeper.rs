@@ -24,6 +24,7 @@ use super::super::core::Cache;
 use super::super::counters::add;
 use super::super::env::{Clock, Env};
 use super::super::index::Extent;
+use super::super::resize::ResizeError;
 use super::super::segments::State;
 use super::super::stream::Open;
 use super::super::stripes::lock;
@@ -31,6 +32,7 @@ use super::super::syncer::{Durable, Outcome};
 use super::super::volume::VolumeCore;
 use super::Progress;
 use super::relocate::Relocator;
+use super::resize::Task;
 use super::scrub::Scrubber;
 use super::victims::Budget;
 use crate::mutant::{Mutant, mutated};
@@ -65,6 +67,9 @@ pub(crate) struct Housekeeper<E: Env> {
     /// Full segments, to be sealed once their records are durable.
     sealing: Option<(Durable, Vec<u32>)>,
     noted_failure: bool,
+    /// A change of the cache's size, and whether its turn comes before reclaim's.
+    pub(super) resizing: Option<Task>,
+    resizes_first: bool,
     /// Number of the last `sync` that open segments know of.
     witnessed: u64,
 }
@@ -81,6 +86,8 @@ impl<E: Env> Housekeeper<E> {
             stage: Stage::Idle,
             sealing: None,
             noted_failure: false,
+            resizing: None,
+            resizes_first: false,
             witnessed: 0,
         }
     }
@@ -96,11 +103,7 @@ impl<E: Env> Housekeeper<E> {
         }
         self.witness();
         match std::mem::replace(&mut self.stage, Stage::Idle) {
-            Stage::Idle => match self.choose() {
-                Progress::Idle if self.sealing.is_some() => Progress::Waiting,
-                Progress::Idle => self.scrub(),
-                progress => progress,
-            },
+            Stage::Idle => self.begin(),
             Stage::Emptying(full, empty) => self.empty_one(full, empty),
             Stage::Buried(ticket, victims) => match self.cache.syncer.outcome(ticket) {
                 Outcome::Waiting if mutated(Mutant::SourceFreedBeforeCopy) => self.free_headers(victims),
@@ -113,6 +116,25 @@ impl<E: Env> Housekeeper<E> {
                 _ => self.stay(Stage::Freed(ticket, victims)),
             },
         }
+    }
+
+    /// Begins something: space for guests and a change of size take turns.
+    fn begin(&mut self) -> Progress {
+        self.resizes_first = !self.resizes_first;
+        let mut waits = self.sealing.is_some();
+        for resizes in [self.resizes_first, !self.resizes_first] {
+            match if resizes { self.resize() } else { self.choose() } {
+                Progress::Did => return Progress::Did,
+                Progress::Waiting => waits = true,
+                Progress::Idle => {}
+            }
+        }
+        if waits { Progress::Waiting } else { self.scrub() }
+    }
+
+    /// Empties these segments, which were taken off the list, and frees them.
+    pub(super) fn empty(&mut self, victims: Vec<u32>) {
+        self.stage = Stage::Emptying(victims.into(), Vec::new());
     }
 
     /// Notes in open segments what has become durable since the last look: for streams that have
@@ -151,6 +173,8 @@ impl<E: Env> Housekeeper<E> {
             }
             self.cache.all_volumes().iter().for_each(|v| v.wake_waiting());
         }
+        self.resizing = None;
+        self.cache.resizing.end(Err(ResizeError::SyncFailed));
         Progress::Idle
     }
 
@@ -216,13 +240,16 @@ impl<E: Env> Housekeeper<E> {
     /// Takes victims if free segments run low.
     fn choose(&mut self) -> Progress {
         let (free, target) = (self.cache.free_segments(), self.cache.free_target());
-        if free >= target {
+        // Below the bound on the index a part of the cache stays empty.
+        let over = if self.cache.look_at_index() { (self.cache.segments.len() / 32).max(1) } else { 0 };
+        let wanted = target.saturating_sub(free).max(over);
+        if wanted == 0 {
             return Progress::Idle;
         }
         if self.relocates {
             self.relocator.fill_reserve();
         }
-        let victims = self.pick((target - free).min(BATCH));
+        let victims = self.pick(wanted.min(BATCH));
         if !victims.is_empty() {
             self.cache.is_exhausted.store(false, Ordering::SeqCst);
             self.stage = Stage::Emptying(victims.into(), Vec::new());

@@ -8,6 +8,7 @@ mod housekeeper;
 mod pieces;
 mod pinned;
 mod relocate;
+mod resize;
 mod retry;
 mod scrub;
 mod victims;

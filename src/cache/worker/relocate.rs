@@ -146,6 +146,17 @@ impl<E: Env> Relocator<E> {
         is_wanted
     }
 
+    /// Leaves segments from this one on: ends the target there, and gives back the reserve.
+    pub fn leave(&mut self, from: u32) {
+        let open = self.target.as_ref().and_then(|t| t.stream.open.as_ref());
+        if open.is_some_and(|open| open.id >= from) {
+            self.close();
+        }
+        if let Some(id) = self.reserve.take_if(|id| *id >= from) {
+            self.cache.add_free(id);
+        }
+    }
+
     /// Whether the target is this volume's.
     pub fn is_aimed_at(&self, volume: &Arc<VolumeCore>) -> bool {
         self.target.as_ref().is_some_and(|t| Arc::ptr_eq(&t.volume, volume))

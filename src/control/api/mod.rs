@@ -93,7 +93,9 @@ impl Refused {
 impl From<DaemonError> for Refused {
     fn from(error: DaemonError) -> Self {
         let kind = match &error {
-            DaemonError::NoVolume { .. } | DaemonError::NoJob(_) => Kind::NotFound,
+            DaemonError::NoVolume { .. } | DaemonError::NoCache { .. } | DaemonError::NoJob(_) => {
+                Kind::NotFound
+            }
             DaemonError::Run(error) if error.exit() == super::exit::Exit::Usage => Kind::BadRequest,
             DaemonError::Run(_) => Kind::Failed,
             _ => Kind::Conflict,

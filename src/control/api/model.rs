@@ -54,6 +54,10 @@ pub struct CacheStatus {
     pub segments_used: u64,
     /// Segments given up because of damage.
     pub segments_bad: u64,
+    /// RAM that the index takes.
+    pub index_memory_bytes: u64,
+    /// RAM that it may take before the cache holds less for it; 0 for no bound.
+    pub index_memory_max_bytes: u64,
     /// Whether it could not be made durable once: it takes no more writes.
     pub has_failed: bool,
 }
@@ -397,6 +401,15 @@ pub struct ResizeRequest {
     pub size: Option<String>,
 }
 
+/// The size that a cache is to have.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct CacheResizeRequest {
+    /// Like `20GiB`: of the file, which grows to it or is cut off, or what of a device is used.
+    pub size: String,
+}
+
 /// A checkpoint to be held.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
 #[serde(deny_unknown_fields)]
@@ -426,17 +439,17 @@ pub struct Checkpoint {
 pub struct Job {
     /// Its number.
     pub id: u64,
-    /// `attach`, `checkpoint`, `detach`, `drain`, `flush` or `set`.
+    /// `attach`, `checkpoint`, `detach`, `drain`, `flush`, `resize` or `set`.
     pub kind: String,
-    /// The volume it works on.
+    /// The volume it works on; of a cache's `resize`, the cache.
     pub volume: String,
     /// `running`, `done`, `failed` or `cancelled`.
     pub state: String,
     /// For how long it has run.
     pub elapsed_s: f64,
-    /// Bytes it has to bring to the disk.
+    /// Bytes it has to bring to the disk, or of the cache to empty or add.
     pub total_bytes: u64,
-    /// Bytes of these that are there.
+    /// Bytes of these that are done.
     pub done_bytes: u64,
     /// How many a second, once that is known.
     pub bytes_per_s: Option<f64>,

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 #[cfg(test)]
 use super::model::AttachRequest;
-use super::model::{CheckpointRequest, Jobs, ResizeRequest, SetRequest, Stats, Volumes};
+use super::model::{CacheResizeRequest, CheckpointRequest, Jobs, ResizeRequest, SetRequest, Stats, Volumes};
 use super::{Kind, Refused};
 use crate::control::config::{CacheConfig, VolumeConfig};
 use crate::control::daemon::{Change, Daemon, DaemonError, Dirty, HOLD_DEFAULT_S, HOLD_MAX_S};
@@ -180,6 +180,15 @@ pub const ROUTES: &[Route] = &[
         ..get(CHECKPOINT, "End a checkpoint: write-back goes on", "Checkpoint", |daemon, call| {
             Ok(Reply::json(200, &daemon.end_checkpoint(call.names[0], checkpoint_job(call)?)?))
         })
+    },
+    Route {
+        takes: Body::Json("CacheResizeRequest"),
+        ..job(
+            "POST",
+            "/v1/caches/{cache}/resize",
+            "Make a cache larger or smaller while it is used",
+            resize_cache,
+        )
     },
     get("/v1/stats", "Counters and rates of all volumes that are served", "Stats", |daemon, _| {
         let volumes = daemon.served().iter().map(|served| daemon.view_stats(served, false)).collect();
@@ -358,6 +367,13 @@ fn resize(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {
     Ok(Reply::json(202, &daemon.start_resize(call.names[0], size)?))
 }
 
+fn resize_cache(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {
+    let request: CacheResizeRequest =
+        serde_json::from_slice(call.body).map_err(|why| bad(&format!("the body is not this: {why}")))?;
+    let size = value::cache_size(&request.size).map_err(|why| bad(&format!("`size`: {why}")))?;
+    Ok(Reply::json(202, &daemon.start_cache_resize(call.names[0], size)?))
+}
+
 fn checkpoint(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {
     let request: CheckpointRequest = match call.body {
         b"" => CheckpointRequest::default(),
@@ -461,6 +477,7 @@ mod tests {
             allow_volatile: false,
             scrub_mib_s: 0,
             scrub_interval_h: 24,
+            index_memory_max: 0,
         }]
     }
 

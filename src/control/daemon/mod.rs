@@ -12,6 +12,7 @@
 //!   left as after a kill, and the answer says which.
 
 mod attach;
+mod cache_size;
 mod checkpoint;
 mod enlarge;
 pub mod front_end;
@@ -101,6 +102,14 @@ pub enum DaemonError {
     /// Nothing of that name.
     #[error("there is no volume `{given}`{}", .nearest.as_ref().map_or(String::new(), |near| format!(": did you mean `{near}`?")))]
     NoVolume {
+        /// What was asked for.
+        given: String,
+        /// What may have been meant.
+        nearest: Option<String>,
+    },
+    /// No cache of that name.
+    #[error("there is no cache `{given}`{}", .nearest.as_ref().map_or(String::new(), |near| format!(": did you mean `{near}`?")))]
+    NoCache {
         /// What was asked for.
         given: String,
         /// What may have been meant.

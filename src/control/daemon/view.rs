@@ -164,6 +164,8 @@ fn view_cache(open: &OpenCache) -> CacheStatus {
         segments_free: space.free as u64,
         segments_used: space.used as u64,
         segments_bad: space.bad as u64,
+        index_memory_bytes: cache.index_memory_bytes(),
+        index_memory_max_bytes: cache.index_memory_max(),
         has_failed: cache.has_failed(),
     }
 }

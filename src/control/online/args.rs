@@ -132,13 +132,14 @@ pub struct SetArgs {
 /// Options of `resize`.
 #[derive(Args, Debug)]
 pub struct ResizeArgs {
-    /// The volume
-    #[arg(value_name = "VOLUME")]
-    pub volume: Name,
-    /// Its new size, like 20GiB; a regular file that is shorter grows to it
-    /// [default: the size that its disk has by now]
-    #[arg(value_name = "SIZE", value_parser = value::disk_size)]
-    pub size: Option<u64>,
+    /// A cache instead of a volume, as the configuration file or `status` names it
+    #[arg(long, value_name = "CACHE")]
+    pub cache: Option<Name>,
+    /// The volume, and its new size, like 20GiB; a regular file that is shorter grows to it
+    /// [default: the size that its disk has by now]. With --cache the size alone: a file grows to it or
+    /// is cut off; of a device so much is used
+    #[arg(value_names = ["VOLUME", "SIZE"], num_args = 1..=2, required = true)]
+    pub what: Vec<String>,
     /// The daemon.
     #[command(flatten)]
     pub online: OnlineArgs,

@@ -7,6 +7,7 @@
 pub mod args;
 mod checkpoint;
 mod explain;
+mod resize;
 mod status;
 mod top;
 mod watch;
@@ -15,17 +16,15 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use self::args::{AttachArgs, DetachArgs, OnlineArgs, ResizeArgs, SetArgs, StatsArgs};
+use self::args::{AttachArgs, DetachArgs, OnlineArgs, SetArgs, StatsArgs};
 use super::announce::{print, word};
 use super::api::client::{Client, ClientError};
-use super::api::model::{
-    AttachRequest, DaemonStatus, Job, ReloadReport, ResizeRequest, SetRequest, Stats, VolumeStats,
-};
+use super::api::model::{AttachRequest, DaemonStatus, Job, ReloadReport, SetRequest, Stats, VolumeStats};
 use super::cli::{DrainArgs, Verb};
 use super::config::{self, Consents};
 use super::exit::Exit;
 use super::run::{RunError, state_dir};
-use super::value::{Name, SocketPath};
+use super::value::{Name, SocketPath, ValueError};
 use super::{file, sys};
 
 /// Why a verb did not do it.
@@ -46,6 +45,9 @@ pub enum OnlineError {
     /// An option that means nothing here.
     #[error("{0}")]
     Meaningless(&'static str),
+    /// A word that is no name or no size.
+    #[error(transparent)]
+    Value(#[from] ValueError),
     /// The job did not succeed.
     #[error("{0}")]
     Job(String),
@@ -59,7 +61,10 @@ impl OnlineError {
             OnlineError::Client(ClientError::Refused(refusal)) if refusal.kind == "bad-request" => {
                 Exit::Usage
             }
-            OnlineError::NoSocket | OnlineError::Missing(_) | OnlineError::Meaningless(_) => Exit::Usage,
+            OnlineError::NoSocket
+            | OnlineError::Missing(_)
+            | OnlineError::Meaningless(_)
+            | OnlineError::Value(_) => Exit::Usage,
             _ => Exit::Failed,
         }
     }
@@ -93,7 +98,7 @@ pub(super) fn run(verb: &Verb) -> Done {
             follow(&args.online, "POST", &path, None)
         }
         Verb::Set(args) => set(args),
-        Verb::Resize(args) => resize(args),
+        Verb::Resize(args) => resize::resize(args),
         Verb::Checkpoint(args) => checkpoint::checkpoint(args),
         Verb::Stats(args) => stats(args),
         Verb::Top(args) => top::top(args),
@@ -225,12 +230,6 @@ fn set(args: &SetArgs) -> Done {
     };
     let body = serde_json::to_value(&request).expect("a request is JSON");
     follow(&args.online, "PATCH", &format!("/v1/volumes/{}", args.volume), Some(&body))
-}
-
-fn resize(args: &ResizeArgs) -> Done {
-    let request = ResizeRequest { size: args.size.map(|size| format!("{size}B")) };
-    let body = serde_json::to_value(&request).expect("a request is JSON");
-    follow(&args.online, "POST", &format!("/v1/volumes/{}/resize", args.volume), Some(&body))
 }
 
 fn stats(args: &StatsArgs) -> Done {

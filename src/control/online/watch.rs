@@ -64,7 +64,10 @@ pub(super) fn ended(job: Job) -> Result<String, OnlineError> {
     let Job { kind, volume, elapsed_s, total_bytes, done_bytes, .. } = &job;
     let moved = match total_bytes {
         0 => String::new(),
-        _ => format!(", {} of {} brought to the disk", Bytes(*done_bytes), Bytes(*total_bytes)),
+        _ => {
+            let what = if kind == "resize" { "emptied or added" } else { "brought to the disk" };
+            format!(", {} of {} {what}", Bytes(*done_bytes), Bytes(*total_bytes))
+        }
     };
     let message = job.message.as_deref().unwrap_or_default();
     if job.state == "done" {

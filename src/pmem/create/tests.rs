@@ -72,7 +72,7 @@ fn a_file_whose_space_ends_halfway_is_undone() {
     let (new, empty) = (dir.path().join("new.img"), dir.path().join("empty.img"));
     fs::write(&empty, b"").unwrap();
     let ends_halfway: Allocate = |file, size| {
-        write_zeros(file, size / 2)?;
+        write_zeros(file, 0, size / 2)?;
         Err(io::Error::from_raw_os_error(libc::ENOSPC))
     };
     for (path, is_new) in [(&new, true), (&empty, false)] {
@@ -116,7 +116,7 @@ fn impossible_sizes_and_places_are_errors() {
 fn file_systems_without_fallocate_get_their_zeros_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("zeros");
-    write_zeros(&File::create(&path).unwrap(), (2 << 20) + 513).unwrap();
+    write_zeros(&File::create(&path).unwrap(), 0, (2 << 20) + 513).unwrap();
     let content = fs::read(&path).unwrap();
     assert_eq!(content.len(), (2 << 20) + 513);
     assert!(content.iter().all(|byte| *byte == 0));

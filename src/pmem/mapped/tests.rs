@@ -487,3 +487,60 @@ fn settling_changes_nothing_that_is_read() {
         assert_eq!(copy, [9; 5000]);
     }
 }
+
+/// A file that grows and is cut off while others copy from what stays: nothing moves, what is new reads
+/// as zeros, and what was there is there.
+#[test]
+fn a_file_grows_and_is_cut_off_under_those_who_use_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache");
+    create(&path, 4 * MIB).unwrap();
+    let pmem = MappedPmem::open(&OpenOptions::new(&path)).unwrap();
+    pmem.write(0, &[7; 4096]).unwrap();
+    pmem.write(4 * MIB - 4096, &[8; 4096]).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut copy = [0; 4096];
+            while !stop.load(Ordering::Relaxed) {
+                pmem.read(0, &mut copy).unwrap();
+                assert_eq!(copy, [7; 4096]);
+                pmem.write(MIB, &copy).unwrap();
+            }
+        });
+        for len in [9 * MIB, 33 * MIB + 4096, 5 * MIB, 64 * MIB, 4 * MIB] {
+            let before = pmem.len();
+            assert_eq!(pmem.resize(len).unwrap(), len);
+            assert_eq!((pmem.len(), std::fs::metadata(&path).unwrap().len()), (len, len));
+            let mut copy = [1; 4096];
+            pmem.read(4 * MIB - 4096, &mut copy).unwrap();
+            assert_eq!(copy, [8; 4096], "what stays");
+            if len > before {
+                assert!(pmem.is_zero(before..len).unwrap(), "what is new");
+                pmem.write(len - 4096, &[9; 4096]).unwrap();
+                pmem.sync().unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    drop(pmem);
+    let pmem = MappedPmem::open(&OpenOptions::new(&path)).unwrap();
+    let mut copy = [0; 4096];
+    pmem.read(MIB, &mut copy).unwrap();
+    assert_eq!((pmem.len(), copy), (4 * MIB, [7; 4096]));
+}
+
+#[test]
+fn a_file_that_finds_no_space_to_grow_keeps_its_length_and_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cache");
+    create(&path, 4 * MIB).unwrap();
+    let pmem = MappedPmem::open(&OpenOptions::new(&path)).unwrap();
+    pmem.write(0, &[7; 4096]).unwrap();
+    let error = pmem.resize(1 << 50).unwrap_err().to_string();
+    assert!(error.contains("are needed") || error.contains("File too large"), "{error}");
+    assert_eq!((pmem.len(), std::fs::metadata(&path).unwrap().len()), (4 * MIB, 4 * MIB));
+    let mut copy = [0; 4096];
+    pmem.read(0, &mut copy).unwrap();
+    assert_eq!(copy, [7; 4096]);
+}

@@ -264,6 +264,7 @@ impl Run {
         }
         if drain {
             self.drain()?;
+            self.settle_size()?;
         }
         self.harvest();
         let mut machine = self.machine.take().expect("it was running");

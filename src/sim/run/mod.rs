@@ -14,6 +14,7 @@ mod between;
 mod life;
 mod plan;
 mod shrink;
+mod size;
 mod trouble;
 
 pub use plan::Plan;
@@ -28,7 +29,7 @@ use super::books;
 use super::disk::DiskState;
 use super::joint::JointOracle;
 use super::machine::{Machine, SimBuffer, Style};
-use super::memory::{Memory, SimPmem};
+use super::memory::SimPmem;
 use super::oracle::Oracle;
 use super::rng::Rng;
 use super::scenario::Scenario;
@@ -113,6 +114,8 @@ pub struct Run {
     trouble_ends: Option<u64>,
     /// Volumes whose order is being changed, one bit each.
     changing: u64,
+    /// Segments before the last change of size.
+    segments: u32,
     /// Disks that are not there at the next start, one bit each.
     absent: u64,
     /// Each volume's tail when this life began.
@@ -162,7 +165,7 @@ impl Run {
         disks.extend(
             (0..scenario.volumes).map(|number| DiskState::raw(redo_sectors).named(100 + number as u64)),
         );
-        let memory = Memory::new(scenario.class, scenario.geometry.device_size);
+        let memory = size::memory(&scenario);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, rng.next());
         let options = FormatOptions { geometry: Some(scenario.geometry), ..FormatOptions::default() };
         format(&SimPmem::new(&world), &SimClock::default(), &options).map_err(|e| fail(e.to_string()))?;
@@ -174,6 +177,7 @@ impl Run {
             has_trouble: rng.chance(1, 3),
             trouble_ends: None,
             changing: 0,
+            segments: 0,
             absent: 0,
             rng,
             world,
@@ -248,6 +252,7 @@ impl Run {
             w.cuts.rng = self.rng.fork();
         });
         self.trouble();
+        self.change_size()?;
         if self.step.is_multiple_of(PRUNE_STEPS) {
             self.prune();
         }
