@@ -25,5 +25,6 @@ pub mod signals;
 pub mod socket;
 mod suggest;
 mod sys;
+pub mod threads;
 pub mod value;
 mod verbs;

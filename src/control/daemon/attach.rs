@@ -87,7 +87,8 @@ impl Daemon {
     /// # Errors
     /// The kernel refused it.
     pub fn open_front_end(&self, served: &Served, claim: Claimed) -> Result<(), RunError> {
-        let front_end = FrontEnd::open(claim, &served.config, &served.volume, self.servers.running())?;
+        let front_end =
+            FrontEnd::open(claim, &served.config, &served.volume, &self.threads, self.servers.running())?;
         *lock(&served.front_end) = Some(front_end);
         Ok(())
     }

@@ -3,12 +3,12 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use super::super::config::VolumeConfig;
 use super::super::run::RunError;
 use super::super::signals::Running;
 use super::super::socket::{Bound, Claimed, Incoming};
+use super::super::threads::ThreadGroups;
 use crate::cache::Volume;
 use crate::cache::volume::VolumeDisk;
 use crate::tools::Host;
@@ -25,7 +25,7 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    /// Opens a claimed endpoint to VMMs. `running` is let go when it ends.
+    /// Opens a claimed endpoint to VMMs; `groups` has the threads that volumes share. `running` is let go when it ends.
     ///
     /// # Errors
     /// The kernel refused the socket or the thread.
@@ -33,8 +33,11 @@ impl FrontEnd {
         claim: Claimed,
         config: &VolumeConfig,
         volume: &Arc<Volume<Host>>,
+        groups: &ThreadGroups,
         running: Running,
     ) -> Result<Self, RunError> {
+        let crew = groups.crew(&config.name, &config.threads);
+        let crew = crew.map_err(RunError::os("starting the queues' threads"))?;
         let (incoming, bound) = claim.open()?;
         let endpoint = match incoming {
             Incoming::Listener(listener) => vhost::Endpoint::Listener(listener),
@@ -42,7 +45,9 @@ impl FrontEnd {
         };
         let options = vhost::Options {
             name: config.name.as_str().into(),
-            poll_max: Duration::from_micros(config.poll_us.into()),
+            polling: config.threads.polling(),
+            crew,
+            cpus: config.threads.cpus().to_vec(),
             ..vhost::Options::default()
         };
         let disk = Arc::new(VolumeDisk(Arc::clone(volume)));

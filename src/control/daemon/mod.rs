@@ -33,6 +33,7 @@ use self::windows::Windows;
 use super::config::{CacheConfig, ControlConfig, VolumeConfig};
 use super::run::RunError;
 use super::signals::Servers;
+use super::threads::ThreadGroups;
 use super::value::Name;
 use crate::cache::worker::{OrderError, Workers};
 use crate::cache::{Cache, Volume};
@@ -161,6 +162,7 @@ pub struct Daemon {
     caches: Vec<OpenCache>,
     volumes: Mutex<BTreeMap<String, Entry>>,
     jobs: JobTable,
+    threads: ThreadGroups,
     servers: Servers,
     begun: Instant,
     config_file: Option<PathBuf>,
@@ -186,6 +188,7 @@ impl Daemon {
             caches,
             volumes: Mutex::default(),
             jobs: JobTable::default(),
+            threads: ThreadGroups::default(),
             servers,
             begun: Instant::now(),
             config_file: config_file.map(Path::to_owned),
