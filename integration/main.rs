@@ -22,6 +22,7 @@ mod scenarios {
 
     mod bare;
     mod demo;
+    mod economy;
     mod harness;
     mod hot;
     mod inside;
