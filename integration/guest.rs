@@ -26,6 +26,7 @@ use crate::qemu::{self, Disk, Machine, Nvdimm};
 #[derive(Debug, Clone)]
 pub struct GuestOptions {
     script: String,
+    is_whole: bool,
     disks: Vec<Disk>,
     vcpus: u32,
     memory_mib: u32,
@@ -49,6 +50,7 @@ impl GuestOptions {
     pub fn new(script: impl Into<String>) -> Self {
         Self {
             script: script.into(),
+            is_whole: false,
             disks: Vec::new(),
             vcpus: 1,
             memory_mib: 512,
@@ -59,6 +61,11 @@ impl GuestOptions {
             incoming: None,
             timeout: DEADLINE,
         }
+    }
+
+    /// A guest whose `script` is all there is: it runs in a shell and a root of its own.
+    pub fn whole(script: impl Into<String>) -> Self {
+        Self { is_whole: true, ..Self::new(script) }
     }
 
     /// Goes on with the state that [`Guest::migrate`] has left in `file`, instead of booting.
@@ -459,7 +466,8 @@ fn write_initramfs(host: &Host, options: &GuestOptions, path: &PathBuf) -> io::R
         io::copy(&mut File::open(&host.initramfs_fio)?, &mut out)?;
     }
     let mut archive = Archive::new(out);
-    let script = format!(". /lib/guest.sh\n{}", options.script);
+    let words = if options.is_whole { "" } else { ". /lib/guest.sh\n" };
+    let script = format!("{words}{}", options.script);
     archive.file("script", 0o644, script.as_bytes())?;
     for (path, permissions, contents) in &options.files {
         archive.file(path, *permissions, contents)?;

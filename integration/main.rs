@@ -23,6 +23,7 @@ mod scenarios {
     mod bare;
     mod demo;
     mod economy;
+    mod guide;
     mod harness;
     mod hot;
     mod inside;

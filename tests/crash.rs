@@ -21,6 +21,8 @@ mod regressions;
 mod relocation;
 #[path = "crash/shares.rs"]
 mod shares;
+#[path = "crash/together.rs"]
+mod together;
 #[path = "crash/unsynced.rs"]
 mod unsynced;
 

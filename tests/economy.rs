@@ -178,7 +178,8 @@ fn one_thread_serves_all_queues_of_several_volumes_also_while_some_come_and_go()
         let read = Request::read(0, 4096);
         assert!(clients[leaves].submit(3, 1, &read, &Layout::plain(&read)));
         clients[leaves].queues[3].publish();
-        clients[leaves] = connect(leaves);
+        drop(clients.remove(leaves));
+        clients.insert(leaves, connect(leaves));
     }
     let names = threads(&daemon);
     let count = |part: &str| names.iter().filter(|name| name.contains(part)).count();

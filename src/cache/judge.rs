@@ -12,6 +12,7 @@ use super::attach::{AttachError, AttachOptions};
 use super::core::load_media;
 use super::env::Env;
 use super::media::Media;
+use super::membership::judge_group;
 use super::mismatch::Mismatch;
 use super::pair::{has_sidecar, judge_sidecar, look};
 use super::volume::Mode;
@@ -63,6 +64,7 @@ pub(super) fn judge_options<E: Env>(
     if options.name.is_empty() || options.name.len() > 64 || !options.name.chars().all(good) {
         return Err(AttachError::BadName(options.name.clone()));
     }
+    judge_group(options)?;
     let geometry = options.backing.geometry();
     if geometry.read_only && !options.read_only {
         return Err(AttachError::ReadOnlyDisk(options.backing.identity().path));

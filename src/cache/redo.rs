@@ -17,7 +17,7 @@
 //!   `recover-backing` does, if disk and area belong together: the header's samples tell.
 //! - What cannot be read back of a committed group is an error, never half a group.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::stripes::lock;
@@ -84,6 +84,18 @@ pub enum RedoError {
         /// What does not match.
         what: &'static str,
     },
+    /// A group of several disks, and one of them is not given.
+    #[error(
+        "the redo area `{path}` holds the part of one disk in a group of {members}, and what counts is known \
+         only from all of them: give all of their disks, or apply this part by itself with --alone (its \
+         disk and the others then do not stand at one point)"
+    )]
+    NotAll {
+        /// Where it is.
+        path: String,
+        /// How many disks.
+        members: usize,
+    },
     /// A committed group cannot be read.
     #[error("the redo area `{path}` holds a group that is damaged: {what}")]
     Damaged {
@@ -117,6 +129,8 @@ pub(crate) struct Redo<B: Backing> {
     /// Smallest unit of I/O on it in bytes.
     pub block: u64,
     head: Mutex<Head>,
+    /// The entries of the group that it held when it was opened, where that may not be decided.
+    pending: OnceLock<Vec<RedoEntry>>,
 }
 
 impl<B: Backing> Redo<B> {
@@ -147,7 +161,13 @@ impl<B: Backing> Redo<B> {
             None if is_blank => Head { newest: RedoHeader::default(), next: 0 },
             None => return Err(RedoError::NotOurs { path: path() }),
         };
-        Ok(Redo { size, block: u64::from(geometry.logical_block), head: Mutex::new(head), disk })
+        Ok(Redo {
+            size,
+            block: u64::from(geometry.logical_block),
+            head: Mutex::new(head),
+            pending: OnceLock::new(),
+            disk,
+        })
     }
 
     /// Bytes that payload and table of a group may take.
@@ -176,7 +196,8 @@ impl<B: Backing> Redo<B> {
             cache_uuid: h.cache_uuid,
             volume_uuid: h.volume_uuid,
             incarnation: h.incarnation,
-            backing_size: h.backing_size,
+            // Its disk may have grown since, and what the header says of the last group counts still.
+            backing_size: h.backing_size.max(owner.backing_size),
         };
         found == *owner
     }
@@ -191,7 +212,7 @@ impl<B: Backing> Redo<B> {
         lock(&self.head).newest.state == RedoState::Committed
     }
 
-    fn path(&self) -> String {
+    pub fn path(&self) -> String {
         self.disk.identity().path
     }
 
@@ -211,6 +232,30 @@ impl<B: Backing> Redo<B> {
     /// The update that says *idle*.
     pub fn void(&self) -> (RedoHeader, Op) {
         self.update(|h| h.state = RedoState::Idle)
+    }
+
+    /// The update that takes back a group that does not count, for another volume's part of it was never
+    /// committed: the disk is where it was before.
+    pub fn discard(&self) -> (RedoHeader, Op) {
+        self.update(|h| {
+            (h.state, h.is_part) = (RedoState::Idle, false);
+            if !mutated(Mutant::DiscardedCountsApplied) {
+                h.epoch = h.base_epoch;
+            }
+        })
+    }
+
+    /// Reads the group it holds, which may not count yet.
+    pub fn keep_pending(&self) -> Result<(), RedoError> {
+        let entries = self.table()?;
+        self.verify(&entries)?;
+        self.pending.get_or_init(|| entries);
+        Ok(())
+    }
+
+    /// What [`Redo::keep_pending`] has read.
+    pub fn pending(&self) -> Vec<RedoEntry> {
+        self.pending.get().cloned().unwrap_or_default()
     }
 
     /// A header is durable.
@@ -402,19 +447,44 @@ pub fn recover_backing<B: Backing>(
     if !redo.is_committed() {
         return Ok(None);
     }
-    let header = redo.header();
-    let foreign = |what| Err(RedoError::Foreign { path: redo.path(), what });
-    // It may have grown since.
-    if header.backing_size > disk.geometry().size {
-        return foreign("the disk has another size");
+    let members = redo.header().members.len();
+    if members > 1 {
+        return Err(RedoError::NotAll { path: redo.path(), members });
     }
-    if !redo.strangers(disk)?.is_empty() && !force {
-        return foreign("the disk is not as the group found it: another, or written to since");
+    redo.check_disk(disk, force)?;
+    redo.finish(disk).map(Some)
+}
+
+impl<B: Backing> Redo<B> {
+    /// Whether the group it holds can be brought to `disk`: reads only.
+    pub(super) fn check_disk(&self, disk: &B, force: bool) -> Result<(), RedoError> {
+        let foreign = |what| Err(RedoError::Foreign { path: self.path(), what });
+        // It may have grown since.
+        if self.header().backing_size > disk.geometry().size {
+            return foreign("the disk has another size");
+        }
+        if !self.strangers(disk)?.is_empty() && !force {
+            return foreign("the disk is not as the group found it: another, or written to since");
+        }
+        self.verify(&self.table()?)
     }
-    let entries = redo.table()?;
-    redo.verify(&entries)?;
-    let sectors = redo.apply(disk)?;
-    Ok(Some(Recovered { sectors, time_ms: header.time_ms }))
+
+    /// Brings the group it holds to `disk`.
+    pub(super) fn finish(&self, disk: &B) -> Result<Recovered, RedoError> {
+        let time_ms = self.header().time_ms;
+        let sectors = self.apply(disk)?;
+        Ok(Recovered { sectors, time_ms })
+    }
+
+    /// Takes back a group that does not count. Blocking.
+    pub(super) fn take_back(&self) -> Result<(), RedoError> {
+        let io = |error| RedoError::Io { path: self.path(), error };
+        let mut channel = self.disk.channel(&Waker::default(), 1).map_err(io)?;
+        let (header, op) = self.discard();
+        run(&mut channel, op).and_then(|_| run(&mut channel, Op::Flush)).map_err(io)?;
+        self.note(header);
+        Ok(())
+    }
 }
 
 /// What is read of a disk for a sample.

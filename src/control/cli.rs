@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order};
+use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order, Sandbox};
 use super::online::args::*;
 use super::threads::{self, Cpus, Poll, ThreadArgs};
 use super::value::{self, Name, Serial, SocketPath, ValueError};
@@ -114,6 +114,9 @@ pub struct ServeArgs {
     /// Open a damaged volume for writing: what the cache lost stays lost
     #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub accept_loss: Vec<String>,
+    /// What the process gives up before it serves: files and system calls [default: auto]
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub sandbox: Option<Sandbox>,
     /// Least important events to log: one line each, on standard error
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,

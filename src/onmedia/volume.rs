@@ -164,7 +164,11 @@ layout! {
         /// The kernel's boot identity when that was so.
         1136 disk_boot: [u8; 16],
         /// The size in sectors that it is growing to; 0 while it is not.
-        1472 next_sectors: u64,
+        1400 next_sectors: u64,
+        /// The consistency group it is a member of; zero for none.
+        1408 group_uuid: Uuid,
+        /// That group's name, as text.
+        1424 group_name: [u8; 64],
         /// Where its redo area was found: a hint, empty without one.
         1536 redo_path: [u8; 512],
     }
@@ -189,6 +193,11 @@ impl VolumeDescriptor {
     /// Where its redo area was found, if it has one.
     pub fn redo_path_text(&self) -> Cow<'_, str> {
         String::from_utf8_lossy(unpad(&self.redo_path))
+    }
+
+    /// The name of the consistency group it is a member of, empty without one.
+    pub fn group_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.group_name))
     }
 
     /// Its page.
@@ -292,6 +301,8 @@ impl Default for VolumeDescriptor {
             disk_written: 0,
             disk_boot: [0; 16],
             next_sectors: 0,
+            group_uuid: [0; 16],
+            group_name: [0; 64],
         }
     }
 }
@@ -450,6 +461,8 @@ mod tests {
             disk_written: 20,
             disk_boot: [0x44; 16],
             next_sectors: 0,
+            group_uuid: [0x55; 16],
+            group_name: pad("vm").unwrap(),
         }
     }
 
@@ -595,7 +608,7 @@ mod tests {
     fn a_size_that_is_announced_is_read_back() {
         let growing = VolumeDescriptor { next_sectors: 21, ..volume() };
         let page = growing.encode();
-        assert_eq!(page[1472..1480], 21u64.to_le_bytes());
+        assert_eq!(page[1400..1408], 21u64.to_le_bytes());
         assert_eq!(VolumeDescriptor::decode(&page, &CACHE, 3), Ok(growing));
     }
 
@@ -604,7 +617,7 @@ mod tests {
         assert_golden(
             &volume().encode(),
             "
-             0000: 50 43 56 56 4f 4c 55 4d f8 31 30 8a 03 00 00 00
+             0000: 50 43 56 56 4f 4c 55 4d ec 82 a0 f4 03 00 00 00
              0010: 04 00 00 00 00 00 00 00 11 11 11 11 11 11 11 11
              0020: 11 11 11 11 11 11 11 11 05 00 00 00 00 00 00 00
              0030: 33 33 33 33 33 33 33 33 33 33 33 33 33 33 33 33
@@ -625,6 +638,8 @@ mod tests {
              0450: 11 00 00 00 00 00 00 00 12 00 00 00 00 00 00 00
              0460: 13 00 00 00 00 00 00 00 14 00 00 00 00 00 00 00
              0470: 44 44 44 44 44 44 44 44 44 44 44 44 44 44 44 44
+             0580: 55 55 55 55 55 55 55 55 55 55 55 55 55 55 55 55
+             0590: 76 6d 00 00 00 00 00 00 00 00 00 00 00 00 00 00
              0600: 2f 73 72 76 2f 76 6d 2e 69 6d 67 2e 72 65 64 6f
             ",
         );

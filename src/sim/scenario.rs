@@ -46,6 +46,8 @@ pub struct Scenario {
     pub waits: bool,
     /// Whether the cache is scrubbed all the time.
     pub is_scrubbed: bool,
+    /// Whether the volumes are one consistency group.
+    pub is_joint: bool,
 }
 
 impl Scenario {
@@ -76,7 +78,7 @@ impl Scenario {
         let plain = Style { order: rng.pick(&[Order::Strict, Order::Grouped]), ..Style::strict() };
         let styles = (0..volumes).map(|_| if simple { plain } else { Style::random(&mut rng) });
         let styles = styles.collect();
-        Scenario {
+        let mut scenario = Scenario {
             seed,
             class,
             geometry: geometry.expect("within the bounds of a geometry"),
@@ -95,7 +97,14 @@ impl Scenario {
             redo_sectors: 48 + u64::from(segment_size) / 16 / 512 + rng.pick(&[0, 24, 400]),
             waits: apart.chance(1, 2),
             is_scrubbed: apart.chance(1, 3),
+            is_joint: false,
+        };
+        if simple && volumes > 1 && apart.chance(2, 3) {
+            scenario.is_joint = true;
+            // An epoch must fit, whatever its queues have put into it.
+            scenario.redo_sectors = 180 + apart.pick(&[0, 60, 400]);
         }
+        scenario
     }
 }
 

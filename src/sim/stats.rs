@@ -161,6 +161,10 @@ stats! {
     order_changes,
     /// Groups applied by way of a redo area.
     groups,
+    /// Images whose disks, those of a consistency group, were compared as one with the cache lost.
+    disks_together,
+    /// Of these, with a part of a group to be applied to more than one of them.
+    joint_images,
 }
 
 impl Stats {

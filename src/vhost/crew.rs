@@ -271,6 +271,8 @@ struct Member {
 struct Orders {
     waiting: Vec<Order>,
     is_over: bool,
+    /// The thread has ended: by a bug of ours, where it was not told to.
+    is_gone: bool,
 }
 
 struct Inbox {
@@ -332,7 +334,17 @@ impl Crew {
         Watch::new()?.add(0, passenger.event, passenger.kick)?;
         let ending = Ending::default();
         let member = &self.members[usize::from(index) % self.members.len()];
-        member.orders.with(|orders| orders.waiting.push(Order { passenger, teller: Teller(ending.clone()) }));
+        let order = Order { passenger, teller: Teller(ending.clone()) };
+        let refused = member.orders.with(|orders| match orders.is_gone {
+            true => Some(order),
+            false => {
+                orders.waiting.push(order);
+                None
+            }
+        });
+        if refused.is_some() {
+            return Err(io::Error::other("the thread that was to run it has panicked"));
+        }
         member.orders.tell();
         Ok(End::Crew(ending))
     }
@@ -364,7 +376,21 @@ struct Seated {
     naps: bool,
 }
 
+/// Whoever waits for a queue, or brings one, learns that the thread is gone.
+struct Presence<'a>(&'a Inbox);
+
+impl Drop for Presence<'_> {
+    fn drop(&mut self) {
+        let left = self.0.with(|orders| {
+            orders.is_gone = true;
+            std::mem::take(&mut orders.waiting)
+        });
+        drop(left);
+    }
+}
+
 fn serve(watch: &mut Watch, inbox: &Inbox) {
+    let _here = Presence(inbox);
     let mut seated: Vec<Seated> = Vec::new();
     let mut next = 0;
     loop {

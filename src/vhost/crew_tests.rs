@@ -188,3 +188,19 @@ fn a_queue_that_cannot_be_opened_says_how_it_ended() {
     assert_eq!(crew(1).take(0, failed()).unwrap().wait(), Some(STOPPED));
     assert_eq!(spawn("failed".into(), failed(), &[], 0).unwrap().wait(), Some(STOPPED));
 }
+
+#[test]
+fn a_thread_that_panics_hangs_nobody_who_waits_or_comes_later() {
+    let crew = crew(1);
+    let (bad, good) = (Shared::new(), Shared::new());
+    let waits = crew.take(0, good.passenger(Look::Sleep(None))).unwrap();
+    let board: Boarding = Box::new(|| panic!("a bug of ours"));
+    let failed = crew.take(0, Passenger { board, ..bad.passenger(Look::Nap) }).unwrap();
+    assert_eq!(failed.wait(), None);
+    assert_eq!(waits.wait(), None);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while crew.take(0, good.passenger(Look::Nap)).is_ok_and(|end| end.wait().is_none()) {
+        assert!(Instant::now() < deadline, "it is never told that the thread is gone");
+    }
+    assert!(crew.take(0, good.passenger(Look::Nap)).is_err());
+}

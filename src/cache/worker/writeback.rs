@@ -34,6 +34,7 @@ mod damage;
 mod group;
 mod journal;
 mod op;
+mod together;
 mod when;
 
 use std::collections::VecDeque;
@@ -43,6 +44,7 @@ use std::time::Duration;
 
 use self::damage::Damage;
 use self::group::{Group, Parts, Step};
+pub(crate) use self::together::{Joint, verdict};
 pub use self::when::OrderError;
 use self::when::When;
 pub(crate) use self::when::Wishes;
@@ -51,6 +53,7 @@ use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Failure;
 use super::super::index::Extent;
+use super::super::latency::Stage;
 use super::super::plan::Plan;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
@@ -112,6 +115,8 @@ pub(crate) struct Writeback<E: Env> {
     last_error: String,
     retry_at_ms: u64,
     when: When,
+    /// Why this member of a group cannot take part in its round.
+    refusal: Option<Failure>,
 }
 
 impl<E: Env> Writeback<E> {
@@ -139,6 +144,7 @@ impl<E: Env> Writeback<E> {
             last_error: String::new(),
             retry_at_ms: 0,
             when: When::default(),
+            refusal: None,
         }
     }
 
@@ -193,14 +199,15 @@ impl<E: Env> Writeback<E> {
         if now < self.retry_at_ms || self.is_held() || !self.change_order() {
             return Progress::Idle;
         }
-        if core.is_clean() || core.damaged.load(Ordering::Relaxed) || !self.is_time(now) {
+        if core.is_clean() {
+            self.answer_clean();
             return Progress::Idle;
         }
-        if self.channel.is_none() {
-            match self.volume.backing.channel(&Waker::default(), DEPTH) {
-                Ok(channel) => self.channel = Some(channel),
-                Err(error) => return self.fail(Failure::resources(&error)),
-            }
+        if core.damaged.load(Ordering::Relaxed) || !self.is_time(now) {
+            return Progress::Idle;
+        }
+        if let Err(failure) = self.open_channel() {
+            return self.fail(failure);
         }
         let mut plan = lock(&core.plan);
         plan.clear();
@@ -228,7 +235,10 @@ impl<E: Env> Writeback<E> {
                 Progress::Did
             }
             Ok(Some(round)) => self.gathered(round),
-            Ok(None) => Progress::Idle,
+            Ok(None) => match self.refusal.take() {
+                Some(failure) => self.fail(failure),
+                None => Progress::Idle,
+            },
             Err(error) => {
                 // Records of dirty data are gone: only this volume stops.
                 core.damaged.store(true, Ordering::SeqCst);
@@ -238,8 +248,17 @@ impl<E: Env> Writeback<E> {
         }
     }
 
+    fn open_channel(&mut self) -> Result<(), Failure> {
+        if self.channel.is_none() {
+            let channel = self.volume.backing.channel(&Waker::default(), DEPTH);
+            self.channel = Some(channel.map_err(|error| Failure::resources(&error))?);
+        }
+        Ok(())
+    }
+
     fn fail(&mut self, failure: Failure) -> Progress {
         let core = self.volume.core.clone();
+        self.fail_joint();
         self.keep_group(&mut lock(&core.plan));
         let now = self.volume.cache.clock.now_ms();
         let delay = delay_ms(self.failures, self.volume.core.incarnation ^ now);
@@ -361,8 +380,10 @@ impl<E: Env> Writeback<E> {
         Progress::Waiting
     }
 
+    /// Its token is when it was submitted.
     fn submit(&mut self, op: Op) {
-        self.submit_as(0, op);
+        let since_ns = self.volume.cache.clock.now_ns();
+        self.submit_as(since_ns, op);
     }
 
     fn submit_as(&mut self, token: u64, op: Op) {
@@ -410,6 +431,7 @@ impl<E: Env> Writeback<E> {
             self.note_owed();
         }
         let mut result = Ok(());
+        let now_ns = if done.is_empty() { 0 } else { self.volume.cache.clock.now_ns() };
         for completion in done.drain(..) {
             let is_flush = matches!(completion.op, Op::Flush);
             let unseen = if is_flush { Mutant::DiskFlushErrorIgnored } else { Mutant::DiskWriteErrorIgnored };
@@ -420,6 +442,10 @@ impl<E: Env> Writeback<E> {
             }
             if let Op::Write { buf, .. } = &completion.op {
                 self.volume.core.pacer.wrote(buf.len() as u64);
+            }
+            if !matches!(completion.op, Op::Read { .. }) {
+                let stage = if is_flush { Stage::WritebackFlush } else { Stage::WritebackWrite };
+                self.volume.core.latencies.record(stage, now_ns.saturating_sub(completion.token));
             }
             match completion.op {
                 Op::Write { buf, .. } if self.spare.len() < DEPTH as usize => self.spare.push(buf),
@@ -526,17 +552,19 @@ impl<E: Env> Writeback<E> {
         if let Err(error) = cache.write_tail_again(core, round.epoch) {
             return self.fail(Failure::media(format!("the tail's other copy cannot be written: {error}")));
         }
-        let mut written = 0;
+        let (mut written, mut cleaned) = (0, 0);
         let mut plan = lock(&core.plan);
         for extent in plan.written.iter().chain(&plan.earlier) {
-            core.index.mark_clean_if(*extent, true);
+            cleaned += core.index.mark_clean_if(*extent, true);
             written += extent.range.len;
         }
         add(&core.tally.written_back_sectors, written);
+        add(&core.tally.cleaned_sectors, cleaned);
         self.lose(&round.damage);
         // Last: from then on reclaim may take the segments, and with them their cursors.
         self.settle(round.epoch, &mut plan);
         core.tail.store(round.epoch, Ordering::SeqCst);
+        self.note_settled(round.epoch);
         core.pacer.end_round(true);
         plan.clear();
         drop(plan);
@@ -552,6 +580,12 @@ impl<E: Env> Writeback<E> {
         if std::mem::take(&mut self.failures) > 0 {
             self.volume.core.writeback_recovered();
         }
+    }
+}
+
+impl<E: Env> Drop for Writeback<E> {
+    fn drop(&mut self) {
+        self.leave_joint();
     }
 }
 

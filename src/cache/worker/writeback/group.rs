@@ -21,6 +21,7 @@
 //!   anything else. After step 3 the group is applied until that succeeds, from the area, since what
 //!   the cache has of it may change or rot meanwhile.
 //! - The plan is kept as long as the group: what is marked clean at the end is what was applied.
+//! - In a consistency group step 3 ends when the areas of all who take part say so (`together.rs`).
 
 use super::super::super::counters::add;
 use super::super::super::env::{Clock, Env};
@@ -59,6 +60,8 @@ pub(super) enum Step {
     FlushCommit,
     /// The header is durable.
     Committed,
+    /// It is, and those of the other volumes that take part may not be.
+    Await,
     /// The group is applied from the area.
     Replay,
     /// The area is to be voided.
@@ -76,6 +79,8 @@ pub(super) enum Fate {
     Open,
     /// It may be committed; nothing of it is on the disk.
     Unknown,
+    /// It is as an earlier life has left it, and counts if the areas of others say so.
+    Undecided,
     /// It is committed.
     Committed,
 }
@@ -107,6 +112,10 @@ pub(super) struct Group {
     /// The header that is being made durable.
     pub(super) header: Option<RedoHeader>,
     pub(super) replay: Option<Replay>,
+    /// What makes it one of several.
+    pub(super) joint: Option<super::together::JointPart>,
+    /// Whether an earlier life has written it.
+    pub(super) is_restored: bool,
 }
 
 /// How far beyond the tail the disk is.
@@ -120,18 +129,38 @@ pub(super) struct Parts {
     is_restored: bool,
 }
 
+impl Parts {
+    /// What an earlier life has left.
+    pub(super) fn begin_at(&mut self, upto: Option<(u64, u64)>) {
+        *self = Self { upto, is_restored: upto.is_some(), ..Self::default() };
+    }
+}
+
 impl<E: Env> Writeback<E> {
+    /// The epoch, above `tail`, to the end of which the disk is written.
+    pub(super) fn written_beyond(&self, tail: u64) -> Option<u64> {
+        self.parts.upto.filter(|(epoch, version)| *epoch > tail && *version == u64::MAX).map(|(e, _)| e)
+    }
+
     pub(super) fn redo(&self) -> &Redo<E::Backing> {
         self.volume.redo.as_deref().expect("a volume in grouped order has a redo area")
     }
 
     /// Takes as many closed epochs as the area holds.
     pub(super) fn gather_grouped(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
-        let core = self.volume.core.clone();
-        core.raise_epoch();
-        let mut dirty = lock(&core.dirty);
+        if self.is_joint() {
+            return self.gather_joint(plan);
+        }
+        self.volume.core.raise_epoch();
         // Before the look: what is committed after it belongs to an epoch above this one.
-        let closed = core.closed_epoch();
+        let closed = self.volume.core.closed_epoch();
+        self.gather_upto(plan, closed)
+    }
+
+    /// Takes as many epochs, up to `closed`, as the area holds.
+    pub(super) fn gather_upto(&mut self, plan: &mut Plan, closed: u64) -> Result<Option<Round>, WalkError> {
+        let core = self.volume.core.clone();
+        let mut dirty = lock(&core.dirty);
         let tail = core.tail.load(Ordering::SeqCst);
         match self.lowest_epoch(&mut dirty)? {
             Some(epoch) if epoch <= closed => {}
@@ -155,6 +184,7 @@ impl<E: Env> Writeback<E> {
         let mut epoch = closed;
         let mut part = None;
         if let Some((key, _)) = keys.get(fit) {
+            assert!(!self.is_joint(), "the target of a joint round fits every area");
             epoch = key.epoch - 1;
             if epoch > tail && keys.first().is_some_and(|(k, _)| k.epoch <= epoch) {
                 fit = keys.partition_point(|(k, _)| k.epoch <= epoch);
@@ -182,56 +212,52 @@ impl<E: Env> Writeback<E> {
         if plan.todo.is_empty() || part.is_none() && mutated(Mutant::GroupNotJournaled) {
             return Ok(Some(Round { damage, ..Round::empty(epoch) }));
         }
-        self.group = Some(Group {
-            fate: Fate::Open,
-            entries: Vec::new(),
-            firsts: Vec::new(),
-            sectors,
-            journaled: 0,
-            table: Vec::new(),
-            sent: 0,
-            stage: None,
-            fill: 0,
-            at: self.redo().body(),
-            time_ms: self.volume.cache.clock.unix_ms(),
-            part,
-            epoch,
-            damage: Damage::default(),
-            samples: Vec::new(),
-            header: None,
-            replay: None,
-        });
+        let time_ms = self.volume.cache.clock.unix_ms();
+        self.group =
+            Some(Group { sectors, part, epoch, ..Group::of(Vec::new(), self.redo().body(), time_ms) });
         Ok(Some(Round { damage, ..Round::empty(epoch) }))
     }
 
     /// The newest of as many keys, from the first on, as the area holds, and how many these are.
     fn fit(&self, keys: &[(Key, u32)]) -> (ExtentMap, usize) {
-        let redo = self.redo();
-        let (block, entry) = (redo.block, RedoEntry::SIZE as u64);
-        let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
-        let extent = |(key, id): &(Key, u32)| Extent {
-            range: key.range(),
-            place: self.volume.cache.media.place(*id, key, true),
-        };
-        let needed = |map: &ExtentMap| map.iter().map(|e| payload(&e) + entry).sum::<u64>();
         let mut newest = ExtentMap::new();
         let mut replaced = Vec::new();
         // What is overwritten or trimmed later need not fit.
         for key in keys {
             replaced.clear();
-            newest.insert(extent(key), &mut replaced);
+            newest.insert(self.extent_of(key), &mut replaced);
         }
-        if needed(&newest) <= redo.capacity() {
+        if self.needed(&newest) <= self.redo().capacity() {
             return (newest, keys.len());
         }
-        newest = ExtentMap::new();
+        self.fit_prefix(keys)
+    }
+
+    fn extent_of(&self, (key, id): &(Key, u32)) -> Extent {
+        Extent { range: key.range(), place: self.volume.cache.media.place(*id, key, true) }
+    }
+
+    /// Bytes of the area that extents need.
+    fn needed(&self, map: &ExtentMap) -> u64 {
+        let block = self.redo().block;
+        let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
+        map.iter().map(|e| payload(&e) + RedoEntry::SIZE as u64).sum()
+    }
+
+    /// The same, where less would do if it held fewer: the newest of any number of keys up to that fit.
+    pub(super) fn fit_prefix(&self, keys: &[(Key, u32)]) -> (ExtentMap, usize) {
+        let redo = self.redo();
+        let (block, entry) = (redo.block, RedoEntry::SIZE as u64);
+        let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
+        let mut newest = ExtentMap::new();
+        let mut replaced = Vec::new();
         // At least what is needed: pieces that were replaced are taken off, rounded down.
         let mut need = 0u64;
         for (i, key) in keys.iter().enumerate() {
-            let extent = extent(key);
+            let extent = self.extent_of(key);
             let more = payload(&extent) + 2 * (entry + block);
             if need + more > redo.capacity() {
-                need = needed(&newest);
+                need = self.needed(&newest);
                 if need + more > redo.capacity() {
                     return (newest, i);
                 }
@@ -282,7 +308,11 @@ impl<E: Env> Writeback<E> {
 
     /// How far beyond the tail an earlier life has left the disk.
     pub(super) fn remember_parts(&mut self) {
+        self.restore_joint();
         let (Some(redo), core) = (&self.volume.redo, &self.volume.core) else { return };
+        if self.group.is_some() {
+            return;
+        }
         let header = redo.header();
         let is_own =
             header.incarnation == core.incarnation && header.cache_uuid == self.volume.cache.media.uuid;
@@ -292,7 +322,7 @@ impl<E: Env> Writeback<E> {
             true if header.epoch == tail && header.is_part => Some((header.part_epoch, header.part_version)),
             _ => None,
         };
-        self.parts = Parts { upto, is_restored: upto.is_some(), ..Parts::default() };
+        self.parts.begin_at(upto);
     }
 
     /// Whether the group is being written to the disk.
@@ -306,10 +336,17 @@ impl<E: Env> Writeback<E> {
             return self.fail(failure);
         }
         let block = self.redo().block;
+        if self.group.as_ref().is_some_and(|group| group.fate == Fate::Undecided) {
+            let Some(fate) = self.judge_restored() else { return Progress::Idle };
+            if let Err(failure) = self.open_channel() {
+                return self.fail(failure);
+            }
+            self.group.as_mut().expect("it is still there").fate = fate;
+        }
         let group = self.group.as_mut().expect("the caller looked");
         let round = Round { damage: group.damage.clone(), ..Round::empty(group.epoch) };
         let step = match group.fate {
-            Fate::Open | Fate::Unknown => Step::Void,
+            Fate::Open | Fate::Unknown | Fate::Undecided => Step::Void,
             Fate::Committed => {
                 let bytes = group.sectors * 512;
                 group.replay = Some(Replay::new(group.entries.clone(), block));
@@ -330,7 +367,7 @@ impl<E: Env> Writeback<E> {
                 plan.written.extend(rest);
                 plan.written.sort_unstable_by_key(|e| e.range.start);
             }
-            Some(Fate::Unknown) => plan.clear(),
+            Some(Fate::Unknown | Fate::Undecided) => plan.clear(),
             Some(Fate::Open) | None => {
                 self.group = None;
                 plan.clear();
@@ -408,12 +445,20 @@ impl<E: Env> Writeback<E> {
                 }
                 self.send(round, Op::Flush, Step::Commit)
             }
+            Step::Commit if self.is_given_up() => self.give_up_part(),
             Step::Commit => self.commit(round),
             Step::FlushCommit if mutated(Mutant::GroupAppliedUncommitted) => self.committed(round),
             Step::FlushCommit => self.send(round, Op::Flush, Step::Committed),
+            Step::Committed if self.is_joint_part() => self.commit_joint(round),
             Step::Committed => self.committed(round),
+            Step::Await => self.await_verdict(round),
             Step::Void => {
-                let (header, op) = self.redo().void();
+                let is_applied = self.applies_group();
+                let (header, op) = match self.redo().is_committed() && !is_applied {
+                    // As an earlier life has left it.
+                    true => self.redo().discard(),
+                    false => self.redo().void(),
+                };
                 self.group.as_mut().expect("a group is under way").header = Some(header);
                 self.send(round, op, Step::FlushVoid)
             }
@@ -443,7 +488,7 @@ impl<E: Env> Writeback<E> {
     }
 
     /// The group is durable in the area: on to the disk.
-    fn committed(&mut self, round: Round) -> Progress {
+    pub(super) fn committed(&mut self, round: Round) -> Progress {
         let header = self.group.as_mut().and_then(|g| g.header.take()).expect("it was being committed");
         self.redo().note(header);
         self.group.as_mut().expect("it is still there").fate = Fate::Committed;
@@ -503,6 +548,9 @@ impl<E: Env> Writeback<E> {
         let group = self.group.take().expect("a group is under way");
         let header = group.header.expect("it was being voided");
         self.redo().note(header);
+        if group.joint.is_some() {
+            self.end_part();
+        }
         if group.fate == Fate::Unknown {
             // It went over the copy that may have said *committed*: the other one is older.
             self.phase = Phase::Idle;
@@ -517,7 +565,7 @@ impl<E: Env> Writeback<E> {
             }
             Some(upto) => {
                 let damage = std::mem::take(&mut round.damage);
-                self.parts = Parts { upto: Some(upto), damage, is_restored: false };
+                self.parts = Parts { upto: Some(upto), damage, is_restored: group.is_restored };
                 lock(&self.volume.core.plan).clear();
                 self.volume.core.pacer.end_round(true);
                 self.recovered();

@@ -121,7 +121,7 @@ impl<E: Env> Writeback<E> {
         group.entries.iter().for_each(|entry| entry.encode(&mut table));
         let (cache, core) = (&self.volume.cache, &self.volume.core);
         let descriptor = lock(&core.descriptor).0.clone();
-        group.header = Some(RedoHeader {
+        let header = RedoHeader {
             sequence: 0,
             cache_uuid: cache.media.uuid,
             volume_uuid: descriptor.uuid,
@@ -136,9 +136,11 @@ impl<E: Env> Writeback<E> {
             table: group.at,
             entries: group.entries.len() as u32,
             table_crc: payload_checksum(&table),
-            samples: Vec::new(),
-        });
-        group.table = table;
+            ..RedoHeader::default()
+        };
+        let header = self.name_joint(header);
+        let group = self.group.as_mut().expect("it is still there");
+        (group.header, group.table) = (Some(header), table);
     }
 
     /// Writes the table, and reads what is sampled.
