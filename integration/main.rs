@@ -24,6 +24,7 @@ mod scenarios {
     mod demo;
     mod economy;
     mod guide;
+    mod handover;
     mod harness;
     mod hot;
     mod inside;

@@ -27,7 +27,7 @@ fn a_running_guest_sees_its_disk_grow_twice_and_keeps_what_it_writes_there() {
     if Program::chosen() == Program::StorageDaemon {
         return inapplicable("the verb that makes a disk larger is ours");
     }
-    let storage = Storage::new(Program::chosen(), 64, 256).controlled();
+    let storage = Storage::new(Program::chosen(), 64, 256);
     let mut server = storage.serve();
     let script = format!(
         "{WAIT_SECTORS}\

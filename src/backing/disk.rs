@@ -63,6 +63,9 @@ pub struct OpenOptions {
     /// How long to wait for a lock held by another, such as a killed predecessor whose last writes
     /// are still in flight. `None`: not at all.
     pub wait_lock: Option<Duration>,
+    /// The disk, opened and locked already by a process that gives it up. `path` still has to mean it,
+    /// and it was opened with the same rights.
+    pub taken: Option<Arc<File>>,
     /// Make a new sparse image of this many bytes if nothing has that name. What exists must have
     /// this size, and is left as it is.
     pub create_sparse: Option<u64>,
@@ -79,6 +82,7 @@ impl OpenOptions {
             allow_format: false,
             lock: true,
             wait_lock: None,
+            taken: None,
             create_sparse: None,
         }
     }
@@ -135,6 +139,8 @@ impl Disk {
         let named = fs::metadata(path).map_err(|e| refusal(options, "looking it up", e))?;
         let kind = kind_of(path, &named)?;
         let used = match kind {
+            // Whoever gives it up has it exclusively.
+            _ if options.taken.is_some() => None,
             BackingKind::BlockDevice => usage::of_device(named.rdev()),
             BackingKind::File => usage::of_file(&named),
         };
@@ -188,6 +194,14 @@ impl Disk {
     /// Where it was found, as given.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The open file with its locks, for the process that is to have it next.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn source(&self) -> io::Result<File> {
+        self.core.file.file().try_clone()
     }
 
     /// Whether I/O goes around the page cache.
@@ -435,6 +449,12 @@ fn open_file(
     kind: BackingKind,
     wait: &mut lock::Wait,
 ) -> Result<(File, bool), OpenError> {
+    if let Some(taken) = &options.taken {
+        let direct = geometry::is_direct(taken, options.read_only);
+        return direct
+            .and_then(|direct| Ok((taken.try_clone()?, direct)))
+            .map_err(OpenError::io(&options.path, "taking it over"));
+    }
     let open = |direct: bool| {
         let exclusive = if kind == BackingKind::BlockDevice { libc::O_EXCL } else { 0 };
         let flags = libc::O_CLOEXEC | libc::O_NOCTTY | exclusive | if direct { libc::O_DIRECT } else { 0 };

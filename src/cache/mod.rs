@@ -79,6 +79,7 @@ pub use judge::{has_volume, would_attach};
 pub use mismatch::Mismatch;
 pub use positions::{Position, Positions};
 pub use recovery::RecoveryReport;
+pub use recovery::ahead::ReadAhead;
 pub use redo::{Recovered, RedoError, recover_backing};
 pub use reunite::{Member, recover_group};
 pub use scrub::{ScrubOptions, ScrubStatus};

@@ -163,12 +163,12 @@ layout! {
         1128 disk_written: u64,
         /// The kernel's boot identity when that was so.
         1136 disk_boot: [u8; 16],
-        /// The size in sectors that it is growing to; 0 while it is not.
-        1400 next_sectors: u64,
         /// The consistency group it is a member of; zero for none.
         1408 group_uuid: Uuid,
         /// That group's name, as text.
         1424 group_name: [u8; 64],
+        /// The size in sectors that it is growing to; 0 while it is not.
+        1488 next_sectors: u64,
         /// Where its redo area was found: a hint, empty without one.
         1536 redo_path: [u8; 512],
     }
@@ -300,9 +300,9 @@ impl Default for VolumeDescriptor {
             disk_attachment: 0,
             disk_written: 0,
             disk_boot: [0; 16],
-            next_sectors: 0,
             group_uuid: [0; 16],
             group_name: [0; 64],
+            next_sectors: 0,
         }
     }
 }
@@ -460,9 +460,9 @@ mod tests {
             disk_attachment: 19,
             disk_written: 20,
             disk_boot: [0x44; 16],
-            next_sectors: 0,
             group_uuid: [0x55; 16],
             group_name: pad("vm").unwrap(),
+            next_sectors: 0,
         }
     }
 
@@ -608,7 +608,7 @@ mod tests {
     fn a_size_that_is_announced_is_read_back() {
         let growing = VolumeDescriptor { next_sectors: 21, ..volume() };
         let page = growing.encode();
-        assert_eq!(page[1400..1408], 21u64.to_le_bytes());
+        assert_eq!(page[1488..1496], 21u64.to_le_bytes());
         assert_eq!(VolumeDescriptor::decode(&page, &CACHE, 3), Ok(growing));
     }
 

@@ -106,6 +106,15 @@ impl Channel {
         self.socket.as_raw_fd()
     }
 
+    /// The socket, for whoever serves this front end next; `None` while an answer is awaited, which only
+    /// we would understand.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn source(&self) -> std::io::Result<Option<OwnedFd>> {
+        if self.awaits { Ok(None) } else { self.socket.try_clone().map(Some) }
+    }
+
     /// Says that the configuration has changed; `acknowledge` asks for an answer.
     ///
     /// # Errors

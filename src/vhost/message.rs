@@ -7,8 +7,9 @@
 //! - no message carries a socket but the one that hands over the back end's channel: the peer's own end
 //!   of this connection, held by us, would keep it open after the peer has gone, so that nobody else
 //!   would ever be served (`channel` says what becomes of that one);
-//! - waiting never outlasts a stop request, and a peer that stalls in the middle of a message, or
-//!   does not read its answers, loses the connection.
+//! - waiting does not outlast a stop request, but that a message or an answer that has begun has
+//!   [`STOP_GRACE`] to end: between two messages the connection can go on in another process;
+//! - a peer that stalls in the middle of a message, or does not read its answers, loses the connection.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -30,6 +31,9 @@ pub(super) const FLAG_NEED_REPLY: u32 = 1 << 3;
 
 /// How long a peer may take between the first and the last byte of a message, or to take an answer.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a stop waits for the rest of what has begun.
+const STOP_GRACE: Duration = Duration::from_millis(200);
 
 /// Why a connection cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +92,8 @@ pub(super) struct Connection {
     writable: Epoll,
     /// What is waited for between two messages: the above, and whatever else has been added.
     idle: Epoll,
+    /// Whether a stop came in the middle of something, which did not end in time.
+    is_torn: bool,
 }
 
 const TOKEN_PEER: u64 = 0;
@@ -112,7 +118,12 @@ impl Connection {
         let idle = Epoll::new()?;
         idle.ctl(ControlOperation::Add, peer, EpollEvent::new(EventSet::IN, TOKEN_PEER))?;
         idle.ctl(ControlOperation::Add, stop, EpollEvent::new(EventSet::IN, TOKEN_STOP))?;
-        Ok(Self { stream, readable, writable, idle })
+        Ok(Self { stream, readable, writable, idle, is_torn: false })
+    }
+
+    /// The socket, for whoever serves this front end next; `None` in the middle of a message.
+    pub fn into_stream(self) -> Option<UnixStream> {
+        (!self.is_torn).then_some(self.stream)
     }
 
     /// Looks out between two messages for `fd` to become readable as well; see [`Connection::look_out`].
@@ -190,7 +201,7 @@ impl Connection {
             bytes.extend_from_slice(&field.to_ne_bytes());
         }
         bytes.extend_from_slice(body);
-        let deadline = Instant::now() + MESSAGE_TIMEOUT;
+        let mut deadline = Instant::now() + MESSAGE_TIMEOUT;
         let mut sent = 0;
         while sent < bytes.len() {
             // Descriptors go with the first byte.
@@ -200,7 +211,7 @@ impl Connection {
                 Err(error) => match io::Error::from_raw_os_error(error.errno()) {
                     error if error.kind() == io::ErrorKind::WouldBlock => {
                         if wait(&self.writable, Some(deadline))? {
-                            return Err(ConnectionError::Stopped);
+                            deadline = self.hurry(EventSet::OUT, deadline)?;
                         }
                     }
                     error if error.kind() == io::ErrorKind::Interrupted => {}
@@ -209,6 +220,22 @@ impl Connection {
             }
         }
         Ok(())
+    }
+
+    /// A stop has come in the middle of something: from now on it alone is waited for, and not for
+    /// long. Returns until when.
+    fn hurry(&mut self, awaited: EventSet, deadline: Instant) -> Result<Instant, ConnectionError> {
+        let deadline = deadline.min(Instant::now() + STOP_GRACE);
+        self.is_torn = true;
+        let alone = Epoll::new()?;
+        alone.ctl(ControlOperation::Add, self.stream.as_raw_fd(), EpollEvent::new(awaited, TOKEN_PEER))?;
+        match wait(&alone, Some(deadline)) {
+            Ok(_) => {}
+            Err(ConnectionError::Stalled) => return Err(ConnectionError::Stopped),
+            Err(error) => return Err(error),
+        }
+        self.is_torn = false;
+        Ok(deadline)
     }
 
     /// Reads all of `buf`. Without a deadline the first byte may take for ever, and the rest has
@@ -237,7 +264,8 @@ impl Connection {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if wait(&self.readable, deadline)? {
-                        return Err(ConnectionError::Stopped);
+                        let Some(begun) = deadline else { return Err(ConnectionError::Stopped) };
+                        deadline = Some(self.hurry(EventSet::IN, begun)?);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -47,7 +47,8 @@ pub use crew::Crew;
 pub use idle::{PollMode, Polling};
 #[cfg(feature = "sim")]
 pub use queue::stepper::{QueueStepper, RingSetup};
-pub use server::{Endpoint, Options, Presence, Server, Stopper};
+pub use server::{Endpoint, Options, Parked, Presence, Server, Stopper};
+pub use session::{ParkedSession, Saved};
 
 #[cfg(test)]
 mod testing;

@@ -12,6 +12,7 @@
 
 mod areas;
 mod changes;
+mod handover;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -41,6 +42,8 @@ use super::vring::{Kick, RingContext, Vring};
 use crate::volume::{Disk, DiskConfig};
 
 pub(super) use changes::Outside;
+
+pub use self::handover::{ParkedSession, Saved};
 
 /// Queues a message that carries a descriptor can name.
 const QUEUES_MAX: u16 = 256;
@@ -137,24 +140,26 @@ impl<D: Disk> Session<D> {
         }
     }
 
-    /// Serves the connection until it ends, then stops every queue.
-    pub fn serve(mut self, connection: &mut Connection, outside: &Outside) -> SessionEnd {
+    /// Serves the connection until it ends.
+    pub fn serve(&mut self, connection: &mut Connection, outside: &Outside) -> SessionEnd {
         outside.changed.take();
-        let end = loop {
+        loop {
             if let Err(error) = self.look_out(connection, outside) {
-                break error.into();
+                return error.into();
             }
             let message = match connection.receive() {
                 Ok(message) => message,
-                Err(error) => break error.into(),
+                Err(error) => return error.into(),
             };
             if let Err(end) = self.answer(connection, message) {
-                break end;
+                return end;
             }
-        };
-        // Nobody is left to wait for an answer.
+        }
+    }
+
+    /// Stops every queue: nobody is left to wait for an answer.
+    pub fn end(mut self) {
         self.stop_all(Some(self.patience_left()));
-        end
     }
 
     fn answer(&mut self, connection: &mut Connection, message: Message) -> Result<(), SessionEnd> {
