@@ -115,7 +115,8 @@ impl Daemon {
     pub fn resume_front_end(&self, served: &Served, rest: FrontEndRest) -> Result<(), RunError> {
         let FrontEndRest { parked, bound } = rest;
         let running = self.servers.running();
-        let front_end = FrontEnd::resume(parked, bound, &served.config, &served.volume, running)?;
+        let front_end =
+            FrontEnd::resume(parked, bound, &served.config, &served.volume, &self.threads, running)?;
         *lock(&served.front_end) = Some(front_end);
         Ok(())
     }

@@ -25,7 +25,8 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    /// Opens a claimed endpoint to VMMs; `groups` has the threads that volumes share. `running` is let go when it ends.
+    /// Opens a claimed endpoint to VMMs; `groups` has the threads that volumes share. `running` is let go
+    /// when it ends.
     ///
     /// # Errors
     /// The kernel refused the socket or the thread.
@@ -36,14 +37,14 @@ impl FrontEnd {
         groups: &ThreadGroups,
         running: Running,
     ) -> Result<Self, RunError> {
-        let crew = groups.crew(&config.name, &config.threads);
-        let crew = crew.map_err(RunError::os("starting the queues' threads"))?;
         let (incoming, bound) = claim.open()?;
         let endpoint = match incoming {
             Incoming::Listener(listener) => vhost::Endpoint::Listener(listener),
             Incoming::Connected(stream) => vhost::Endpoint::Stream(stream),
         };
-        Self::start(bound, config, volume, running, |disk, options| Server::new(endpoint, disk, options))
+        Self::start(bound, config, volume, groups, running, |disk, options| {
+            Server::new(endpoint, disk, options)
+        })
     }
 
     /// Goes on with what another one has left.
@@ -55,18 +56,24 @@ impl FrontEnd {
         bound: Option<Bound>,
         config: &VolumeConfig,
         volume: &Arc<Volume<Host>>,
+        groups: &ThreadGroups,
         running: Running,
     ) -> Result<Self, RunError> {
-        Self::start(bound, config, volume, running, |disk, options| Server::resumed(parked, disk, options))
+        Self::start(bound, config, volume, groups, running, |disk, options| {
+            Server::resumed(parked, disk, options)
+        })
     }
 
     fn start(
         bound: Option<Bound>,
         config: &VolumeConfig,
         volume: &Arc<Volume<Host>>,
+        groups: &ThreadGroups,
         running: Running,
         make: impl FnOnce(Arc<VolumeDisk<Host>>, vhost::Options) -> io::Result<Server<VolumeDisk<Host>>>,
     ) -> Result<Self, RunError> {
+        let crew = groups.crew(&config.name, &config.threads);
+        let crew = crew.map_err(RunError::os("starting the queues' threads"))?;
         let options = vhost::Options {
             name: config.name.as_str().into(),
             polling: config.threads.polling(),

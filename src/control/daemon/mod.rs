@@ -223,6 +223,11 @@ impl Daemon {
         lock(&self.volumes).values().any(|entry| matches!(entry, Entry::Changing))
     }
 
+    /// The threads that volumes share.
+    pub fn threads(&self) -> &ThreadGroups {
+        &self.threads
+    }
+
     /// Its jobs.
     pub fn jobs(&self) -> &JobTable {
         &self.jobs
