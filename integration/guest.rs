@@ -334,6 +334,11 @@ impl Guest {
         monitor.await_migration("cancelled", self.deadline);
     }
 
+    /// QEMU's process.
+    pub fn pid(&self) -> u32 {
+        self.qemu.id()
+    }
+
     /// Plugs so much memory in while the guest runs; it decides what it uses it for.
     ///
     /// # Panics

@@ -22,6 +22,7 @@ mod scenarios {
 
     mod bare;
     mod demo;
+    mod economy;
     mod guide;
     mod handover;
     mod harness;

@@ -307,6 +307,11 @@ impl Server {
         fs::read_to_string(&self.log).expect("read the server's log")
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     fn signal(&self, name: &str) {
         let status = Command::new("sh")
             .args(["-c", "kill -\"$0\" \"$1\"", name, &self.child.id().to_string()])

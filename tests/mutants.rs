@@ -20,6 +20,8 @@ mod pairs;
 mod product;
 #[path = "mutants/rest.rs"]
 mod rest;
+#[path = "mutants/rings.rs"]
+mod rings;
 #[path = "crash/sizes.rs"]
 mod sizes;
 #[path = "mutants/starts.rs"]

@@ -19,7 +19,7 @@ const LAW: &[(&str, &[&str])] = &[
     ("backing", &["units", "wake"]),
     ("volume", &["pmem::guard", "units", "wake"]),
     ("cache", &["backing", "mutant", "onmedia", "pmem", "sync", "units", "volume", "wake"]),
-    ("vhost", &["pmem::guard", "sync", "units", "volume", "wake"]),
+    ("vhost", &["mutant", "pmem::guard", "sync", "units", "volume", "wake"]),
     ("sim", &["backing", "cache", "onmedia", "pmem", "units", "volume", "wake"]),
     ("tools", &["backing", "cache", "onmedia", "pmem", "units", "volume", "wake"]),
     ("control", &["backing", "cache", "onmedia", "pmem", "tools", "units", "vhost", "volume", "wake"]),

@@ -196,7 +196,8 @@ impl<B: Backing> Redo<B> {
             cache_uuid: h.cache_uuid,
             volume_uuid: h.volume_uuid,
             incarnation: h.incarnation,
-            backing_size: h.backing_size,
+            // Its disk may have grown since, and what the header says of the last group counts still.
+            backing_size: h.backing_size.max(owner.backing_size),
         };
         found == *owner
     }

@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order, Sandbox};
 use super::online::args::*;
+use super::threads::{self, Cpus, Poll, ThreadArgs};
 use super::value::{self, Name, Serial, SocketPath, ValueError};
 
 const EXIT_STATUS: &str = "\
@@ -279,9 +280,38 @@ pub struct VolumeArgs {
     /// [default: 4MiB]
     #[arg(long, value_name = "SIZE", value_parser = value::sequential_cutoff)]
     pub sequential_cutoff: Option<u64>,
-    /// How long an idle queue looks for work before it sleeps, in microseconds [default: 32]
+    /// How an idle queue waits for work [default: adaptive]
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub poll: Option<Poll>,
+    /// How long it looks for work at most before it sleeps, in microseconds [default: 32]
     #[arg(long, value_name = "MICROSECONDS", value_parser = value::poll_us)]
     pub poll_us: Option<u32>,
+    /// Most of a processor that one queue spends looking for work, in percent [default: 100]
+    #[arg(long, value_name = "PERCENT", value_parser = threads::percent)]
+    pub poll_cpu_percent: Option<u8>,
+    /// Threads that share the volume's queues, 0 for one thread for each queue [default: 0]
+    #[arg(long, value_name = "N", value_parser = threads::threads)]
+    pub queue_threads: Option<u16>,
+    /// Share these threads with all volumes that name the same group
+    #[arg(long, value_name = "NAME")]
+    pub thread_group: Option<Name>,
+    /// Processors that the threads stay on, by turns, like 0-3,8 [default: any]
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<Cpus>,
+}
+
+impl VolumeArgs {
+    /// The threads of its queues.
+    pub fn threads(&self) -> ThreadArgs {
+        ThreadArgs {
+            poll: self.poll,
+            poll_us: self.poll_us,
+            poll_cpu_percent: self.poll_cpu_percent,
+            queue_threads: self.queue_threads,
+            thread_group: self.thread_group.clone(),
+            cpus: self.cpus.clone(),
+        }
+    }
 }
 
 /// Options of `format`.

@@ -17,6 +17,7 @@ pub use self::confine::{Confinement, Sandbox};
 pub use self::error::ConfigError;
 use super::cli::ServeArgs;
 use super::suggest;
+use super::threads::ThreadsConfig;
 use super::value::{Name, Serial, SocketPath};
 use crate::tools::image::Sizing;
 
@@ -28,8 +29,6 @@ pub const DEFAULT_DISK_SIZE: u64 = 10 << 30;
 pub const DEFAULT_QUEUES: u16 = 256;
 /// Largest ring unless told: what Firecracker and crosvm use; QEMU and Cloud Hypervisor use 128.
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
-/// Busy-wait unless told: about one round trip of a guest's vCPU, so that depth 1 seldom sleeps.
-pub const DEFAULT_POLL_US: u32 = 32;
 /// Seconds until a disk that does not answer has failed, unless told: what Linux gives a disk.
 pub const DEFAULT_BACKING_TIMEOUT_S: u32 = 30;
 /// Scrubbing unless told, in MiB a second: a hundredth of what memory gives, a TiB in nine hours.
@@ -215,8 +214,8 @@ pub struct VolumeConfig {
     pub admission: Admission,
     /// Bytes read in one go from which on they are not cached, 0 for never.
     pub sequential_cutoff: u64,
-    /// Busy-wait of an idle queue, in microseconds.
-    pub poll_us: u32,
+    /// The threads of its queues.
+    pub threads: ThreadsConfig,
     /// Whether a sidecar stands beside the disk; `None` leaves it as it is.
     pub sidecar: Option<bool>,
     /// Whether another disk than the cache belongs to is accepted.
@@ -251,7 +250,7 @@ impl VolumeConfig {
             backing_timeout_s: DEFAULT_BACKING_TIMEOUT_S,
             admission: Admission::default(),
             sequential_cutoff: DEFAULT_SEQUENTIAL_CUTOFF,
-            poll_us: DEFAULT_POLL_US,
+            threads: ThreadsConfig::default(),
             sidecar: None,
             force_identity: false,
             accept_loss: false,
@@ -420,7 +419,7 @@ impl Config {
         config.backing_timeout_s = volume.backing_timeout_s.unwrap_or(config.backing_timeout_s);
         config.admission = volume.admission.unwrap_or(config.admission);
         config.sequential_cutoff = volume.sequential_cutoff.unwrap_or(config.sequential_cutoff);
-        config.poll_us = volume.poll_us.unwrap_or(config.poll_us);
+        config.threads = ThreadsConfig::from(volume.threads());
         config.sidecar = volume.sidecar;
         let consents =
             Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
@@ -601,7 +600,7 @@ mod tests {
             (volume.mode, volume.order, volume.discard),
             (Mode::Writeback, Order::Strict, Discard::Pass)
         );
-        assert_eq!((volume.queues, volume.queue_size, volume.poll_us), (256, 256, 32));
+        assert_eq!((volume.queues, volume.queue_size, volume.threads.poll_us), (256, 256, 32));
         assert_eq!(&volume.serial.bytes()[..6], b"disk0\0");
         let path = "/run/s".parse().unwrap();
         assert_eq!(volume.endpoint, Endpoint::Socket { path, mode: 0o600, group: None });
@@ -655,7 +654,7 @@ mod tests {
             backing_timeout_s: 9,
             admission: Admission::SecondMiss,
             sequential_cutoff: 1 << 20,
-            poll_us: 7,
+            threads: ThreadsConfig { poll_us: 7, ..ThreadsConfig::default() },
             sidecar: Some(false),
             force_identity: true,
             accept_loss: true,

@@ -15,6 +15,7 @@ use super::config::{
     DEFAULT_SCRUB_INTERVAL_H, DEFAULT_SCRUB_MIB_S, Endpoint, VolumeConfig,
 };
 use super::suggest;
+use super::threads::{self, ThreadArgs, ThreadsConfig};
 use super::value::{self, Name, ValueError};
 use crate::tools::image::Sizing;
 
@@ -217,6 +218,18 @@ fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
     })
 }
 
+fn threads(section: &mut Section<'_>) -> Result<ThreadsConfig, Fault> {
+    let args = ThreadArgs {
+        poll: section.text("poll", value::choice)?,
+        poll_us: section.number("poll_us", value::poll_us)?,
+        poll_cpu_percent: section.number("poll_cpu_percent", threads::percent)?,
+        queue_threads: section.number("queue_threads", threads::threads)?,
+        thread_group: section.text("thread_group", str::parse)?,
+        cpus: section.text("cpus", str::parse)?,
+    };
+    Ok(ThreadsConfig::from(args))
+}
+
 fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConfig, Fault> {
     let name = section.text("name", str::parse::<Name>)?;
     let cache = section.located("cache")?;
@@ -243,7 +256,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let backing_timeout_s = section.number("backing_timeout_s", value::timeout_s)?;
     let admission = section.text("admission", value::choice)?;
     let cutoff = section.size("sequential_cutoff", value::sequential_cutoff)?;
-    let poll_us = section.number("poll_us", value::poll_us)?;
+    let threads = threads(&mut section)?;
     let sidecar = section.choice("sidecar")?;
 
     let name = section.required("name", name)?;
@@ -273,7 +286,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.backing_timeout_s = backing_timeout_s.unwrap_or(volume.backing_timeout_s);
     volume.admission = admission.unwrap_or(volume.admission);
     volume.sequential_cutoff = cutoff.unwrap_or(volume.sequential_cutoff);
-    volume.poll_us = poll_us.unwrap_or(volume.poll_us);
+    volume.threads = threads;
     volume.sidecar = sidecar;
     Ok(volume)
 }
@@ -489,7 +502,12 @@ on_backing_error = "error"
 backing_timeout_s = 0
 admission = "never"
 sequential_cutoff = "0"
+poll = "fixed"
 poll_us = 0x10
+poll_cpu_percent = 25
+queue_threads = 2
+thread_group = "blue"
+cpus = "0-1"
 
 [[volume]]
 name = "db"
@@ -517,7 +535,16 @@ backing = "/dev/vg/db"
         assert_eq!(web.endpoint, endpoint);
         let backing = BackingConfig { path: "/dev/vg/web".into(), raw: true, size: Sizing::Exactly(8 << 30) };
         assert_eq!(web.backing, backing);
-        assert_eq!((web.queues, web.queue_size, web.poll_us), (4, 64, 16));
+        assert_eq!((web.queues, web.queue_size), (4, 64));
+        let threads = ThreadsConfig {
+            poll: threads::Poll::Fixed,
+            poll_us: 16,
+            poll_cpu_percent: 25,
+            queue_threads: 2,
+            thread_group: Some("blue".parse().unwrap()),
+            cpus: "0-1".parse().unwrap(),
+        };
+        assert_eq!(web.threads, threads);
         assert_eq!((web.mode, web.order, web.discard), (Mode::Writethrough, Order::Relaxed, Discard::Keep));
         assert_eq!((web.on_backing_error, web.backing_timeout_s), (OnBackingError::Error, 0));
         assert_eq!((web.admission, web.sequential_cutoff), (Admission::Never, 0));

@@ -30,5 +30,6 @@ pub mod signals;
 pub mod socket;
 mod suggest;
 mod sys;
+pub mod threads;
 pub mod value;
 mod verbs;

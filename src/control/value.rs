@@ -101,6 +101,9 @@ pub enum ValueError {
     /// Not permission bits.
     #[error("`{0}` is not a file mode: write it in octal, like 0660")]
     FileMode(String),
+    /// Not a list of processors.
+    #[error("`{0}` is not a list of processors: write it like 0-3,8, or `any`")]
+    Cpus(String),
     /// Not an address of this host's own.
     #[error("`{0}` is not a loopback address and port: write it like 127.0.0.1:9747")]
     Loopback(String),
@@ -308,7 +311,7 @@ pub fn scrub_interval_h(text: &str) -> Result<u32, ValueError> {
     Ok(whole(text, 0, 8784)? as u32)
 }
 
-fn whole(text: &str, min: u64, max: u64) -> Result<u64, ValueError> {
+pub(super) fn whole(text: &str, min: u64, max: u64) -> Result<u64, ValueError> {
     match text.parse::<u64>() {
         Ok(number) if (min..=max).contains(&number) => Ok(number),
         _ => Err(ValueError::OutOfRange { given: text.into(), min, max }),

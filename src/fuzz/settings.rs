@@ -39,7 +39,12 @@ order = "relaxed"
 block_size = 4096
 serial = "WEB-1"
 discard = "keep"
+poll = "fixed"
 poll_us = 0x10
+poll_cpu_percent = 25
+queue_threads = 2
+thread_group = "blue"
+cpus = "0-1"
 
 [[volume]]
 name = "db"

@@ -1,61 +1,121 @@
-//! Waiting for work: how long to poll, and where to sleep.
+//! How long an idle queue looks again and again before it sleeps.
+//!
+//! Sleeping and being woken costs tens of microseconds on each side. A queue that was woken within about
+//! that time would have done better to wait awake.
 //!
 //! Invariants:
-//! - whatever is signalled between the last look and the sleep ends the sleep at once;
-//! - an idle queue costs no processor time, unless its driver has no way to kick it.
+//! - an idle queue soon costs no processor time, but for one that is told to poll always and for ever;
+//! - polling takes no larger part of a processor than it is allowed, over any [`PERIOD`] and a half.
 
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
+/// Over which the part of a processor is reckoned.
+const PERIOD: Duration = Duration::from_millis(100);
 
-use crate::sync;
+/// Whether a queue polls.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum PollMode {
+    /// Never: it sleeps as soon as there is nothing to do.
+    Off,
+    /// As long as it may, each time there is nothing to do.
+    Fixed,
+    /// As long as has lately been worth it, and no longer than it may.
+    #[default]
+    Adaptive,
+}
 
-/// First and last length of a sleep of a queue without a kick descriptor.
-const NAP_MIN: Duration = Duration::from_micros(10);
-const NAP_MAX: Duration = Duration::from_millis(1);
+/// How a queue waits for work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Polling {
+    /// Whether it polls.
+    pub mode: PollMode,
+    /// Longest time it polls before it sleeps.
+    pub max: Duration,
+    /// Most of a processor that it may spend on polling, in percent; 100 for no bound.
+    pub cpu_percent: u8,
+}
 
-/// How long to poll before sleeping: as long as has lately been worth it.
-///
-/// Sleeping and being woken costs tens of microseconds on each side. A queue that was woken within
-/// about that time would have done better to wait awake, so the window grows; one that slept long
-/// polled in vain, so it shrinks, and an idle queue soon polls not at all.
+impl Default for Polling {
+    fn default() -> Self {
+        Self { mode: PollMode::Adaptive, max: Duration::from_micros(32), cpu_percent: 100 }
+    }
+}
+
+/// One queue's.
 #[derive(Debug)]
 pub(super) struct Idle {
-    max: Duration,
+    polling: Polling,
+    /// How long it polls now.
     window: Duration,
+    /// When it began to poll, if it does.
     since: Option<Instant>,
+    /// Whether that is over until there is something to do, or it has slept.
+    is_over: bool,
+    period: Instant,
+    /// Polled in this period.
+    spent: Duration,
 }
 
 impl Idle {
     const FIRST: Duration = Duration::from_micros(4);
 
-    /// A queue may poll for `max` at most; it begins as if that had been worth it.
-    pub fn new(max: Duration) -> Self {
-        Self { max, window: max, since: None }
+    /// It begins as if polling had been worth it.
+    pub fn new(polling: Polling) -> Self {
+        let window = if polling.mode == PollMode::Off { Duration::ZERO } else { polling.max };
+        let now = Instant::now();
+        Self { polling, window, since: None, is_over: false, period: now, spent: Duration::ZERO }
     }
 
     /// There was something to do.
     pub fn worked(&mut self) {
-        self.since = None;
+        if let Some(since) = self.since.take()
+            && !self.is_over
+        {
+            self.spent += since.elapsed();
+        }
+        self.is_over = false;
     }
 
     /// There was nothing to do: whether to look again rather than sleep.
     pub fn keep_polling(&mut self) -> bool {
-        if self.window.is_zero() {
+        !self.window.is_zero() && self.keep_polling_at(Instant::now())
+    }
+
+    fn keep_polling_at(&mut self, now: Instant) -> bool {
+        if self.is_over {
             return false;
         }
-        let since = *self.since.get_or_insert_with(Instant::now);
-        since.elapsed() < self.window
+        let since = *self.since.get_or_insert(now);
+        let polled = now.saturating_duration_since(since);
+        if polled < self.window && self.may_spend(polled, now) {
+            return true;
+        }
+        self.spent += polled;
+        self.is_over = true;
+        false
+    }
+
+    /// Whether it may poll on, having polled so long now.
+    fn may_spend(&mut self, polled: Duration, now: Instant) -> bool {
+        if self.polling.cpu_percent >= 100 {
+            return true;
+        }
+        if now.saturating_duration_since(self.period) >= PERIOD {
+            (self.period, self.spent) = (now, Duration::ZERO);
+        }
+        self.spent + polled < PERIOD * u32::from(self.polling.cpu_percent) / 100
     }
 
     /// A sleep has taken `time`.
     pub fn slept(&mut self, time: Duration) {
-        self.since = None;
-        if time < self.max * 2 {
-            self.window = (self.window * 2).clamp(Self::FIRST.min(self.max), self.max);
+        (self.since, self.is_over) = (None, false);
+        if self.polling.mode != PollMode::Adaptive {
+            return;
+        }
+        // One that was woken soon would have done better to wait awake, so the window grows; one that
+        // slept long has polled in vain, so it shrinks, and soon there is no polling at all.
+        if time < self.polling.max * 2 {
+            self.window = (self.window * 2).clamp(Self::FIRST.min(self.polling.max), self.polling.max);
         } else {
             self.window /= 2;
             if self.window < Self::FIRST {
@@ -65,74 +125,17 @@ impl Idle {
     }
 }
 
-/// Where the thread sleeps.
-#[derive(Debug)]
-pub(super) struct Sleeper {
-    epoll: Epoll,
-    has_kick: bool,
-    /// Without a kick: the next sleep's length.
-    nap: Duration,
-}
-
-impl Sleeper {
-    /// Wakes at `event`, and at `kick` if the driver has one; both must stay open.
-    ///
-    /// # Errors
-    /// The kernel refused a resource, or `kick` cannot be waited for.
-    pub fn new(event: &EventFd, kick: Option<BorrowedFd<'_>>) -> io::Result<Self> {
-        // Edge-triggered: neither descriptor is ever read. Every write to an eventfd is an edge,
-        // and a counter of 64 bits does not fill up.
-        let interest = |token| EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
-        let epoll = Epoll::new()?;
-        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest(0))?;
-        if let Some(kick) = kick {
-            epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), interest(1))?;
-        }
-        Ok(Self { epoll, has_kick: kick.is_some(), nap: NAP_MIN })
-    }
-
-    /// Whether the driver can wake it.
-    pub fn is_kicked(&self) -> bool {
-        self.has_kick
-    }
-
-    /// There was something to do: the next nap is a short one.
-    pub fn worked(&mut self) {
-        self.nap = NAP_MIN;
-    }
-
-    /// Sleeps until an event, for `limit` at most, or for a nap when nobody will kick; `woken_only`
-    /// says that the ring is not looked at any more. Returns the time it took.
-    pub fn sleep(&mut self, woken_only: bool, limit: Option<Duration>) -> Duration {
-        let start = Instant::now();
-        let mut events = [EpollEvent::default(); 2];
-        if self.has_kick || woken_only {
-            // Errors are EINTR; the loop looks again anyway.
-            let limit_ms = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
-            sync::block(limit_ms, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
-        } else if self.nap < NAP_MAX {
-            sync::thread::sleep(self.nap);
-            self.nap *= 2;
-        } else {
-            let nap = NAP_MAX.as_millis() as i32;
-            sync::block(nap, |timeout| self.epoll.wait(timeout, &mut events).is_ok_and(|n| n > 0));
-        }
-        start.elapsed()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
-
     use super::*;
+
+    fn polling(mode: PollMode, max_us: u64, cpu_percent: u8) -> Polling {
+        Polling { mode, max: Duration::from_micros(max_us), cpu_percent }
+    }
 
     #[test]
     fn polling_grows_while_it_pays_and_ends_when_idle() {
-        let max = Duration::from_micros(50);
-        let mut idle = Idle::new(max);
+        let mut idle = Idle::new(polling(PollMode::Adaptive, 50, 100));
         for _ in 0..10 {
             idle.slept(Duration::from_millis(10));
         }
@@ -140,45 +143,62 @@ mod tests {
         for _ in 0..10 {
             idle.slept(Duration::from_micros(20));
         }
-        assert_eq!(idle.window, max);
+        assert_eq!(idle.window, Duration::from_micros(50));
         assert!(idle.keep_polling());
     }
 
     #[test]
-    fn polling_that_is_turned_off_stays_off() {
-        let mut idle = Idle::new(Duration::ZERO);
-        for _ in 0..3 {
-            idle.slept(Duration::ZERO);
-            assert!(!idle.keep_polling());
+    fn polling_that_is_off_stays_off_and_fixed_polling_learns_nothing() {
+        for (mode, max_us) in [(PollMode::Off, 50), (PollMode::Adaptive, 0), (PollMode::Fixed, 0)] {
+            let mut idle = Idle::new(polling(mode, max_us, 100));
+            for _ in 0..3 {
+                idle.slept(Duration::ZERO);
+                assert!(!idle.keep_polling(), "{mode:?} {max_us}");
+            }
+        }
+        let mut idle = Idle::new(polling(PollMode::Fixed, 50, 100));
+        for _ in 0..10 {
+            idle.slept(Duration::from_secs(1));
+            let now = Instant::now();
+            assert!(idle.keep_polling_at(now));
+            assert!(idle.keep_polling_at(now + Duration::from_micros(49)));
+            assert!(!idle.keep_polling_at(now + Duration::from_micros(50)));
+            assert!(!idle.keep_polling_at(now), "it is over until it has slept");
         }
     }
 
-    #[test]
-    fn what_is_signalled_before_the_sleep_ends_it() {
-        let (event, kick) =
-            (EventFd::new(EFD_NONBLOCK).unwrap(), std::os::unix::net::UnixStream::pair().unwrap());
-        let mut sleeper = Sleeper::new(&event, Some(kick.0.as_fd())).unwrap();
-        assert!(sleeper.is_kicked());
-        for _ in 0..3 {
-            // Never read, and yet every write counts.
-            event.write(1).unwrap();
-            sleeper.sleep(false, None);
-            std::io::Write::write_all(&mut &kick.1, &[1]).unwrap();
-            sleeper.sleep(false, None);
+    /// How much of `time` is polled by a queue that has something to do every `gap_us`.
+    fn polled(mut idle: Idle, gap_us: u64, time: Duration) -> f64 {
+        let (begun, step) = (idle.period, Duration::from_micros(1));
+        let (mut now, mut polled) = (begun, Duration::ZERO);
+        while now - begun < time {
+            let work = now + Duration::from_micros(gap_us);
+            while now < work {
+                let polls = idle.keep_polling_at(now);
+                now += step;
+                polled += if polls { step } else { Duration::ZERO };
+            }
+            // What `worked` does, by this clock.
+            if let (Some(since), false) = (idle.since.take(), idle.is_over) {
+                idle.spent += now - since;
+            }
+            idle.is_over = false;
         }
+        polled.as_secs_f64() / time.as_secs_f64()
     }
 
     #[test]
-    fn without_a_kick_naps_grow_to_their_limit_and_start_short_again() {
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        let mut sleeper = Sleeper::new(&event, None).unwrap();
-        for _ in 0..20 {
-            sleeper.sleep(false, None);
+    fn polling_keeps_to_its_part_of_a_processor() {
+        for percent in [1, 5, 25, 60, 100] {
+            for gap_us in [10, 40, 1000] {
+                let idle = Idle::new(polling(PollMode::Fixed, 50, percent));
+                let share = polled(idle, gap_us, Duration::from_secs(1));
+                let wanted = f64::from(percent) / 100.0;
+                let possible = (50.0 / gap_us as f64).min(1.0);
+                assert!(share <= wanted + 0.002, "{percent} % allowed, {share} taken at {gap_us} us");
+                let least = wanted.min(possible) - 0.02;
+                assert!(share >= least, "{percent} % allowed, {share} taken at {gap_us} us");
+            }
         }
-        assert!(sleeper.nap >= NAP_MAX);
-        sleeper.worked();
-        assert_eq!(sleeper.nap, NAP_MIN);
-        event.write(1).unwrap();
-        sleeper.sleep(true, None);
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!  socket ─► server ─► message ─► session ─► vring ──── starts and stops ────┐
 //!            accepts   framing,   protocol   a ring as the                   ▼
-//!            in turn   fds        state      VMM set it up          queue: one thread
+//!            in turn   fds        state      VMM set it up          queue: on a thread (crew)
 //!                                   │                               ring ─► request ─► DiskQueue
 //!                                   └► memory: the guest's RAM ◄──── descriptors, data, status
 //! ```
@@ -18,9 +18,11 @@
 //! per object, and cost about a hundred nanoseconds per request where a bounds-checked pointer
 //! costs five.
 
+mod affinity;
 mod channel;
 mod config_space;
 mod copy;
+mod crew;
 mod decode;
 mod dirty_log;
 mod fds;
@@ -41,6 +43,8 @@ mod split;
 mod vring;
 
 pub use channel::Handle;
+pub use crew::Crew;
+pub use idle::{PollMode, Polling};
 #[cfg(feature = "sim")]
 pub use queue::stepper::{QueueStepper, RingSetup};
 pub use server::{Endpoint, Options, Parked, Presence, Server, Stopper};

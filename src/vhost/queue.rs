@@ -1,6 +1,6 @@
-//! One thread per running ring.
+//! A running ring, on a thread of its own or on one that it shares (`crew`).
 //!
-//! A turn of the loop: take what is available, at most [`BATCH`]; submit it; commit; poll; return
+//! A turn of its loop: take what is available, at most [`BATCH`]; submit it; commit; poll; return
 //! what is done, showing it to the driver after every [`PUBLISH_EVERY`] so that driver and server
 //! overlap instead of taking turns. An idle queue polls for a while it has learned to be worth it,
 //! then asks for notifications, looks once more, parks and sleeps.
@@ -8,32 +8,23 @@
 //! Invariants:
 //! - every head taken is returned once: its slot is busy from one to the other, a head that comes
 //!   again meanwhile breaks the ring;
-//! - the thread ends only when told to, with nothing in flight; a broken ring takes no more heads but
+//! - it ends only when told to, with nothing in flight; a broken ring takes no more heads but
 //!   returns those it has;
 //! - but a disk that returns nothing for as long as the stop allows keeps what it has: those heads
 //!   stay marked in the in-flight area, where whoever runs the ring next finds and submits them again;
 //! - in the steady state nothing is allocated: slots, vectors and buffers are used again;
 //! - memory is refreshed after heads were seen and before they are translated (see `memory`).
 
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::features::Features;
-use super::idle::{Idle, Sleeper};
+use super::idle::{Idle, Polling};
 use super::inflight::Tracker;
 use super::memory::{GuestBuffer, HostRange, MemoryMap, SharedMemory};
 use super::notify::Notifier;
 use super::request::{Action, Parser};
 use super::ring::{Ring, RingError};
-use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::hint;
-use crate::sync::thread::{self, JoinHandle};
 use crate::volume::{Buffer, Disk, DiskQueue, Done, Request, RequestKind, Status};
-use crate::wake::Waker;
 
 /// Heads taken before a commit. Enough to share a fence among writes, few enough that the first of
 /// a full ring need not wait for the last.
@@ -41,7 +32,7 @@ const BATCH: u16 = 16;
 /// Completions after which the driver is shown what is done.
 const PUBLISH_EVERY: usize = 8;
 
-/// What a queue thread is made of.
+/// What a queue is made of.
 pub(super) struct QueueStart<D: Disk, R: Ring> {
     pub index: u16,
     /// For thread names and log lines.
@@ -55,8 +46,8 @@ pub(super) struct QueueStart<D: Disk, R: Ring> {
     pub inflight: Option<R::Tracker>,
     /// Chains an earlier life has taken and not returned.
     pub resubmit: Vec<u16>,
-    /// Longest time to poll before sleeping.
-    pub poll_max: Duration,
+    /// How it waits for work.
+    pub polling: Polling,
 }
 
 /// How a queue ended.
@@ -70,100 +61,6 @@ pub(super) struct Stopped {
     pub broken: bool,
     /// Heads taken and not returned, because the disk did not answer.
     pub left: u16,
-}
-
-/// Whether a queue is to stop, and how long it waits for a disk that returns nothing.
-#[derive(Debug)]
-struct StopRequest(AtomicU64);
-
-impl StopRequest {
-    const RUN: u64 = u64::MAX;
-    const FOR_EVER: u64 = u64::MAX - 1;
-
-    fn set(&self, patience: Option<Duration>) {
-        let ms = patience.map_or(Self::FOR_EVER, |patience| patience.as_millis() as u64);
-        self.0.store(ms, Ordering::Release);
-    }
-
-    fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire) != Self::RUN
-    }
-
-    /// `None` while nobody has asked, and where no wait is too long.
-    fn patience(&self) -> Option<Duration> {
-        let ms = self.0.load(Ordering::Acquire);
-        (ms < Self::FOR_EVER).then(|| Duration::from_millis(ms))
-    }
-}
-
-/// A running queue. Dropping it leaves the thread alone: stop and join it.
-#[derive(Debug)]
-pub(super) struct QueueHandle {
-    thread: JoinHandle<Stopped>,
-    stop: Arc<StopRequest>,
-    waker: Waker,
-    /// What to answer if the thread panicked.
-    started_at: Stopped,
-}
-
-impl QueueHandle {
-    /// Asks the thread to finish what is in flight and end; with a patience, to leave what is in
-    /// flight once nothing of it has come back for that long.
-    pub fn request_stop(&self, patience: Option<Duration>) {
-        self.stop.set(patience);
-        self.waker.wake();
-    }
-
-    /// Waits for that.
-    pub fn join(self) -> Stopped {
-        self.thread.join().unwrap_or_else(|_| {
-            tracing::error!("a queue thread has panicked; its ring stays stopped");
-            self.started_at
-        })
-    }
-}
-
-/// Starts a queue thread. `kick` stays open as long as the queue runs; without it the queue polls.
-///
-/// # Errors
-/// The kernel refused a resource, or `kick` cannot be waited for.
-pub(super) fn spawn<D: Disk, R: Ring>(
-    start: QueueStart<D, R>,
-    kick: Option<BorrowedFd<'_>>,
-) -> io::Result<QueueHandle> {
-    let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-    let sleeper = Sleeper::new(&event, kick)?;
-    let stop = Arc::new(StopRequest(AtomicU64::new(StopRequest::RUN)));
-    let waker = Waker::new(event);
-    let started_at = not_run(&start.ring);
-    let name = format!("{}/q{}", start.name, start.index);
-    let thread = thread::Builder::new().name(name).spawn({
-        let (stop, waker) = (Arc::clone(&stop), waker.clone());
-        move || run(start, sleeper, &stop, waker)
-    })?;
-    Ok(QueueHandle { thread, stop, waker, started_at })
-}
-
-/// What is said of a queue that never ran, or of which nothing is known.
-fn not_run(ring: &impl Ring) -> Stopped {
-    Stopped { base: ring.base(0), used: ring.used(), broken: true, left: 0 }
-}
-
-fn run<D: Disk, R: Ring>(
-    start: QueueStart<D, R>,
-    sleeper: Sleeper,
-    stop: &StopRequest,
-    waker: Waker,
-) -> Stopped {
-    let at = not_run(&start.ring);
-    match start.disk.open_queue::<GuestBuffer>(start.index, waker) {
-        Ok(queue) => Worker::new(start, queue).run(sleeper, stop),
-        Err(error) => {
-            tracing::error!(disk = &*start.name, queue = start.index, %error, "queue cannot be opened");
-            start.error.notify();
-            at
-        }
-    }
 }
 
 /// A chain between being taken and being returned. Indexed by its head.
@@ -258,50 +155,23 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Worker<Q, R> {
             done: Vec::new(),
             batch: Vec::with_capacity(PUBLISH_EVERY),
             broken: None,
-            idle: Idle::new(start.poll_max),
+            idle: Idle::new(start.polling),
         }
     }
 
-    fn run(mut self, mut sleeper: Sleeper, stop: &StopRequest) -> Stopped {
-        // Since when a stop has waited for the disk and nothing has come back.
-        let mut waited: Option<Instant> = None;
-        // An earlier life may have published without having notified; the driver does not mind one
-        // notification too many.
+    /// Before the first turn: goes on where an earlier life has ended.
+    fn begin(&mut self) {
+        // It may have published without having notified; the driver does not mind one notification
+        // too many.
         if self.ring.used() != 0 {
             self.call.notify();
         }
         self.quiet();
         self.resume();
-        loop {
-            let stopping = stop.is_set();
-            if self.turn(stopping) {
-                waited = None;
-                self.idle.worked();
-                sleeper.worked();
-                continue;
-            }
-            if stopping {
-                if stop.patience().is_none() {
-                    self.queue.give_up();
-                }
-                let waited = *waited.get_or_insert_with(Instant::now);
-                let left = stop.patience().map(|patience| patience.saturating_sub(waited.elapsed()));
-                if self.queue.pending() == 0 || left.is_some_and(|left| left.is_zero()) {
-                    break;
-                }
-                self.sleep(&mut sleeper, true, left);
-                continue;
-            }
-            if self.idle.keep_polling() {
-                hint::spin_loop();
-                continue;
-            }
-            if self.asked_for_notifications(sleeper.is_kicked()) {
-                self.sleep(&mut sleeper, stop.is_set(), None);
-                self.quiet();
-            }
-        }
-        self.queue.park();
+    }
+
+    /// After the last turn: what is pending is left to the disk.
+    fn end(self) -> Stopped {
         let left = if self.queue.pending() > 0 { self.busy } else { 0 };
         let stopped = Stopped {
             base: self.ring.base(self.busy),
@@ -552,13 +422,6 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Worker<Q, R> {
         }
     }
 
-    /// Parks and sleeps until kicked, woken or told to stop.
-    fn sleep(&mut self, sleeper: &mut Sleeper, stopping: bool, limit: Option<Duration>) {
-        self.queue.park();
-        let slept = sleeper.sleep(self.broken.is_some() || stopping, limit);
-        self.idle.slept(slept);
-    }
-
     /// Takes no more from the ring. Said once: a guest must not be able to fill the log.
     fn break_ring(&mut self, error: RingError) {
         if self.broken.is_none() {
@@ -571,6 +434,10 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Worker<Q, R> {
         }
     }
 }
+
+#[path = "running.rs"]
+mod running;
+pub(super) use running::{Place, QueueHandle, spawn};
 
 #[cfg(feature = "sim")]
 #[path = "stepper.rs"]

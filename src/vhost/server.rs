@@ -18,6 +18,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::channel::Handle;
+use super::crew::Crew;
+use super::idle::Polling;
 use super::message::{Connection, ConnectionError};
 use super::session::{Outside, ParkedSession, Saved, Session, SessionEnd};
 use crate::pmem::guard;
@@ -27,13 +29,16 @@ use crate::volume::Disk;
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// What an operator may choose.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// For thread names and log lines.
     pub name: String,
-    /// Longest time an idle queue polls before it sleeps. It learns how much of that is worth it;
-    /// zero turns polling off.
-    pub poll_max: Duration,
+    /// How queues wait for work.
+    pub polling: Polling,
+    /// Threads that serve several queues each; without, each queue has one of its own.
+    pub crew: Option<Arc<Crew>>,
+    /// Processors for the queues' own threads, by turns; none for any.
+    pub cpus: Vec<u16>,
     /// Guest memory a front end may share, in bytes, over all regions.
     pub guest_memory_max: u64,
     /// How long a ring that is to stop waits for a disk that returns nothing, where what it has can
@@ -48,7 +53,9 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             name: String::from("disk"),
-            poll_max: Duration::from_micros(32),
+            polling: Polling::default(),
+            crew: None,
+            cpus: Vec::new(),
             guest_memory_max: 16 << 40,
             stop_patience: STOP_PATIENCE,
         }

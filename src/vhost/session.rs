@@ -35,6 +35,7 @@ use super::inflight::InflightArea;
 use super::memory::{MAX_REGIONS, MemoryMap, SharedMemory};
 use super::message::{Connection, ConnectionError, Message, exactly};
 use super::notify::Notifier;
+use super::queue::Place;
 use super::ring::RingAddresses;
 use super::server::Options;
 use super::vring::{Kick, RingContext, Vring};
@@ -537,7 +538,8 @@ impl<D: Disk> Session<D> {
             memory: &self.memory,
             features: self.features,
             inflight: self.inflight.as_ref(),
-            poll_max: self.options.poll_max,
+            polling: self.options.polling,
+            place: Place { crew: self.options.crew.as_deref(), cpus: &self.options.cpus },
         };
         let ring = &mut self.rings[usize::from(index)];
         let was_running = ring.is_running();

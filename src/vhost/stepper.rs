@@ -14,7 +14,6 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::super::copy;
 use super::super::fds;
@@ -25,6 +24,7 @@ use super::super::ring::RingAddresses;
 use super::super::split::SplitRing;
 use super::super::vring::{RingContext, Vring};
 use super::*;
+use crate::wake::Waker;
 
 /// VMM addresses are guest addresses plus this.
 const USER: u64 = 0x7000_0000_0000;
@@ -188,7 +188,8 @@ impl<D: Disk> QueueStepper<D> {
             memory: &self.shared,
             features,
             inflight: setup.inflight.then_some(&self.areas[usize::from(features.packed())].0),
-            poll_max: Duration::ZERO,
+            polling: Polling::default(),
+            place: Place::default(),
         };
         let started = match features.packed() {
             true => begin(&vring, addresses, &context).map(|(worker, skew)| (Either::Packed(worker), skew)),

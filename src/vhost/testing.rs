@@ -236,6 +236,18 @@ impl PackedDriver {
         (u32::from(self.used) | u32::from(self.used_wrap) << 15) * 0x1_0001
     }
 
+    /// Where it writes next, as events word it.
+    #[cfg(feature = "weave")]
+    pub fn next_place(&self) -> u16 {
+        self.next | u16::from(self.wrap) << 15
+    }
+
+    /// Where it looks for the next used descriptor.
+    #[cfg(feature = "weave")]
+    pub fn used_place(&self) -> u16 {
+        self.used | u16::from(self.used_wrap) << 15
+    }
+
     /// Slots that are not in use.
     pub fn free(&self) -> u16 {
         self.free

@@ -13,11 +13,12 @@ use std::time::Duration;
 
 use super::copy::Fault;
 use super::features::Features;
+use super::idle::Polling;
 use super::inflight::{InflightArea, Recovery, Tracker};
 use super::memory::{MemoryMap, SharedMemory};
 use super::notify::Notifier;
 use super::packed::PackedRing;
-use super::queue::{self, QueueHandle, QueueStart};
+use super::queue::{self, Place, QueueHandle, QueueStart};
 use super::ring::{Ring, RingAddresses, RingPlace};
 use super::split::SplitRing;
 use crate::volume::Disk;
@@ -54,7 +55,8 @@ pub(super) struct RingContext<'a, D: Disk> {
     pub memory: &'a Arc<SharedMemory>,
     pub features: Features,
     pub inflight: Option<&'a InflightArea>,
-    pub poll_max: Duration,
+    pub polling: Polling,
+    pub place: Place<'a>,
 }
 
 /// One ring.
@@ -106,8 +108,12 @@ impl Vring {
             Kick::Unset | Kick::Polled => None,
         };
         self.running = Some(match context.features.packed() {
-            true => queue::spawn(self.prepare::<D, PackedRing>(index, addresses, context)?, kick)?,
-            false => queue::spawn(self.prepare::<D, SplitRing>(index, addresses, context)?, kick)?,
+            true => {
+                queue::spawn(self.prepare::<D, PackedRing>(index, addresses, context)?, kick, context.place)?
+            }
+            false => {
+                queue::spawn(self.prepare::<D, SplitRing>(index, addresses, context)?, kick, context.place)?
+            }
         });
         self.left = 0;
         Ok(())
@@ -157,7 +163,7 @@ impl Vring {
             error: Arc::clone(&self.error),
             inflight,
             resubmit,
-            poll_max: context.poll_max,
+            polling: context.polling,
         })
     }
 

@@ -316,6 +316,11 @@ impl Daemon {
         }
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
     /// Processor time of its threads that live.
     pub fn cpu_time(&self) -> Duration {
         let pid = self.child.as_ref().expect("it runs").id();

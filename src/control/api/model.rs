@@ -158,8 +158,18 @@ pub struct VolumeSettings {
     pub serial: String,
     /// Whether a discard also frees space on the disk: `pass` or `keep`.
     pub discard: String,
-    /// Longest time an idle queue looks for work before it sleeps.
+    /// How an idle queue waits for work: `adaptive`, `fixed` or `off`.
+    pub poll: String,
+    /// Longest time it looks for work before it sleeps.
     pub poll_us: u32,
+    /// Most of a processor that it spends looking for work.
+    pub poll_cpu_percent: u8,
+    /// Threads that share its queues; 0 for one for each queue.
+    pub queue_threads: u16,
+    /// The group of volumes that shares them.
+    pub thread_group: Option<String>,
+    /// Processors they stay on, like `0-3,8`, or `any`.
+    pub cpus: String,
     /// Most seconds by which the disk may be behind the guest; 0 for no bound.
     pub max_lag_s: u64,
     /// Most dirty bytes; 0 for as many as there is space.
@@ -324,9 +334,24 @@ pub struct AttachRequest {
     /// `pass` or `keep`: whether a discard also frees space on the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discard: Option<String>,
-    /// Longest time an idle queue looks for work before it sleeps.
+    /// How an idle queue waits for work: `adaptive`, `fixed` or `off`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poll: Option<String>,
+    /// Longest time it looks for work before it sleeps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u32>,
+    /// Most of a processor that it spends looking for work, in percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poll_cpu_percent: Option<u8>,
+    /// Threads that share its queues; 0 for one for each queue.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_threads: Option<u16>,
+    /// The group of volumes that shares them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub thread_group: Option<String>,
+    /// Processors they stay on, like `0-3,8`, or `any`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<String>,
     /// Redo area of `grouped` order: a file, made if it does not exist, or a block device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub redo: Option<String>,

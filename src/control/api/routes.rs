@@ -446,7 +446,12 @@ fn whole_request() -> AttachRequest {
         read_only: Some(true),
         serial: Some("S".into()),
         discard: Some("keep".into()),
+        poll: Some("off".into()),
         poll_us: Some(7),
+        poll_cpu_percent: Some(8),
+        queue_threads: Some(2),
+        thread_group: Some("blue".into()),
+        cpus: Some("0-1".into()),
         redo: Some("/dev/redo".into()),
         redo_size: Some("32MiB".into()),
         max_lag_s: Some(60),
@@ -490,7 +495,7 @@ mod tests {
         let config = config(serde_json::to_value(whole_request()).unwrap()).unwrap();
         assert_eq!((config.name.as_str(), config.queues, config.queue_size), ("web", 4, 128));
         assert_eq!((config.mode, config.order), (Mode::Writearound, Order::Relaxed));
-        assert_eq!((config.discard, config.poll_us, config.block_size), (Discard::Keep, 7, Some(4096)));
+        assert_eq!((config.discard, config.block_size), (Discard::Keep, Some(4096)));
         assert!(config.data_crc && config.read_only && config.force_identity && config.accept_loss);
         assert_eq!((config.serial.as_str(), config.backing.raw), ("S", true));
         assert_eq!(config.backing.size, Sizing::Exactly(1 << 30));
@@ -499,6 +504,8 @@ mod tests {
         assert_eq!((config.on_backing_error, config.backing_timeout_s), (OnBackingError::ReadOnly, 9));
         assert_eq!((config.sidecar, config.admission), (Some(false), Admission::SecondMiss));
         assert_eq!(config.sequential_cutoff, 0);
+        let threads = config.threads.rows().map(|(_, value)| value);
+        assert_eq!(threads, ["off", "7", "8", "2", "blue", "0-1"]);
     }
 
     #[test]

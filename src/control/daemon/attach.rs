@@ -115,7 +115,8 @@ impl Daemon {
     pub fn resume_front_end(&self, served: &Served, rest: FrontEndRest) -> Result<(), RunError> {
         let FrontEndRest { parked, bound } = rest;
         let running = self.servers.running();
-        let front_end = FrontEnd::resume(parked, bound, &served.config, &served.volume, running)?;
+        let front_end =
+            FrontEnd::resume(parked, bound, &served.config, &served.volume, &self.threads, running)?;
         *lock(&served.front_end) = Some(front_end);
         Ok(())
     }
@@ -125,7 +126,8 @@ impl Daemon {
     /// # Errors
     /// The kernel refused it.
     pub fn open_front_end(&self, served: &Served, claim: Claimed) -> Result<(), RunError> {
-        let front_end = FrontEnd::open(claim, &served.config, &served.volume, self.servers.running())?;
+        let front_end =
+            FrontEnd::open(claim, &served.config, &served.volume, &self.threads, self.servers.running())?;
         *lock(&served.front_end) = Some(front_end);
         Ok(())
     }

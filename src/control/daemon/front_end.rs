@@ -3,12 +3,12 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use super::super::config::VolumeConfig;
 use super::super::run::RunError;
 use super::super::signals::Running;
 use super::super::socket::{Bound, Claimed, Incoming};
+use super::super::threads::ThreadGroups;
 use crate::cache::Volume;
 use crate::cache::volume::VolumeDisk;
 use crate::tools::Host;
@@ -25,7 +25,8 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    /// Opens a claimed endpoint to VMMs. `running` is let go when it ends.
+    /// Opens a claimed endpoint to VMMs; `groups` has the threads that volumes share. `running` is let go
+    /// when it ends.
     ///
     /// # Errors
     /// The kernel refused the socket or the thread.
@@ -33,6 +34,7 @@ impl FrontEnd {
         claim: Claimed,
         config: &VolumeConfig,
         volume: &Arc<Volume<Host>>,
+        groups: &ThreadGroups,
         running: Running,
     ) -> Result<Self, RunError> {
         let (incoming, bound) = claim.open()?;
@@ -40,7 +42,9 @@ impl FrontEnd {
             Incoming::Listener(listener) => vhost::Endpoint::Listener(listener),
             Incoming::Connected(stream) => vhost::Endpoint::Stream(stream),
         };
-        Self::start(bound, config, volume, running, |disk, options| Server::new(endpoint, disk, options))
+        Self::start(bound, config, volume, groups, running, |disk, options| {
+            Server::new(endpoint, disk, options)
+        })
     }
 
     /// Goes on with what another one has left.
@@ -52,21 +56,29 @@ impl FrontEnd {
         bound: Option<Bound>,
         config: &VolumeConfig,
         volume: &Arc<Volume<Host>>,
+        groups: &ThreadGroups,
         running: Running,
     ) -> Result<Self, RunError> {
-        Self::start(bound, config, volume, running, |disk, options| Server::resumed(parked, disk, options))
+        Self::start(bound, config, volume, groups, running, |disk, options| {
+            Server::resumed(parked, disk, options)
+        })
     }
 
     fn start(
         bound: Option<Bound>,
         config: &VolumeConfig,
         volume: &Arc<Volume<Host>>,
+        groups: &ThreadGroups,
         running: Running,
         make: impl FnOnce(Arc<VolumeDisk<Host>>, vhost::Options) -> io::Result<Server<VolumeDisk<Host>>>,
     ) -> Result<Self, RunError> {
+        let crew = groups.crew(&config.name, &config.threads);
+        let crew = crew.map_err(RunError::os("starting the queues' threads"))?;
         let options = vhost::Options {
             name: config.name.as_str().into(),
-            poll_max: Duration::from_micros(config.poll_us.into()),
+            polling: config.threads.polling(),
+            crew,
+            cpus: config.threads.cpus().to_vec(),
             ..vhost::Options::default()
         };
         let disk = Arc::new(VolumeDisk(Arc::clone(volume)));

@@ -36,6 +36,7 @@ use self::windows::Windows;
 use super::config::{CacheConfig, Config, Confinement, ControlConfig, VolumeConfig};
 use super::run::RunError;
 use super::signals::Servers;
+use super::threads::ThreadGroups;
 use super::value::Name;
 use crate::cache::worker::{OrderError, Workers};
 use crate::cache::{Cache, Volume};
@@ -174,6 +175,7 @@ pub struct Daemon {
     caches: Vec<OpenCache>,
     volumes: Mutex<BTreeMap<String, Entry>>,
     jobs: JobTable,
+    threads: ThreadGroups,
     servers: Servers,
     begun: Instant,
     config_file: Option<PathBuf>,
@@ -201,6 +203,7 @@ impl Daemon {
             caches,
             volumes: Mutex::default(),
             jobs: JobTable::default(),
+            threads: ThreadGroups::default(),
             servers,
             begun: Instant::now(),
             config_file: config_file.map(Path::to_owned),
@@ -227,6 +230,11 @@ impl Daemon {
     /// Whether a volume is on its way to be served or not to be served.
     pub fn is_changing(&self) -> bool {
         lock(&self.volumes).values().any(|entry| matches!(entry, Entry::Changing))
+    }
+
+    /// The threads that volumes share.
+    pub fn threads(&self) -> &ThreadGroups {
+        &self.threads
     }
 
     /// Its jobs.

@@ -215,11 +215,12 @@ fn differences(now: &VolumeConfig, wanted: &VolumeConfig) -> Vec<String> {
         ("read_only", now.read_only.to_string(), wanted.read_only.to_string()),
         ("serial", now.serial.as_str().to_owned(), wanted.serial.as_str().to_owned()),
         ("discard", word(now.discard), word(wanted.discard)),
-        ("poll_us", now.poll_us.to_string(), wanted.poll_us.to_string()),
         ("admission", word(now.admission), word(wanted.admission)),
         ("sequential_cutoff", bytes(Some(now.sequential_cutoff)), bytes(Some(wanted.sequential_cutoff))),
         ("sidecar", sidecar(now.sidecar), sidecar(wanted.sidecar)),
     ];
-    let differing = rows.into_iter().filter(|(_, now, wanted)| now != wanted);
+    let threads = now.threads.rows().into_iter().zip(wanted.threads.rows());
+    let threads = threads.map(|((key, now), (_, wanted))| (key, now, wanted));
+    let differing = rows.into_iter().chain(threads).filter(|(_, now, wanted)| now != wanted);
     differing.map(|(key, now, wanted)| format!("{key} {now} becomes {wanted}")).collect()
 }

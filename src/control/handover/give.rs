@@ -398,7 +398,14 @@ impl Shared {
 
 fn wake_front_end(daemon: &Daemon, served: &Served, (parked, bound): FrontEndAtRest) {
     let Some(parked) = parked else { return };
-    let resumed = FrontEnd::resume(parked, bound, &served.config, &served.volume, daemon.servers().running());
+    let resumed = FrontEnd::resume(
+        parked,
+        bound,
+        &served.config,
+        &served.volume,
+        daemon.threads(),
+        daemon.servers().running(),
+    );
     match resumed {
         Ok(front_end) => *lock(&served.front_end) = Some(front_end),
         Err(error) => tracing::error!("volume {} stays without a socket: {error}", served.config.name),

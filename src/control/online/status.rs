@@ -146,7 +146,8 @@ impl VolumeStatusFlags {
         let settings = &status.settings;
         let mut words = vec![format!("block_size={}", settings.block_size_bytes)];
         words.push(format!("discard={}", settings.discard));
-        words.push(format!("poll_us={}", settings.poll_us));
+        words.push(format!("poll={} poll_us={}", settings.poll, settings.poll_us));
+        words.push(format!("queue_threads={} cpus={}", settings.queue_threads, settings.cpus));
         words.push(format!("data_crc={}", settings.data_crc));
         words.push(format!("read_only={}", settings.read_only));
         Self(words.join(" "))
