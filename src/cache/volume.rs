@@ -20,7 +20,7 @@ use super::env::Env;
 use super::failing::{Alarm, Policy};
 use super::grown::Grown;
 use super::health::{Facts, Owed};
-use super::index::{Extent, Index, REGION_SECTORS};
+use super::index::{Extent, Index};
 use super::latency::{Histogram, Latencies, Stage};
 use super::pacing::{Pacer, Purse};
 use super::pair::Kept;
@@ -150,12 +150,6 @@ pub(crate) struct DirtySegments {
     pub drained: BTreeMap<u32, Cursor>,
 }
 
-/// Shards of the index of a volume of so many sectors: no more than it has regions, and at the least
-/// what a few queues need, should it grow while it is open.
-fn index_shards(sectors: u64) -> usize {
-    sectors.div_ceil(REGION_SECTORS).clamp(16, 1024) as usize
-}
-
 /// A volume without its disk.
 pub(crate) struct VolumeCore {
     pub incarnation: u64,
@@ -235,7 +229,7 @@ impl VolumeCore {
             slot: descriptor.slot,
             damaged: AtomicBool::new(descriptor.damaged),
             tail_page: Mutex::new((0, 0)),
-            index: Index::new(index_shards(descriptor.sectors)),
+            index: Index::for_volume(descriptor.sectors),
             stripes: Stripes::new(descriptor.sectors),
             version: Apart(AtomicU64::new(1)),
             counting: Counting::new(Arc::new(Epochs::new(1, None))),

@@ -98,6 +98,12 @@ impl Index {
         Index { shards: (0..shards).map(shard).collect(), directory: Directory::default() }
     }
 
+    /// An empty index for a volume of so many sectors: with no more shards than it has regions, and at the
+    /// least what a few queues need, should it grow while it is open.
+    pub fn for_volume(sectors: u64) -> Index {
+        Index::new(sectors.div_ceil(REGION_SECTORS).clamp(16, 1024) as usize)
+    }
+
     /// Maps the extent, whatever was there: newest wins. Appends to `replaced` exactly the old parts
     /// it took. Zeros may cover terabytes.
     pub fn insert(&self, extent: Extent, replaced: &mut Vec<Extent>) {
