@@ -486,6 +486,18 @@ impl<E: Env> Cache<E> {
     }
 }
 
+impl<E: Env> Volume<E> {
+    /// Where groups lie before they are on the disk, if it has such an area.
+    pub fn redo_disk(&self) -> Option<&Arc<E::Backing>> {
+        self.redo.as_ref().map(|redo| &redo.disk)
+    }
+
+    /// Whether the disk still has operations that nobody waits for any more.
+    pub fn has_left_behind(&self) -> bool {
+        self.core.facts.left_behind() > 0
+    }
+}
+
 /// Flushes the disk, blocking.
 fn flush<B: Backing>(backing: &B) -> std::io::Result<()> {
     let mut channel = backing.channel(&Waker::default(), 1)?;

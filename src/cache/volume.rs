@@ -495,16 +495,6 @@ impl<E: Env> Volume<E> {
         &self.backing
     }
 
-    /// Where groups lie before they are on the disk, if it has such an area.
-    pub fn redo_disk(&self) -> Option<&Arc<E::Backing>> {
-        self.redo.as_ref().map(|redo| &redo.disk)
-    }
-
-    /// Whether the disk still has operations that nobody waits for any more.
-    pub fn has_left_behind(&self) -> bool {
-        self.core.facts.left_behind() > 0
-    }
-
     /// How writes go.
     pub fn mode(&self) -> Mode {
         Mode::from_code(self.mode.load(Ordering::Acquire) & !HELD).expect("only modes are stored")
