@@ -18,6 +18,8 @@ mod pairs;
 mod product;
 #[path = "mutants/rest.rs"]
 mod rest;
+#[path = "mutants/shares.rs"]
+mod shares;
 #[path = "mutants/starts.rs"]
 mod starts;
 #[path = "mutants/stories.rs"]

@@ -22,6 +22,7 @@ use super::grown::Grown;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
 use super::latency::{Histogram, Latencies, Stage};
+use super::limits::Limiter;
 use super::pacing::{Pacer, Purse};
 use super::pair::Kept;
 use super::plan::Plan;
@@ -29,6 +30,7 @@ use super::queue::Queue;
 use super::redo::Redo;
 use super::reuse::Reuse;
 use super::segments::Class;
+use super::shares::Share;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use super::worker::Wishes;
@@ -203,6 +205,8 @@ pub(crate) struct VolumeCore {
     pub reuse: Reuse,
     pub writeback: Signal,
     pub pacer: Pacer,
+    /// What it may hold of the cache, and holds.
+    pub share: Share,
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
@@ -256,6 +260,7 @@ impl VolumeCore {
             reuse: Reuse::new(segments),
             writeback: Signal::default(),
             pacer: Pacer::default(),
+            share: Share::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
             latencies: Latencies::default(),
@@ -435,6 +440,8 @@ pub struct Volume<E: Env> {
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
     pub(crate) wishes: Wishes,
+    /// What its guest may ask for.
+    pub(crate) limiter: Limiter,
     /// The highest epoch that somebody waits for to reach the disk (`flush.rs`).
     pub(crate) wanted: AtomicU64,
     /// Whether a write-back thread serves it, and whether that is to end.
@@ -473,6 +480,7 @@ impl<E: Env> Volume<E> {
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
             wishes: Wishes::default(),
+            limiter: Limiter::default(),
             wanted: AtomicU64::new(0),
             is_written_back: AtomicBool::new(false),
             retired: AtomicBool::new(false),
@@ -532,6 +540,8 @@ impl<E: Env> Volume<E> {
         Counters {
             free_segments: self.cache.free_segments() as u64,
             lag_ms: self.lag_ms(),
+            held_bytes: self.held_bytes(),
+            share_bytes: self.share_bytes(),
             ..self.core.counters()
         }
     }

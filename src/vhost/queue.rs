@@ -274,6 +274,9 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Worker<Q, R> {
         self.resume();
         loop {
             let stopping = stop.is_set();
+            if stopping {
+                self.queue.hasten();
+            }
             if self.turn(stopping) {
                 waited = None;
                 self.idle.worked();
@@ -297,7 +300,8 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Worker<Q, R> {
                 continue;
             }
             if self.asked_for_notifications(sleeper.is_kicked()) {
-                self.sleep(&mut sleeper, stop.is_set(), None);
+                let due = self.queue.due_in();
+                self.sleep(&mut sleeper, stop.is_set(), due);
                 self.quiet();
             }
         }
