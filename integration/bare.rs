@@ -143,6 +143,7 @@ fn command(host: &Host, vmm: Vmm, disk: &Disk, append: &str, console: &Path) -> 
             append,
             vcpus: 1,
             memory_mib: 128,
+            spare_mib: 0,
             disks: std::slice::from_ref(disk),
             nvdimm: None,
             console,

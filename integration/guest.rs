@@ -30,6 +30,7 @@ pub struct GuestOptions {
     disks: Vec<Disk>,
     vcpus: u32,
     memory_mib: u32,
+    spare_mib: u32,
     nvdimm: Option<Nvdimm>,
     files: Vec<(String, u32, Vec<u8>)>,
     fio: bool,
@@ -53,6 +54,7 @@ impl GuestOptions {
             disks: Vec::new(),
             vcpus: 1,
             memory_mib: 512,
+            spare_mib: 0,
             nvdimm: None,
             files: Vec::new(),
             fio: false,
@@ -87,6 +89,12 @@ impl GuestOptions {
     /// Sets the memory.
     pub fn memory_mib(mut self, memory_mib: u32) -> Self {
         self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Leaves room for so much memory more, for [`Guest::plug_memory`].
+    pub fn spare_mib(mut self, spare_mib: u32) -> Self {
+        self.spare_mib = spare_mib;
         self
     }
 
@@ -196,6 +204,7 @@ impl Guest {
             append: "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off no_timer_check",
             vcpus: options.vcpus,
             memory_mib: options.memory_mib,
+            spare_mib: options.spare_mib,
             disks: &options.disks,
             nvdimm: options.nvdimm.as_ref(),
             console: &console,
@@ -323,6 +332,21 @@ impl Guest {
         std::thread::sleep(time);
         monitor.execute("migrate_cancel", "{}");
         monitor.await_migration("cancelled", self.deadline);
+    }
+
+    /// Plugs so much memory in while the guest runs; it decides what it uses it for.
+    ///
+    /// # Panics
+    ///
+    /// When QEMU refuses.
+    pub fn plug_memory(&self, mib: u32) {
+        let mut monitor = self.monitor();
+        let size = u64::from(mib) << 20;
+        let memory = format!(
+            "{{\"qom-type\": \"memory-backend-memfd\", \"id\": \"more\", \"size\": {size}, \"share\": true}}"
+        );
+        monitor.execute("object-add", &memory);
+        monitor.execute("device_add", "{\"driver\": \"pc-dimm\", \"id\": \"dimm\", \"memdev\": \"more\"}");
     }
 
     fn monitor(&self) -> Monitor {

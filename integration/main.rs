@@ -23,7 +23,9 @@ mod scenarios {
     mod bare;
     mod demo;
     mod guide;
+    mod handover;
     mod harness;
+    mod hot;
     mod inside;
     mod survival;
     mod traffic;

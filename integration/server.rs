@@ -56,6 +56,8 @@ pub struct Storage {
     queues: u16,
     packed: bool,
     order: &'static str,
+    /// Which host it is on: each has sockets and a cache of its own.
+    host: u32,
 }
 
 impl Storage {
@@ -66,7 +68,8 @@ impl Storage {
             .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
             .expect("a directory for the disk");
         let sockets = tempfile::Builder::new().prefix("pcache-").tempdir().expect("a directory for sockets");
-        let storage = Self { program, files, sockets, cache_mib, queues: 1, packed: false, order: "strict" };
+        let storage =
+            Self { program, files, sockets, cache_mib, queues: 1, packed: false, order: "strict", host: 0 };
         let image = File::create(storage.backing()).expect("create the backing image");
         image.set_len(backing_mib << 20).expect("size the backing image");
         storage
@@ -97,11 +100,26 @@ impl Storage {
 
     /// The fast side's file.
     pub fn cache(&self) -> PathBuf {
-        self.files.path().join("cache.img")
+        self.files.path().join(format!("cache{}.img", self.host))
     }
 
     fn socket(&self) -> PathBuf {
-        self.sockets.path().join("disk.sock")
+        self.sockets.path().join(format!("disk{}.sock", self.host))
+    }
+
+    fn control(&self) -> PathBuf {
+        self.sockets.path().join(format!("control{}.sock", self.host))
+    }
+
+    /// Runs a verb that speaks to the server, and returns what it says.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub fn ask(&self, words: &[&str]) -> String {
+        let output = verb(words, &[("--control", self.control())]);
+        assert!(output.status.success(), "{words:?}: {}", describe(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// The disk as a guest attaches it while a server runs.
@@ -114,15 +132,9 @@ impl Storage {
         Disk::Raw { path: self.backing() }
     }
 
-    /// Goes to another host, which shares the backing image and has a cache of its own.
-    ///
-    /// # Panics
-    ///
-    /// When the cache was not drained.
-    pub fn move_to_another_host(&self) {
-        self.drain();
-        self.check();
-        fs::remove_file(self.cache()).expect("the cache stays behind");
+    /// From now on this is another host, which shares the backing image and has a cache of its own.
+    pub fn go_to_another_host(&mut self) {
+        self.host += 1;
     }
 
     /// Starts the server and returns when it listens.
@@ -131,27 +143,51 @@ impl Storage {
     ///
     /// When it ends or stays silent instead.
     pub fn serve(&self) -> Server {
+        let stale = birth(&self.socket());
+        let mut server = self.spawn(&[]);
+        server.wait_listening(stale);
+        server
+    }
+
+    /// Starts the server, which waits for the backing image, that another one still serves.
+    pub fn serve_when_free(&self) -> Server {
+        self.spawn(&["--wait-for-disks=300"])
+    }
+
+    /// Starts a successor, which takes over from `server`; returns when that has ended.
+    ///
+    /// # Panics
+    ///
+    /// When the successor ends instead, or it takes too long.
+    pub fn upgrade(&self, mut server: Server) -> Server {
+        let mut successor = self.spawn(&["--take-over"]);
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = server.child.try_wait().expect("wait for the server") {
+                assert!(ended_well(status), "who was taken over from ended with {status}");
+                return successor;
+            }
+            if let Ok(Some(status)) = successor.child.try_wait() {
+                panic!("the successor ended instead of taking over: {status}");
+            }
+            assert!(Instant::now() < deadline, "the upgrade was not over within {DEADLINE:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn spawn(&self, more: &[&str]) -> Server {
         let log = self.files.path().join("server.log");
         let output = File::options().create(true).append(true).open(&log).expect("open the server's log");
-        let socket = self.socket();
-        let stale = birth(&socket);
         let child = self
             .command()
+            .args(more)
             .stdin(Stdio::null())
             .stdout(output.try_clone().expect("a second handle of the log"))
             .stderr(output)
             .spawn()
             .expect("start the server");
-        let mut server = Server { child, log };
-        let deadline = Instant::now() + DEADLINE;
-        while !listens(&socket, stale, self.sockets.path()) {
-            if let Ok(Some(status)) = server.child.try_wait() {
-                panic!("the server ended instead of listening: {status}");
-            }
-            assert!(Instant::now() < deadline, "the server did not listen within {DEADLINE:?}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        server
+        let (socket, control, cache) = (self.socket(), self.control(), self.cache());
+        Server { child, log, socket, control, cache }
     }
 
     fn command(&self) -> Command {
@@ -163,6 +199,7 @@ impl Storage {
                 command.arg(format!("--cache-size={}MiB", self.cache_mib));
                 command.arg("--backing").arg(self.backing());
                 command.arg(format!("--queues={}", self.queues)).arg(format!("--order={}", self.order));
+                command.arg("--control").arg(self.control());
                 command
             }
             Program::StorageDaemon => storage_daemon(&self.backing(), &self.socket(), self.queues),
@@ -211,9 +248,40 @@ impl Storage {
 pub struct Server {
     child: Child,
     log: PathBuf,
+    socket: PathBuf,
+    control: PathBuf,
+    cache: PathBuf,
 }
 
 impl Server {
+    /// Returns when it listens. `stale` is what was at its socket's path before it was started.
+    fn wait_listening(&mut self, stale: Option<Birth>) {
+        let deadline = Instant::now() + DEADLINE;
+        let directory = self.socket.parent().expect("a directory").to_owned();
+        while !listens(&self.socket, stale, &directory) {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                panic!("the server ended instead of listening: {status}");
+            }
+            assert!(Instant::now() < deadline, "the server did not listen within {DEADLINE:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Leaves this host: everything goes to the backing image, which is then free for another one.
+    ///
+    /// # Panics
+    ///
+    /// When it does not, or leaves a cache that is not whole.
+    pub fn leave(self) {
+        let flushed = verb(&["flush", "disk0"], &[("--control", self.control.clone())]);
+        assert!(flushed.status.success(), "flush: {}", describe(&flushed));
+        let cache = self.cache.clone();
+        self.stop();
+        let checked = verb(&["check"], &[("--cache", cache.clone())]);
+        assert!(checked.status.success(), "check: {}", describe(&checked));
+        fs::remove_file(cache).expect("the cache stays behind");
+    }
+
     /// Ends it as a crash would: no instruction after this one.
     pub fn kill(mut self) {
         self.child.kill().expect("kill the server");

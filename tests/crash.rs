@@ -9,6 +9,8 @@
 
 #[path = "crash/damage.rs"]
 mod damage;
+#[path = "crash/growth.rs"]
+mod growth;
 #[path = "crash/lost.rs"]
 mod lost;
 #[path = "crash/pairs.rs"]

@@ -14,9 +14,9 @@ use crate::guest::{Guest, GuestOptions};
 use crate::prepare::{self, host};
 
 /// An emulated processor runs systemd, and QEMU, which emulates another.
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(900);
 /// What the VM does, as its command line has it.
-const WORK: &str = "seed=7 blocks=256 rounds=1";
+const WORK: &str = "seed=7 blocks=64 rounds=1";
 
 fn tree() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -89,12 +89,13 @@ fn script() -> String {
              rm -f /root/console\n\
              command qemu-system-x86_64 \"$@\" {vm} -append \"mode=$mode {WORK}\" -serial file:/root/console &\n\
              pid=$!\n\
-             until grep -q '^PASS' /root/console 2>/dev/null; do\n\
+             until grep -qs '^PASS' /root/console; do\n\
                  kill -0 $pid || {{ cat /root/console; return 1; }}\n\
-                 ! grep -q '^FAIL' /root/console || {{ cat /root/console; return 1; }}\n\
+                 ! grep -qs '^FAIL' /root/console || {{ cat /root/console; return 1; }}\n\
                  sleep 0.2\n\
              done\n\
-             kill $pid; wait $pid || true\n\
+             # It may have ended by itself.\n\
+             kill $pid 2>/dev/null || true; wait $pid || true\n\
              grep '^PASS' /root/console\n\
          }}\n\
          qemu-system-x86_64() {{ vm write \"$@\"; }}\n\

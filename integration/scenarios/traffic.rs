@@ -1,6 +1,8 @@
 //! What the guest's block layer does beyond plain writes: discards, several queues, and a server that
 //! dies under load.
 
+use std::time::{Duration, Instant};
+
 use crate::guest::{Guest, GuestOptions};
 use crate::prepare::{host, inapplicable};
 use crate::scenarios::survival::boot_and_verify;
@@ -119,7 +121,7 @@ fn killed_under_load(shape: impl FnOnce(Storage) -> Storage, check: &str) {
     guest.wait_for("started");
     for kill in 0..KILLS {
         // The point of the kill is random with respect to the requests; only the spacing is chosen.
-        std::thread::sleep(std::time::Duration::from_millis(1500 + 130 * u64::from(kill)));
+        std::thread::sleep(Duration::from_millis(1500 + 130 * u64::from(kill)));
         assert!(!guest.has_passed("done"), "the guest was done before kill {kill}: nothing was tested");
         server.kill();
         server = storage.serve();
@@ -140,9 +142,10 @@ fn a_guest_with_packed_rings_migrates_there_and_back_and_once_changes_its_mind()
     migrate(Storage::packed);
 }
 
-/// A guest that writes and verifies moves from QEMU to QEMU and from server to server: the first stops
-/// and drains, the other has a cache of its own on the same backing image. `PCACHE_MIGRATIONS` sets how
-/// often (default 2); one in the middle is cancelled.
+/// A guest that writes and verifies moves from QEMU to QEMU and from server to server, which have a cache
+/// each on one backing image. Both of the other host are up before the guest leaves this one: the server
+/// waits for the image's lock, and QEMU for the server. `PCACHE_MIGRATIONS` sets how often (default 2);
+/// one in the middle is cancelled.
 fn migrate(shape: impl FnOnce(Storage) -> Storage) {
     let Some(host) = host() else { return };
     if Program::chosen() == Program::StorageDaemon {
@@ -152,9 +155,9 @@ fn migrate(shape: impl FnOnce(Storage) -> Storage) {
         Ok(text) => text.parse().expect("PCACHE_MIGRATIONS is a number"),
         Err(_) => 2,
     };
-    let storage = shape(Storage::new(Program::chosen(), 64, 512).queues(2));
+    let mut storage = shape(Storage::new(Program::chosen(), 64, 512).queues(2));
     let mut server = storage.serve();
-    let seconds = 6 + 4 * migrations;
+    // Writing goes on until the last move: 12,288 blocks at 1000 a second, written and then verified.
     let script = format!(
         "disk vda\n\
          mark started\n\
@@ -162,26 +165,32 @@ fn migrate(shape: impl FnOnce(Storage) -> Storage) {
          mark done\n\
          no_kernel_errors\n",
         fio(&format!(
-            "--numjobs=2 --size={}M --offset_increment=128M --bs=4k --iodepth=8 --rate_iops=1000,1000",
-            seconds * 4
+            "--numjobs=2 --size=48M --loops={} --offset_increment=64M --bs=4k --iodepth=8 \
+             --rate_iops=1000,1000",
+            1 + migrations / 3
         ))
     );
-    let options = GuestOptions::new(script).vcpus(2).memory_mib(512).fio().disk(storage.attached(None));
+    let options = GuestOptions::new(script).vcpus(2).memory_mib(512).fio();
+    let options = options.timeout(Duration::from_secs(240 + 60 * u64::from(migrations)));
     let directory = tempfile::tempdir().expect("a directory for the guest's state");
-    let mut guest = Guest::boot(host, options.clone());
+    let attached = |storage: &Storage| options.clone().disk(storage.attached(Some(RECONNECT_MS)));
+    let mut guest = Guest::boot(host, attached(&storage));
     guest.wait_for("started");
     for migration in 0..migrations {
         let state = directory.path().join(format!("state{migration}"));
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(1));
         if migration == migrations / 2 {
-            guest.migrate_and_cancel(&state, std::time::Duration::from_secs(1));
+            guest.migrate_and_cancel(&state, Duration::from_secs(1));
         }
+        storage.go_to_another_host();
+        let other_server = storage.serve_when_free();
+        let other_guest = Guest::boot(host, attached(&storage).incoming(&state));
         assert!(!guest.has_passed("done"), "the guest was done before migration {migration}");
         guest.migrate(&state);
-        server.stop();
-        storage.move_to_another_host();
-        server = storage.serve();
-        guest = Guest::boot(host, options.clone().incoming(&state));
+        let begun = Instant::now();
+        server.leave();
+        eprintln!("migration {migration}: this host was left within {:.1?}", begun.elapsed());
+        (server, guest) = (other_server, other_guest);
     }
     guest.finish();
     server.stop();
@@ -189,7 +198,7 @@ fn migrate(shape: impl FnOnce(Storage) -> Storage) {
 }
 
 /// A fio run that writes random blocks with checksums and reads all of them back.
-fn fio(shape: &str) -> String {
+pub fn fio(shape: &str) -> String {
     format!(
         "fio --name=verify --filename=/dev/vda --direct=1 --ioengine=io_uring --rw=randwrite --norandommap=0 \
          --verify=crc32c --verify_fatal=1 --do_verify=1 --thread --group_reporting --minimal --randseed=7 {shape} >/tmp/fio \

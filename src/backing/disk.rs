@@ -12,6 +12,7 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -62,6 +63,9 @@ pub struct OpenOptions {
     /// How long to wait for a lock held by another, such as a killed predecessor whose last writes
     /// are still in flight. `None`: not at all.
     pub wait_lock: Option<Duration>,
+    /// The disk, opened and locked already by a process that gives it up. `path` still has to mean it,
+    /// and it was opened with the same rights.
+    pub taken: Option<Arc<File>>,
     /// Make a new sparse image of this many bytes if nothing has that name. What exists must have
     /// this size, and is left as it is.
     pub create_sparse: Option<u64>,
@@ -78,6 +82,7 @@ impl OpenOptions {
             allow_format: false,
             lock: true,
             wait_lock: None,
+            taken: None,
             create_sparse: None,
         }
     }
@@ -89,10 +94,20 @@ pub(super) struct Core {
     /// Before `file`: joining the helpers needs nothing of it.
     pub(super) pool: Pool,
     pub(super) file: Arc<DiskFile>,
-    pub(super) geometry: BackingGeometry,
+    /// As it was opened; see [`Core::geometry`].
+    opened: BackingGeometry,
+    /// Bytes, never fewer than before.
+    size: AtomicU64,
     pub(super) engine: Engine,
     /// Whether the log already says that this host has no io_uring for us.
     pub(super) told_no_ring: Once,
+}
+
+impl Core {
+    /// What the disk is like now.
+    pub(super) fn geometry(&self) -> BackingGeometry {
+        BackingGeometry { size: self.size.load(Ordering::Acquire), ..self.opened }
+    }
 }
 
 /// An open raw image or block device.
@@ -124,6 +139,8 @@ impl Disk {
         let named = fs::metadata(path).map_err(|e| refusal(options, "looking it up", e))?;
         let kind = kind_of(path, &named)?;
         let used = match kind {
+            // Whoever gives it up has it exclusively.
+            _ if options.taken.is_some() => None,
             BackingKind::BlockDevice => usage::of_device(named.rdev()),
             BackingKind::File => usage::of_file(&named),
         };
@@ -166,7 +183,8 @@ impl Disk {
         let core = Core {
             pool: Pool::default(),
             file: Arc::new(file),
-            geometry,
+            opened: geometry,
+            size: AtomicU64::new(geometry.size),
             engine: options.engine,
             told_no_ring: Once::new(),
         };
@@ -176,6 +194,14 @@ impl Disk {
     /// Where it was found, as given.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The open file with its locks, for the process that is to have it next.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn source(&self) -> io::Result<File> {
+        self.core.file.file().try_clone()
     }
 
     /// Whether I/O goes around the page cache.
@@ -191,7 +217,7 @@ impl Disk {
         let path = || self.path.clone();
         let fail = |source| DiskChanged::Io { path: path(), source };
         let now = geometry::size(self.core.file.file()).map_err(fail)?;
-        let opened = self.core.geometry.size;
+        let opened = self.core.geometry().size;
         if now < opened {
             return Err(DiskChanged::Shrunk { path: path(), opened, now });
         }
@@ -223,7 +249,33 @@ impl Backing for Disk {
     type Channel = DiskChannel;
 
     fn geometry(&self) -> BackingGeometry {
-        self.core.geometry
+        self.core.geometry()
+    }
+
+    fn measure(&self) -> io::Result<u64> {
+        geometry::size(self.core.file.file())
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        let unit = u64::from(self.core.file.align()).max(self.core.opened.logical_block.into());
+        if !size.is_multiple_of(unit) {
+            // A last block that is only partly there could not be written without growing the file.
+            let why = format!("{size} bytes are not a multiple of the {unit} that its I/O is made of");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let file = self.core.file.file();
+        let found = geometry::size(file)?;
+        if found < size && self.kind == BackingKind::File {
+            file.set_len(size)?;
+        } else if found != size {
+            let why = format!("it has {found} bytes and not {size}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        if self.kind == BackingKind::File {
+            file.sync_all()?;
+        }
+        self.core.size.fetch_max(size, Ordering::AcqRel);
+        Ok(())
     }
 
     fn identity(&self) -> BackingIdentity {
@@ -238,7 +290,7 @@ impl Backing for Disk {
         let path = self.path.to_string_lossy().into_owned();
         BackingIdentity {
             kind: self.kind,
-            size: self.core.geometry.size,
+            size: self.core.geometry().size,
             device,
             inode,
             stable,
@@ -248,7 +300,7 @@ impl Backing for Disk {
     }
 
     fn fingerprint(&self, seed: u64) -> io::Result<u64> {
-        sample::fingerprint(&self.core.file, self.core.geometry.size, seed)
+        sample::fingerprint(&self.core.file, self.core.geometry().size, seed)
     }
 
     fn traces(&self, durable: bool) -> io::Result<Traces> {
@@ -257,7 +309,7 @@ impl Backing for Disk {
             BackingKind::File if !self.has_times => Ok(Traces::default()),
             BackingKind::File => {
                 let file = self.core.file.file();
-                if durable && !self.core.geometry.read_only {
+                if durable && !self.core.opened.read_only {
                     // Not `fdatasync`: that leaves the times behind.
                     file.sync_all()?;
                 }
@@ -292,7 +344,7 @@ impl Backing for Disk {
 
 impl fmt::Debug for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Disk").field("path", &self.path).field("geometry", &self.core.geometry).finish()
+        f.debug_struct("Disk").field("path", &self.path).field("geometry", &self.core.geometry()).finish()
     }
 }
 
@@ -397,6 +449,12 @@ fn open_file(
     kind: BackingKind,
     wait: &mut lock::Wait,
 ) -> Result<(File, bool), OpenError> {
+    if let Some(taken) = &options.taken {
+        let direct = geometry::is_direct(taken, options.read_only);
+        return direct
+            .and_then(|direct| Ok((taken.try_clone()?, direct)))
+            .map_err(OpenError::io(&options.path, "taking it over"));
+    }
     let open = |direct: bool| {
         let exclusive = if kind == BackingKind::BlockDevice { libc::O_EXCL } else { 0 };
         let flags = libc::O_CLOEXEC | libc::O_NOCTTY | exclusive | if direct { libc::O_DIRECT } else { 0 };

@@ -114,6 +114,21 @@ pub(super) fn make_buffered(file: &File) -> io::Result<()> {
     if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether an open descriptor goes around the page cache. One that was opened with other rights than
+/// `read_only` says is an error.
+#[expect(unsafe_code, reason = "std has no file status flags")]
+pub(super) fn is_direct(file: &File, read_only: bool) -> io::Result<bool> {
+    // SAFETY: plain integers; the descriptor is open as long as `file`.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if (flags & libc::O_ACCMODE == libc::O_RDONLY) != read_only {
+        return Err(io::Error::other("it was opened for reading only, or is to be now: restart instead"));
+    }
+    Ok(flags & libc::O_DIRECT != 0)
+}
+
 /// A block device ioctl that fills in one `int`.
 #[expect(unsafe_code, reason = "std has no ioctl")]
 fn ioctl(file: &File, request: libc::Ioctl) -> io::Result<u32> {

@@ -195,7 +195,7 @@ impl<E: Env> Cache<E> {
         }
         let geometry = options.backing.geometry();
         let config = DiskConfig {
-            sectors: descriptor.sectors,
+            sectors: identity.size / 512,
             block_size: block,
             physical_block_size: geometry.physical_block.max(block),
             optimal_io_size: geometry.optimal_io,
@@ -225,6 +225,8 @@ impl<E: Env> Cache<E> {
         let wanted = if options.read_only { has_one } else { options.sidecar.unwrap_or(has_one) };
         let note = |d: &mut VolumeDescriptor| {
             note_use(d, identity, &traces, self.clock.unix_ms());
+            // It may have been growing when its last life ended.
+            (d.sectors, d.next_sectors) = (identity.size / 512, 0);
             d.damaged = core.damaged.load(Ordering::Relaxed);
             // A group that was there has been applied.
             if let Some(redo) = &options.redo {
@@ -453,6 +455,20 @@ impl<E: Env> Cache<E> {
         *lock(&volume.core.area) = None;
         volume.core.attached.store(false, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Makes durable what is on the media and on the disks of these volumes, while guests are served: whoever
+    /// opens this cache next has little left to wait for. Promises nothing beyond that.
+    ///
+    /// # Errors
+    /// The media or a disk failed.
+    pub fn settle_ahead(&self, volumes: &[&Volume<E>]) -> Result<(), AttachError> {
+        for volume in volumes.iter().filter(|volume| !volume.backing.geometry().read_only) {
+            let of_disk = |error| AttachError::Disk { path: volume.backing.identity().path, error };
+            volume.backing.traces(true).map_err(of_disk)?;
+            flush(&*volume.backing).map_err(of_disk)?;
+        }
+        self.settle()
     }
 
     /// Ends a volume's attachment without a look at its disk: what is on it is not known, as after a

@@ -15,6 +15,7 @@ use super::format::has_small_segments;
 use super::liveness::Liveness;
 use super::media::Media;
 use super::record::EXTENT_SECTORS_MAX;
+use super::recovery::ahead::ReadAhead;
 use super::recovery::{self, RecoveryReport};
 use super::scrub::Scrub;
 use super::segments::{Segment, State};
@@ -129,6 +130,18 @@ impl<E: Env> Cache<E> {
     /// # Errors
     /// See [`OpenError`]; the media has not been changed but, at most, by its start counter.
     pub fn open(pmem: Arc<E::Pmem>, clock: E::Clock) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
+        Self::open_after(pmem, clock, &ReadAhead::default())
+    }
+
+    /// Opens a cache of which some was read ahead.
+    ///
+    /// # Errors
+    /// As for [`Cache::open`].
+    pub fn open_after(
+        pmem: Arc<E::Pmem>,
+        clock: E::Clock,
+        ahead: &ReadAhead,
+    ) -> Result<(Arc<Cache<E>>, RecoveryReport), OpenError> {
         let mut media = load_media(pmem)?;
         let class = media.pmem.class();
         if has_small_segments(&media.geometry, class) {
@@ -173,7 +186,7 @@ impl<E: Env> Cache<E> {
             full: Mutex::default(),
             sealed: Mutex::default(),
         };
-        let report = recovery::recover(&mut cache)?;
+        let report = recovery::recover(&mut cache, ahead)?;
         let ticket = cache.syncer.request(&*cache.media.pmem, None);
         if cache.syncer.wait(&*cache.media.pmem, ticket) == Outcome::Failed {
             return Err(OpenError::NotDurable);

@@ -16,6 +16,7 @@
 //! segments are read without a look at one another, lists are put in order afterwards, and the indexes
 //! are built from sorted keys. Each thread fences what it stored itself before it ends.
 
+pub mod ahead;
 mod rebuild;
 mod segment;
 
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
+use self::ahead::ReadAhead;
 use self::rebuild::Keys;
 use super::consistency::{ConsistencyGroup, Epochs};
 use super::core::{Cache, OpenError, write};
@@ -69,8 +71,8 @@ pub struct RecoveryReport {
 /// Volumes by incarnation.
 type Volumes = BTreeMap<u64, Arc<VolumeCore>>;
 
-/// Fills the cache's DRAM from its media.
-pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, OpenError> {
+/// Fills the cache's DRAM from its media, and what was read of them ahead.
+pub(super) fn recover<E: Env>(cache: &mut Cache<E>, ahead: &ReadAhead) -> Result<RecoveryReport, OpenError> {
     let cache = &*cache;
     let began_us = cache.clock.now_us();
     let mut report = RecoveryReport { was_clean: lock(&cache.start).was_clean, ..RecoveryReport::default() };
@@ -86,7 +88,7 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
                 cache.media.pmem.fence();
                 return (segments, keys);
             }
-            segments.push(segment::recover(cache, id, &volumes, &mut keys));
+            segments.push(segment::recover(cache, id, &volumes, ahead, &mut keys));
         }
     });
     let mut segments: Vec<_> = found.iter_mut().flat_map(|(segments, _)| segments.drain(..)).collect();

@@ -274,7 +274,7 @@ impl<B: Backing> Redo<B> {
             "it is another cache's"
         } else if (header.volume_uuid, header.incarnation) != (owner.volume_uuid, owner.incarnation) {
             "it is another volume's"
-        } else if header.backing_size != owner.backing_size {
+        } else if header.backing_size > owner.backing_size {
             "it is for a disk of another size"
         } else if is_old {
             "it is older than the cache"
@@ -458,7 +458,8 @@ impl<B: Backing> Redo<B> {
     /// Whether the group it holds can be brought to `disk`: reads only.
     pub(super) fn check_disk(&self, disk: &B, force: bool) -> Result<(), RedoError> {
         let foreign = |what| Err(RedoError::Foreign { path: self.path(), what });
-        if self.header().backing_size != disk.geometry().size {
+        // It may have grown since.
+        if self.header().backing_size > disk.geometry().size {
             return foreign("the disk has another size");
         }
         if !self.strangers(disk)?.is_empty() && !force {

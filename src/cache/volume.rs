@@ -426,7 +426,12 @@ pub struct Volume<E: Env> {
     pub(crate) backing: Arc<E::Backing>,
     /// Where groups lie before they are on the disk.
     pub(crate) redo: Option<Arc<Redo<E::Backing>>>,
+    /// As it was attached; how large it is now is in `sectors`.
     pub(crate) config: DiskConfig,
+    /// Sectors that guests may use: only ever more (`enlarge.rs`).
+    pub(super) sectors: AtomicU64,
+    /// Held by who makes it larger.
+    pub(super) growing: Mutex<()>,
     pub(crate) name: String,
     mode: AtomicU8,
     order: AtomicU8,
@@ -469,6 +474,8 @@ impl<E: Env> Volume<E> {
             core,
             backing,
             redo,
+            sectors: AtomicU64::new(config.sectors),
+            growing: Mutex::default(),
             config,
             name,
             mode: AtomicU8::new(mode as u8),
@@ -500,6 +507,16 @@ impl<E: Env> Volume<E> {
     /// The disk behind it.
     pub fn backing(&self) -> &Arc<E::Backing> {
         &self.backing
+    }
+
+    /// Where groups lie before they are on the disk, if it has such an area.
+    pub fn redo_disk(&self) -> Option<&Arc<E::Backing>> {
+        self.redo.as_ref().map(|redo| &redo.disk)
+    }
+
+    /// Whether the disk still has operations that nobody waits for any more.
+    pub fn has_left_behind(&self) -> bool {
+        self.core.facts.left_behind() > 0
     }
 
     /// How writes go.
@@ -570,7 +587,7 @@ impl<E: Env> Disk for VolumeDisk<E> {
     type Queue<B: Buffer> = Queue<E, B>;
 
     fn config(&self) -> DiskConfig {
-        self.0.config.clone()
+        self.0.disk_config()
     }
 
     fn write_cache(&self) -> bool {

@@ -76,6 +76,8 @@ pub enum Verb {
     Flush(VolumeVerbArgs),
     /// Change how a volume is cached and written back, while it is used
     Set(SetArgs),
+    /// Make a volume larger while it is used; its VM sees it without a restart
+    Resize(ResizeArgs),
     /// Bring everything acknowledged so far to the disk and keep that still, for a snapshot of it
     Checkpoint(CheckpointArgs),
     /// Show counters and rates
@@ -115,6 +117,13 @@ pub struct ServeArgs {
     /// Open a damaged volume for writing: what the cache lost stays lost
     #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub accept_loss: Vec<String>,
+    /// Take over from the daemon that answers at the control socket: VMs keep their connections
+    #[arg(long)]
+    pub take_over: bool,
+    /// How long to wait for disks that another host or process still serves, as in a migration
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(..=86_400))]
+    #[arg(default_value_t = 10)]
+    pub wait_for_disks: u32,
     /// What the process gives up before it serves: files and system calls [default: auto]
     #[arg(long, value_name = "HOW", value_enum)]
     pub sandbox: Option<Sandbox>,

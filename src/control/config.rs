@@ -429,7 +429,7 @@ impl Config {
         let mut config = Self::controlled(vec![cache], vec![config], &consents, args.control.config())?;
         let by_default = args.cache.cache.is_none() || volume.backing.is_none();
         config.state_dir = state.0.filter(|_| by_default);
-        config.confine(args.sandbox, Vec::new());
+        config.confine(args.sandbox);
         Ok(config)
     }
 

@@ -129,7 +129,7 @@ pub fn parse(path: &Path, text: &str, consents: &Consents) -> Result<Config, Fil
     let Sections { caches, volumes, control, confinement } = sections(text).map_err(at)?;
     let mut config = Config::controlled(caches, volumes, consents, control)
         .map_err(|source| FileError::Together { path: path.into(), source: Box::new(source) })?;
-    config.confine(Some(confinement.sandbox), confinement.paths);
+    config.set_confinement(confinement);
     Ok(config)
 }
 
@@ -175,7 +175,7 @@ fn sections(text: &str) -> Result<Sections, Fault> {
     }
     let volumes =
         volumes.into_iter().map(|section| volume(section, &caches)).collect::<Result<Vec<_>, _>>()?;
-    Ok(Sections { caches, volumes, control, confinement: Confinement { sandbox, paths } })
+    Ok(Sections { caches, volumes, control, confinement: Confinement { sandbox, paths, is_told: false } })
 }
 
 fn control_of(mut section: Section<'_>) -> Result<ControlConfig, Fault> {

@@ -17,6 +17,7 @@ pub mod daemon;
 pub mod exit;
 pub mod file;
 mod generate;
+pub mod handover;
 pub mod log;
 mod metrics;
 pub mod notify;

@@ -2,15 +2,17 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::activation::ActivationError;
 use super::cli::{Cli, ServeArgs, Verb};
 use super::config::{self, CacheConfig, Config, ConfigError, Consents, VolumeConfig};
 use super::exit::{Exit, complain};
 use super::file::{self, FileError};
+use super::handover::HandoverError;
 use super::online::OnlineError;
 use super::sandbox::SandboxError;
-use super::serve::serve;
+use super::serve::{Start, serve};
 use super::socket::SocketError;
 use super::value::Name;
 use super::{check_config, generate, online, sys, verbs};
@@ -102,6 +104,9 @@ pub enum RunError {
     /// The daemon did not do it.
     #[error(transparent)]
     Online(#[from] OnlineError),
+    /// The running daemon goes on.
+    #[error("not taken over: {0}")]
+    Handover(#[from] HandoverError),
     /// Somebody wants something of a daemon at its end.
     #[error("the daemon is stopping")]
     Stopping,
@@ -148,7 +153,12 @@ impl RunError {
 /// Does what the command line says.
 pub fn run(cli: &Cli) -> Exit {
     let result = match &cli.verb {
-        None => serve_config(&cli.serve).and_then(|config| serve(&config, cli.serve.config.as_deref())),
+        None => {
+            let args = &cli.serve;
+            let wait_for_disks = Duration::from_secs(args.wait_for_disks.into());
+            let start = Start { take_over: args.take_over, wait_for_disks };
+            serve_config(args).and_then(|config| serve(&config, args.config.as_deref(), &start))
+        }
         Some(Verb::Format(args)) => verbs::format(args),
         Some(Verb::Check(args)) => verbs::check(args),
         Some(Verb::Dump(args)) => verbs::dump(args),
@@ -174,7 +184,7 @@ fn serve_config(args: &ServeArgs) -> Result<Config, RunError> {
             };
             let mut config = file::load(path, &consents)?;
             config.set_control(args.control.config());
-            config.confine(args.sandbox, Vec::new());
+            config.confine(args.sandbox);
             Ok(config)
         }
         None => Ok(Config::from_args(args, state_dir())?),

@@ -12,6 +12,9 @@
 //! 7. stop in the opposite order: control API and its jobs, front ends, counters, workers, volumes,
 //!    caches.
 //!
+//! Where another daemon serves and is to be taken over from (`handover`), endpoints, disks and caches come
+//! from there. Between 3 and what writes in it, the other one comes to rest; from then on it is ours.
+//!
 //! Dirty data stays in the cache over a stop: bringing it to the disk would take as long as the disk
 //! likes, and the next start finds it.
 //!
@@ -20,9 +23,10 @@
 //! is what a kill is, and that is safe at any instruction. Either way the kernel keeps the disk's lock
 //! until what was under way has ended, so a successor never overtakes it.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::activation;
 use super::announce::{self, CacheLine, VolumeLine};
@@ -30,8 +34,9 @@ use super::api;
 use super::config::{
     Admission, CacheConfig, Config, Discard, Endpoint, Mode, OnBackingError, Order, Sandbox, VolumeConfig,
 };
-use super::daemon::{Daemon, DaemonError, OpenCache, Served};
+use super::daemon::{Daemon, DaemonError, OpenCache, Served, lock};
 use super::exit::{Exit, sentence};
+use super::handover::{Estate, FrontEndRest, Gate, Giver, Predecessor};
 use super::log;
 use super::notify::Notifier;
 use super::run::{RunError, of_cache};
@@ -41,7 +46,8 @@ use super::socket::{Claimed, same_path};
 use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::{
-    self, AttachError, AttachOptions, Cache, ReadPolicy, RecoveryReport, ScrubOptions, SystemClock, Volume,
+    self, AttachError, AttachOptions, Cache, Env, ReadAhead, ReadPolicy, RecoveryReport, ScrubOptions,
+    SystemClock, Volume,
 };
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
@@ -54,11 +60,21 @@ use crate::tools::redo::{self, RedoOptions};
 /// systemd kills.
 const STOP_MAX: Duration = Duration::from_secs(20);
 
+/// What is asked of this one start, and never in a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Start {
+    /// Whether to take over from the daemon that answers at the control socket.
+    pub take_over: bool,
+    /// How long a disk may be locked by somebody else: a killed predecessor's last writes, or the host that
+    /// a VM is migrating away from.
+    pub wait_for_disks: Duration,
+}
+
 /// Serves until told to stop. `file` is the configuration file, to be read again on demand.
 ///
 /// # Errors
 /// What kept it from starting; nothing is left behind. Or what failed on the way.
-pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
+pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit, RunError> {
     let named = config.volumes().iter().filter_map(|volume| match &volume.endpoint {
         Endpoint::Inherited(fd) => Some(*fd),
         Endpoint::Socket { .. } => None,
@@ -72,28 +88,40 @@ pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
         tracing::warn!(%error, "the limit of open files stays: many queues may not fit it");
     }
     let mut created = Created::default();
-    let claims = config
-        .volumes()
-        .iter()
-        .map(|volume| Claimed::new(&volume.endpoint))
-        .collect::<Result<Vec<_>, _>>()?;
-    let control = config.control().map(api::Claimed::new).transpose()?;
-    let (caches, volumes) = open_all(config, &mut created)?;
-    let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config.control())?);
+    let predecessor = match start.take_over {
+        true => Predecessor::meet(config.control())?,
+        false => None,
+    };
+    if start.take_over && predecessor.is_none() {
+        tracing::info!("nobody answers at the control socket: there is nothing to take over");
+    }
+    let mut claims = Claims::new(config, predecessor.as_ref())?;
+    let ((caches, volumes), predecessor) =
+        open_all(config, &mut created, predecessor, &mut claims, start.wait_for_disks)?;
+    let daemon = Arc::new(Daemon::new(caches, signals.servers(), file, config)?);
     let served = volumes
         .into_iter()
         .map(|(config, volume, is_new)| daemon.enter(config, volume, is_new))
         .collect::<Result<Vec<_>, _>>()?;
     drop(starting);
-    let opened = open_front_ends(&daemon, &served, claims)
-        .and_then(|()| control.map(|claim| claim.open(&daemon, signals.servers().running())).transpose());
-    let api = match opened {
-        Ok(api) => api,
+    let (gate, api) = (Arc::new(Gate::default()), Arc::new(Mutex::new(None)));
+    let opened = open_front_ends(&daemon, &served, claims.front_ends).and_then(|()| {
+        if let Some(claim) = claims.control {
+            *lock(&api) = Some(claim.open(&daemon, signals.servers().running())?);
+        }
+        claims.upgrade.map(|claim| Giver::open(claim, &daemon, &api, &gate)).transpose()
+    });
+    let giver = match opened {
+        Ok(giver) => giver,
         // Those that serve already must end before their volumes do.
         Err(error) => return daemon.stop_front_ends().and(Err(error)),
     };
     if let Err(error) = confine_calls(config) {
         return daemon.stop_front_ends().and(Err(error));
+    }
+    if let Some(predecessor) = predecessor {
+        predecessor.say_serving();
+        tracing::info!("taken over");
     }
     created.keep();
     announce::print(&announcement(&daemon, &served));
@@ -102,10 +130,12 @@ pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
     notifier.ready(&daemon);
 
     let ended = wait(&mut signals, &daemon, &mut notifier);
+    gate.close();
     notifier.stopping();
     signals.unblock();
     bound_the_stop(&daemon);
-    drop(api);
+    drop(giver);
+    drop(lock(&api).take());
     daemon.jobs().close();
     let served = daemon.stop_front_ends();
     show_counters(&daemon);
@@ -160,17 +190,133 @@ fn bound_the_stop(daemon: &Daemon) {
     }
 }
 
+/// Where the VMMs of one volume come from.
+enum ClaimedFrontEnd {
+    New(Claimed),
+    /// From the predecessor, which has not said yet.
+    Awaited,
+    Resumed(FrontEndRest),
+}
+
+/// Every endpoint, before anybody can connect to it.
+struct Claims {
+    names: Vec<String>,
+    front_ends: Vec<ClaimedFrontEnd>,
+    control: Option<api::Claimed>,
+    upgrade: Option<Claimed>,
+}
+
+impl Claims {
+    fn new(config: &Config, predecessor: Option<&Predecessor>) -> Result<Self, RunError> {
+        if let Some(predecessor) = predecessor {
+            predecessor.judge(config.volumes())?;
+        }
+        let claim = |volume: &VolumeConfig| match predecessor {
+            Some(predecessor) if predecessor.serves(volume.name.as_str()) => Ok(ClaimedFrontEnd::Awaited),
+            _ => Claimed::new(&volume.endpoint).map(ClaimedFrontEnd::New),
+        };
+        let front_ends = config.volumes().iter().map(claim).collect::<Result<Vec<_>, _>>()?;
+        let names = config.volumes().iter().map(|volume| volume.name.to_string()).collect();
+        let (mut control, mut upgrade) = (None, None);
+        if let (Some(config), None) = (config.control(), predecessor) {
+            control = Some(api::Claimed::new(config)?);
+            upgrade = match Giver::claim(config) {
+                Ok(claim) => Some(claim),
+                Err(RunError::Handover(error)) => {
+                    tracing::warn!("this daemon cannot be taken over from: {error}");
+                    None
+                }
+                Err(error) => return Err(error),
+            };
+        }
+        Ok(Self { names, front_ends, control, upgrade })
+    }
+
+    /// The predecessor has left it all.
+    fn take(&mut self, mut estate: Estate) {
+        (self.control, self.upgrade) = (estate.control, estate.upgrade);
+        for (name, claim) in self.names.iter().zip(&mut self.front_ends) {
+            if let Some(rest) = estate.front_ends.remove(name) {
+                *claim = ClaimedFrontEnd::Resumed(rest);
+            }
+        }
+    }
+}
+
 /// What the start has opened: the caches, and the volumes attached to them.
 type Opened = (Vec<OpenCache>, Vec<(VolumeConfig, Arc<Volume<Host>>, bool)>);
 
-fn open_all(config: &Config, created: &mut Created) -> Result<Opened, RunError> {
+/// Opens everything. What was taken over is ours when this returns; on an error the other one goes on,
+/// or what was taken over is left as after a kill.
+fn open_all(
+    config: &Config,
+    created: &mut Created,
+    mut predecessor: Option<Predecessor>,
+    claims: &mut Claims,
+    wait: Duration,
+) -> Result<(Opened, Option<Predecessor>), RunError> {
+    let (images, wanted) = match prepare(config, created, predecessor.as_ref(), wait) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            if let Some(predecessor) = predecessor {
+                predecessor.decline(&sentence(&error));
+            }
+            return Err(error);
+        }
+    };
+    let mut aheads: Vec<_> = images.iter().map(|_| ReadAhead::default()).collect();
+    if let (Some(predecessor), Some(control)) = (&mut predecessor, config.control()) {
+        for (ahead, image) in aheads.iter_mut().zip(&images) {
+            *ahead = ReadAhead::read(&image.pmem, Host::threads());
+        }
+        claims.take(predecessor.take_over(control)?);
+    }
+    // All are known to go together: only now anything is written to what was there before.
+    let begun = Instant::now();
+    let mut caches = Vec::new();
+    for ((cache, image), ahead) in config.caches().iter().zip(images).zip(aheads) {
+        caches.push(open_cache(cache, image, &ahead)?);
+    }
+    let recovered = begun.elapsed();
+    let mut volumes = Vec::new();
+    for (config, options, is_new) in wanted {
+        let on = &caches[config.cache];
+        let of_attach = |error| RunError::attach(&on.config, config)(error);
+        let (name, shares) = (config.name.as_str(), &config.share.shares);
+        on.cache.may_share(name, shares).map_err(|error| of_attach(error.into()))?;
+        let volume = on.cache.attach(options).map_err(of_attach)?;
+        set_wishes(config, &volume).map_err(of_attach)?;
+        if config.read_only && !volume.is_clean() {
+            tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
+        }
+        volumes.push((config.clone(), volume, is_new));
+    }
+    let attached = begun.elapsed() - recovered;
+    tracing::info!("opened: recovery_us={} attach_us={}", recovered.as_micros(), attached.as_micros());
+    Ok(((caches, volumes), predecessor))
+}
+
+/// The images of the caches, and what is to be attached to them.
+type Prepared<'a> = (Vec<Image>, Vec<(&'a VolumeConfig, AttachOptions<Host>, bool)>);
+
+/// Opens images and disks, and judges whether they go together. Writes only to what is new.
+fn prepare<'a>(
+    config: &'a Config,
+    created: &mut Created,
+    predecessor: Option<&Predecessor>,
+    wait: Duration,
+) -> Result<Prepared<'a>, RunError> {
     if let Some(path) = config.state_dir() {
         created.make_directory(path).map_err(|source| RunError::Directory { path: path.into(), source })?;
     }
     // What exists first, then the disks: a cache is made only once those are known to be there.
     let mut existing = Vec::new();
     for cache in config.caches() {
-        existing.push(if cache.path.exists() { Some(open_image(cache, created)?) } else { None });
+        existing.push(if cache.path.exists() {
+            Some(open_image(cache, predecessor, created)?)
+        } else {
+            None
+        });
     }
     let mut disks = Vec::new();
     for volume in config.volumes() {
@@ -183,6 +329,8 @@ fn open_all(config: &Config, created: &mut Created) -> Result<Opened, RunError> 
             read_only: volume.read_only,
             raw: volume.backing.raw || is_known,
             size: volume.backing.size,
+            wait,
+            taken: predecessor.and_then(|other| other.disk(volume.name.as_str(), &volume.backing.path)),
         };
         disks.push(disk::open_or_create(&options, created).map_err(RunError::Disk)?);
     }
@@ -190,52 +338,39 @@ fn open_all(config: &Config, created: &mut Created) -> Result<Opened, RunError> 
     for (cache, image) in config.caches().iter().zip(existing) {
         images.push(match image {
             Some(image) => image,
-            None => open_image(cache, created)?,
+            None => open_image(cache, predecessor, created)?,
         });
     }
     let mut wanted = Vec::new();
     for (volume, disk) in config.volumes().iter().zip(disks) {
         let cache = &config.caches()[volume.cache];
-        let redo = open_redo(volume, &disk.disk, created)?;
+        let taken = predecessor.and_then(|other| other.redo(volume.name.as_str()));
+        let redo = open_redo(volume, &disk.disk, taken, created)?;
         let options = attach_options(cache, volume, disk.disk, redo);
         cache::would_attach(&images[volume.cache].pmem, &options).map_err(RunError::attach(cache, volume))?;
         wanted.push((volume, options, disk.is_new));
     }
-    // All are known to go together: only now anything is written to what was there before.
-    let mut caches = Vec::new();
-    for (cache, image) in config.caches().iter().zip(images) {
-        caches.push(open_cache(cache, image)?);
-    }
-    let mut volumes = Vec::new();
-    for (config, options, is_new) in wanted {
-        let on = &caches[config.cache];
-        let attach_error = RunError::attach(&on.config, config);
-        on.cache
-            .may_share(config.name.as_str(), &config.share.shares)
-            .map_err(|error| attach_error(error.into()))?;
-        let volume = on.cache.attach(options).map_err(&attach_error)?;
-        set_wishes(config, &volume).map_err(&attach_error)?;
-        if config.read_only && !volume.is_clean() {
-            tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
-        }
-        volumes.push((config.clone(), volume, is_new));
-    }
-    Ok((caches, volumes))
+    Ok((images, wanted))
 }
 
-fn open_image(config: &CacheConfig, created: &mut Created) -> Result<Image, RunError> {
+fn open_image(
+    config: &CacheConfig,
+    predecessor: Option<&Predecessor>,
+    created: &mut Created,
+) -> Result<Image, RunError> {
     let options = ImageOptions {
         path: &config.path,
         size: config.size,
         segment_size: config.segment_size,
         assume_dax: config.assume_dax,
+        taken: predecessor.and_then(|other| other.cache(&config.path)),
     };
     Ok(image::open_or_create(&options, created)?)
 }
 
-fn open_cache(config: &CacheConfig, image: Image) -> Result<OpenCache, RunError> {
-    let (cache, report) =
-        Cache::open(Arc::clone(&image.pmem), SystemClock::default()).map_err(of_cache(&config.path))?;
+fn open_cache(config: &CacheConfig, image: Image, ahead: &ReadAhead) -> Result<OpenCache, RunError> {
+    let (cache, report) = Cache::open_after(Arc::clone(&image.pmem), SystemClock::default(), ahead)
+        .map_err(of_cache(&config.path))?;
     log_opened(config, &image.pmem, &report);
     cache.set_scrub(ScrubOptions {
         bytes_per_s: u64::from(config.scrub_mib_s) << 20,
@@ -249,14 +384,16 @@ fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) 
     let (path, class) = (config.path.display(), pmem.class());
     tracing::info!(
         "cache {path} opened: class={class} volumes={} segments_used={} keys={} dirty_bytes={} \
-         cached_bytes={} torn_records={} was_clean={}",
+         cached_bytes={} torn_records={} was_clean={} scan_us={} build_us={}",
         report.volumes,
         report.segments_used,
         report.keys,
         report.dirty_bytes,
         report.cached_bytes,
         report.torn_records,
-        report.was_clean
+        report.was_clean,
+        report.scan_us,
+        report.build_us
     );
     for finding in &report.findings {
         tracing::warn!("cache {path}: {finding}");
@@ -283,6 +420,7 @@ pub(super) fn set_wishes(config: &VolumeConfig, volume: &Volume<Host>) -> Result
 pub(super) fn open_redo(
     config: &VolumeConfig,
     disk: &Disk,
+    taken: Option<Arc<fs::File>>,
     created: &mut Created,
 ) -> Result<Option<Arc<Disk>>, RunError> {
     if config.read_only {
@@ -294,6 +432,7 @@ pub(super) fn open_redo(
         disk_size: disk.geometry().size,
         size: config.redo_size.map_or(Sizing::AsFound, Sizing::Exactly),
         is_needed: config.order == Order::Grouped,
+        taken,
     };
     redo::open_or_create(&options, created).map_err(RunError::Disk)
 }
@@ -329,8 +468,17 @@ pub(super) fn attach_options(
     }
 }
 
-fn open_front_ends(daemon: &Daemon, served: &[Arc<Served>], claims: Vec<Claimed>) -> Result<(), RunError> {
-    served.iter().zip(claims).try_for_each(|(served, claim)| daemon.open_front_end(served, claim))
+fn open_front_ends(
+    daemon: &Daemon,
+    served: &[Arc<Served>],
+    claims: Vec<ClaimedFrontEnd>,
+) -> Result<(), RunError> {
+    served.iter().zip(claims).try_for_each(|(served, claim)| match claim {
+        ClaimedFrontEnd::New(claim) => daemon.open_front_end(served, claim),
+        ClaimedFrontEnd::Resumed(rest) => daemon.resume_front_end(served, rest),
+        // It had ended before, and its socket with it.
+        ClaimedFrontEnd::Awaited => Ok(()),
+    })
 }
 
 fn announcement(daemon: &Daemon, served: &[Arc<Served>]) -> String {

@@ -11,7 +11,7 @@
 //! works, so a start that is refused leaves no trace, and a socket that is there answers.
 
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
@@ -92,6 +92,8 @@ pub enum Claimed {
     Inherited(OwnedFd),
     /// One that the service manager listens at, and keeps.
     Activated(UnixListener),
+    /// A socket that is open already: it was kept while its server changed.
+    Open(Incoming, Option<Bound>),
 }
 
 impl Claimed {
@@ -139,6 +141,7 @@ impl Claimed {
                 };
                 Ok((incoming, None))
             }
+            Claimed::Open(incoming, bound) => Ok((incoming, bound)),
         }
     }
 }
@@ -165,7 +168,7 @@ pub struct Bound {
     /// Device and inode, to tell it from a socket that somebody else put there meanwhile.
     identity: (u64, u64),
     /// Dropped, and so released, after the socket is gone.
-    _lock: Lock,
+    lock: Lock,
 }
 
 impl Claim {
@@ -218,7 +221,7 @@ impl Claim {
             Ok((about.dev(), about.ino()))
         };
         match place() {
-            Ok(identity) => Ok((listener, Bound { path: self.path, identity, _lock: self.lock })),
+            Ok(identity) => Ok((listener, Bound { path: self.path, identity, lock: self.lock })),
             Err(error) => {
                 remove(&beside);
                 Err(error)
@@ -231,6 +234,40 @@ impl Bound {
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.path.as_path()
+    }
+
+    /// What keeps others from its path, for the process that is to have it next.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn lock(&self) -> io::Result<OwnedFd> {
+        Ok(self.lock.file.try_clone()?.into())
+    }
+
+    /// The socket that another process has put at `path` and gives up, with what that one's
+    /// [`Bound::lock`] has given. It is removed with the result, as our own.
+    ///
+    /// # Errors
+    /// The path cannot be looked at, or the lock is not the path's.
+    pub fn taken(path: SocketPath, lock: OwnedFd) -> io::Result<Self> {
+        let about = fs::symlink_metadata(path.as_path())?;
+        let lock = Lock { path: path.with_suffix(".lock"), file: lock.into() };
+        let (named, given) = (fs::symlink_metadata(&lock.path)?, lock.file.metadata()?);
+        if (named.dev(), named.ino()) != (given.dev(), given.ino()) {
+            return Err(io::Error::other("what came as its lock is another file"));
+        }
+        Ok(Self { path, identity: (about.dev(), about.ino()), lock })
+    }
+
+    /// Says who has the path now, for whoever is refused it.
+    ///
+    /// # Errors
+    /// The lock file cannot be written.
+    pub fn sign(&mut self) -> io::Result<()> {
+        let file = &mut self.lock.file;
+        file.set_len(0)?;
+        file.rewind()?;
+        writeln!(file, "{}", std::process::id())
     }
 }
 

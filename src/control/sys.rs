@@ -8,8 +8,10 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::signal;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Whether the process has root's powers over files, as far as conventions about paths go.
 pub fn is_root() -> bool {
@@ -170,6 +172,37 @@ pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<u32> {
     let peer = socket_option(socket, libc::SO_PEERCRED, nobody)?;
     // Zero: a process outside of our own PID namespace.
     u32::try_from(peer.pid).ok().filter(|&pid| pid > 0).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// The user at the other end of a connected Unix socket, as it was when that was made.
+///
+/// # Errors
+/// It is not a Unix socket, or not connected.
+pub fn peer_uid(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let nobody = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    Ok(socket_option(socket, libc::SO_PEERCRED, nobody)?.uid)
+}
+
+/// Reads up to `bytes.len()` bytes, appending to `fds` the descriptors that came with them, at most `MAX`.
+///
+/// # Errors
+/// The kernel's; `ENOBUFS` when more descriptors came, which are closed.
+#[expect(unsafe_code, reason = "descriptors arrive as bare numbers")]
+pub fn receive<const MAX: usize>(
+    stream: &UnixStream,
+    bytes: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let mut numbers: [RawFd; MAX] = [-1; MAX];
+    let mut iov = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+    // SAFETY: the one vector describes `bytes`, which is ours alone for the call.
+    let (len, count) = unsafe { stream.recv_with_fds(&mut iov, &mut numbers) }
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    for &number in &numbers[..count] {
+        // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+        fds.push(unsafe { OwnedFd::from_raw_fd(number) });
+    }
+    Ok(len)
 }
 
 #[expect(unsafe_code, reason = "getsockopt has no safe wrapper among the dependencies")]

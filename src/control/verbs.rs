@@ -35,8 +35,13 @@ pub(super) fn format(args: &FormatArgs) -> Result<Exit, RunError> {
             .make_directory(directory)
             .map_err(|source| RunError::Directory { path: directory.into(), source })?;
     }
-    let options =
-        ImageOptions { path: &path, size, segment_size: args.segment_size, assume_dax: args.assume_dax };
+    let options = ImageOptions {
+        path: &path,
+        size,
+        segment_size: args.segment_size,
+        assume_dax: args.assume_dax,
+        taken: None,
+    };
     let image = image::format(&options, args.force)?;
     created.keep();
     let geometry = Geometry::choose(image.pmem.len(), args.segment_size)
@@ -140,7 +145,7 @@ pub(super) fn drain(args: &DrainArgs) -> Result<Exit, RunError> {
 
 /// Opens a cache that nobody serves, and recovers it.
 fn open_cache(path: &Path, assume_dax: bool) -> Result<Arc<Cache<Host>>, RunError> {
-    let options = ImageOptions { path, size: Sizing::AsFound, segment_size: None, assume_dax };
+    let options = ImageOptions { path, size: Sizing::AsFound, segment_size: None, assume_dax, taken: None };
     let opened = image::open_or_create(&options, &mut Created::default())?;
     let (cache, report) = Cache::<Host>::open(opened.pmem, SystemClock::default()).map_err(of_cache(path))?;
     for finding in &report.findings {

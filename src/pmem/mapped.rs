@@ -65,6 +65,14 @@ impl MappedPmem {
         &self.path
     }
 
+    /// The open file with its lock, for the process that is to have it next.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn source(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// How its class was recognised, a clause: "a file in memory (tmpfs)".
     pub fn reason(&self) -> &str {
         &self.reason

@@ -8,6 +8,7 @@ use std::io::{self, Seek};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::classify::{self, Medium, PersistenceDomain, Refusal};
 use super::lock::{self, Holder, LockError};
@@ -27,6 +28,9 @@ pub struct OpenOptions {
     pub lock: bool,
     /// Touch every page now, so that no request pays for a first touch.
     pub prefault: bool,
+    /// The media, opened and locked already by a process that gives them up. `path` still has to mean
+    /// them.
+    pub taken: Option<Arc<File>>,
     /// How to store; `None` chooses. Opening DAX with one that is not durable panics.
     pub store: Option<StorePlan>,
 }
@@ -40,6 +44,7 @@ impl OpenOptions {
             assume_dax: false,
             lock: true,
             prefault: false,
+            taken: None,
             store: None,
         }
     }
@@ -219,6 +224,16 @@ fn find(options: &OpenOptions) -> Result<Found, OpenError> {
 
 fn open_file(options: &OpenOptions) -> Result<File, OpenError> {
     let path = options.path.clone();
+    if let Some(taken) = &options.taken {
+        let same = || -> io::Result<File> {
+            let (named, given) = (fs::metadata(&path)?, taken.metadata()?);
+            match (named.dev(), named.ino()) == (given.dev(), given.ino()) {
+                true => taken.try_clone(),
+                false => Err(io::Error::other("its name means something else than what was taken over")),
+            }
+        };
+        return same().map_err(|source| OpenError::Io { path: path.clone(), step: "taken over", source });
+    }
     // Non-blocking, so that a pipe is refused rather than waited for; it means nothing to media.
     let mut flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let is_block = fs::metadata(&path).is_ok_and(|meta| meta.file_type().is_block_device());

@@ -11,10 +11,10 @@ use super::image::Sizing;
 use crate::backing::{self, Disk, OpenError, OpenOptions};
 
 /// How long a killed predecessor's last writes may keep the disk locked.
-const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
+pub const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Which disk, and how.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct DiskOptions<'a> {
     /// Raw image or block device.
     pub path: &'a Path,
@@ -24,6 +24,10 @@ pub struct DiskOptions<'a> {
     pub raw: bool,
     /// How large.
     pub size: Sizing,
+    /// How long to wait for whoever has it locked.
+    pub wait: Duration,
+    /// Opened already, by a process that gives it up.
+    pub taken: Option<Arc<fs::File>>,
 }
 
 /// An open disk.
@@ -49,7 +53,8 @@ pub fn open_or_create(options: &DiskOptions<'_>, created: &mut Created) -> Resul
     let mut open = OpenOptions::new(path);
     open.read_only = options.read_only;
     open.allow_format = options.raw;
-    open.wait_lock = Some(PREDECESSOR_TIMEOUT);
+    open.wait_lock = Some(options.wait);
+    open.taken = options.taken.clone();
     if let Sizing::Exactly(size) = options.size {
         // It exists by now: this compares, and creates nothing.
         open.create_sparse = Some(size);

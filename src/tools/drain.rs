@@ -97,7 +97,14 @@ pub fn drain(
     let path = options.backing.unwrap_or(&recorded);
     // The volume's own disk is raw whatever its guest has written on it; the attach sees that it is.
     let raw = options.raw || !options.force_identity;
-    let wanted = DiskOptions { path, read_only: false, raw, size: Sizing::AsFound };
+    let wanted = DiskOptions {
+        path,
+        read_only: false,
+        raw,
+        size: Sizing::AsFound,
+        wait: disk::PREDECESSOR_TIMEOUT,
+        taken: None,
+    };
     // Nothing is made of what is missing, so there is nothing to remember.
     let disk = disk::open_or_create(&wanted, &mut Created::default())
         .map_err(|source| DrainFailure::Disk { name: name.into(), source })?
@@ -110,6 +117,7 @@ pub fn drain(
         disk_size: disk.geometry().size,
         size: Sizing::AsFound,
         is_needed: false,
+        taken: None,
     };
     let redo = redo::open_or_create(&wanted, &mut Created::default())
         .map_err(|source| DrainFailure::Disk { name: name.into(), source })?;

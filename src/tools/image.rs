@@ -59,6 +59,8 @@ pub struct ImageOptions<'a> {
     pub segment_size: Option<u32>,
     /// Whether RAM passes as persistent.
     pub assume_dax: bool,
+    /// Opened already, by a process that gives it up.
+    pub taken: Option<&'a Arc<fs::File>>,
 }
 
 /// An open image.
@@ -158,7 +160,10 @@ pub fn open_or_create(options: &ImageOptions<'_>, created: &mut Created) -> Resu
         created.file(path);
         return Ok(Image { pmem, is_new: true });
     }
-    let pmem = open(path, options.assume_dax, false)?;
+    let pmem = match options.taken {
+        Some(file) => take(path, options.assume_dax, file)?,
+        None => open(path, options.assume_dax, false)?,
+    };
     refuse_other_size(options, pmem.len())?;
     match content(path, &*pmem)? {
         Content::Ours => Ok(Image { pmem, is_new: false }),
@@ -197,6 +202,16 @@ pub fn open(path: &Path, assume_dax: bool, read_only: bool) -> Result<Arc<Mapped
     let mut options = pmem::OpenOptions::new(path);
     options.assume_dax = assume_dax;
     options.read_only = read_only;
+    Ok(Arc::new(MappedPmem::open(&options)?))
+}
+
+/// Maps what another process has opened. Every page is touched now, while that one still serves: later
+/// guests would wait for it.
+fn take(path: &Path, assume_dax: bool, file: &Arc<fs::File>) -> Result<Arc<MappedPmem>, ImageError> {
+    let mut options = pmem::OpenOptions::new(path);
+    options.assume_dax = assume_dax;
+    options.taken = Some(Arc::clone(file));
+    options.prefault = true;
     Ok(Arc::new(MappedPmem::open(&options)?))
 }
 

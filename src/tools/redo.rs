@@ -19,7 +19,7 @@ pub const SIZE_DEFAULT_MIN: u64 = 16 << 20;
 const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Which area.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RedoOptions<'a> {
     /// What the operator named.
     pub path: Option<&'a Path>,
@@ -31,6 +31,8 @@ pub struct RedoOptions<'a> {
     pub size: Sizing,
     /// Whether it is made where it is missing.
     pub is_needed: bool,
+    /// Opened already, by a process that gives it up.
+    pub taken: Option<Arc<fs::File>>,
 }
 
 /// Where the area of an image file is unless told: beside it.
@@ -68,5 +70,6 @@ pub fn open_or_create(
     // The engine refuses what is neither blank nor a redo area.
     open.allow_format = true;
     open.wait_lock = Some(PREDECESSOR_TIMEOUT);
+    open.taken = options.taken.clone();
     Ok(Some(Arc::new(Disk::open(&open)?)))
 }

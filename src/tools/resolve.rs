@@ -161,7 +161,14 @@ fn path_of(descriptor: &VolumeDescriptor, options: &ResolveOptions<'_>) -> PathB
 
 fn open(name: &str, path: &Path) -> Result<Arc<Disk>, ResolveError> {
     // Whatever its guest has written on it: what is raw was decided when the volume was made.
-    let wanted = DiskOptions { path, read_only: false, raw: true, size: Sizing::AsFound };
+    let wanted = DiskOptions {
+        path,
+        read_only: false,
+        raw: true,
+        size: Sizing::AsFound,
+        wait: disk::PREDECESSOR_TIMEOUT,
+        taken: None,
+    };
     let opened = disk::open_or_create(&wanted, &mut Created::default());
     Ok(opened.map_err(|source| ResolveError::Disk { name: name.into(), source })?.disk)
 }

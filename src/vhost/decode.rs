@@ -15,7 +15,7 @@ use super::message::{Message, exactly};
 use super::vring::StartError;
 
 /// A descriptor message without a descriptor (vhost-user spec, "VHOST_USER_SET_VRING_KICK").
-const NO_FD: u64 = 1 << 8;
+pub(super) const NO_FD: u64 = 1 << 8;
 /// The queue such a message names.
 pub(super) const QUEUE_MASK: u64 = 0xff;
 

@@ -18,6 +18,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use vhost::vhost_user::message::VhostUserLog;
+
 use super::fds;
 use super::memory::{Mapping, MemoryError};
 use super::notify::Notifier;
@@ -40,6 +42,9 @@ pub(super) enum LogError {
 #[derive(Debug)]
 pub(super) struct DirtyLog {
     mapping: Mapping,
+    /// What it was opened from: whoever serves this VM after us opens it anew.
+    source: File,
+    offset: u64,
     /// Told when a page becomes dirty.
     changed: Arc<Notifier>,
     has_overrun: AtomicBool,
@@ -59,7 +64,12 @@ impl DirtyLog {
             return Err(LogError::Unsealed);
         }
         let mapping = Mapping::new(&file, offset, len)?;
-        Ok(Self { mapping, changed, has_overrun: AtomicBool::new(false) })
+        Ok(Self { mapping, source: file, offset, changed, has_overrun: AtomicBool::new(false) })
+    }
+
+    /// The body and the descriptor of a SET_LOG_BASE that gives this log to somebody else.
+    pub fn source(&self) -> (VhostUserLog, &File) {
+        (VhostUserLog { mmap_size: self.mapping.len() as u64, mmap_offset: self.offset }, &self.source)
     }
 
     /// `len` bytes from a guest address have been written.

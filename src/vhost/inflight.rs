@@ -76,6 +76,9 @@ pub(super) enum InflightError {
 pub(super) struct InflightArea {
     mapping: Arc<Mapping>,
     shape: Shape,
+    /// What it was opened from: whoever serves this VM after us opens it anew.
+    source: File,
+    offset: u64,
 }
 
 /// What an area is for.
@@ -114,7 +117,7 @@ impl InflightArea {
         let len = shape.len() + TRAILER_LEN;
         let file = fds::sealed_memory_file(len)?;
         let mapping = Arc::new(Mapping::new(&file, 0, len)?);
-        let area = Self { mapping, shape };
+        let area = Self { mapping, shape, source: file.try_clone()?, offset: 0 };
         area.set_writeback(writeback);
         Ok((area, file, VhostUserInflight::new(len, 0, shape.queues, shape.queue_size)))
     }
@@ -139,7 +142,13 @@ impl InflightArea {
         }
         // No more than is used, whatever the VMM claims.
         let mapping = Arc::new(Mapping::new(&file, offset, len.min(needed + TRAILER_LEN))?);
-        Ok(Self { mapping, shape })
+        Ok(Self { mapping, shape, source: file, offset })
+    }
+
+    /// The body and the descriptor of a SET_INFLIGHT_FD that gives this area to somebody else.
+    pub fn source(&self) -> (VhostUserInflight, &File) {
+        let Shape { queues, queue_size, .. } = self.shape;
+        (VhostUserInflight::new(self.mapping.len() as u64, self.offset, queues, queue_size), &self.source)
     }
 
     /// The part of queue `index`, for a ring of `ring_size` in the area's layout; `None` when there

@@ -146,6 +146,15 @@ impl Drop for Mapping {
     }
 }
 
+/// What a region's spans point into, and where it came from: whoever serves this VM after us maps it
+/// anew.
+#[derive(Debug)]
+struct Region {
+    mapping: Mapping,
+    file: File,
+    offset: u64,
+}
+
 /// The unit in which `file` can be mapped.
 #[expect(unsafe_code, reason = "no safe wrapper of fstatfs and sysconf")]
 fn page_size(file: &File) -> u64 {
@@ -189,7 +198,7 @@ pub(super) struct MemoryMap {
     /// In order of guest address.
     spans: Vec<Span>,
     /// What the spans point into, in the same order.
-    mappings: Vec<Arc<Mapping>>,
+    mappings: Vec<Arc<Region>>,
     /// Where writes are noted while the VMM copies this memory to another host.
     log: Option<Arc<DirtyLog>>,
 }
@@ -232,11 +241,19 @@ impl MemoryMap {
         let file = File::from(fd);
         // Before the length is looked at, so that what is found stays true.
         fds::seal_length(&file);
-        let mapping = Arc::new(Mapping::new(&file, offset, len)?);
+        let region = Region { mapping: Mapping::new(&file, offset, len)?, file, offset };
         let mut map = self.clone();
-        map.spans.insert(at, Span { guest, user, len, host: mapping.start() });
-        map.mappings.insert(at, mapping);
+        map.spans.insert(at, Span { guest, user, len, host: region.mapping.start() });
+        map.mappings.insert(at, Arc::new(region));
         Ok(map)
+    }
+
+    /// The regions as the VMM named them, each with the descriptor it came with.
+    pub fn regions(&self) -> impl Iterator<Item = (RegionSpec, &File)> {
+        self.spans.iter().zip(&self.mappings).map(|(span, region)| {
+            let Span { guest, user, len, .. } = *span;
+            (RegionSpec { guest, user, len, offset: region.offset }, &region.file)
+        })
     }
 
     /// A map without the region at these addresses. Its offset is not compared: QEMU sends zero.

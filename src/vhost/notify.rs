@@ -5,7 +5,7 @@
 //! write, it says what it should already.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::PoisonError;
 
@@ -34,6 +34,15 @@ impl Notifier {
             Target { file: File::from(fd), writable }
         });
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = target;
+    }
+
+    /// A descriptor of its target, for somebody else who is to notify it.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn source(&self) -> io::Result<Option<OwnedFd>> {
+        let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        target.as_ref().map(|target| target.file.try_clone().map(OwnedFd::from)).transpose()
     }
 
     /// Notifies, if there is anybody to notify.

@@ -169,6 +169,11 @@ impl Vring {
         }
     }
 
+    /// Whether it stays stopped until the VMM sets it up again.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Whether its last run left requests with a disk that did not answer.
     pub fn has_left_requests(&self) -> bool {
         self.left > 0

@@ -65,6 +65,8 @@ pub struct Daemon {
     socket: PathBuf,
     log: PathBuf,
     child: Option<Child>,
+    /// The life before, while it gives itself up.
+    predecessor: Option<Child>,
     /// Length of the log when this life began.
     born: usize,
 }
@@ -121,7 +123,7 @@ impl Daemon {
     }
 
     fn start(program: PathBuf, args: Vec<String>, socket: PathBuf, log: PathBuf) -> Self {
-        let mut daemon = Self { program, args, socket, log, child: None, born: 0 };
+        let mut daemon = Self { program, args, socket, log, child: None, predecessor: None, born: 0 };
         daemon.restart();
         daemon
     }
@@ -139,11 +141,65 @@ impl Daemon {
 
     /// Starts it again without waiting.
     pub fn spawn(&mut self) {
+        self.spawn_with(&[]);
+    }
+
+    /// Starts a successor that is to take over, without waiting.
+    pub fn spawn_successor(&mut self) {
+        assert!(self.predecessor.is_none(), "the last upgrade is not over");
+        self.predecessor = self.child.take();
+        self.spawn_with(&["--take-over"]);
+    }
+
+    /// Whether the life before has ended; with success, or it panics.
+    pub fn has_taken_over(&mut self) -> bool {
+        if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().expect("it can be asked"))
+        {
+            let life = self.read_life();
+            panic!("the successor ended ({status}); it said\n{life}");
+        }
+        let Some(predecessor) = &mut self.predecessor else { return true };
+        let Some(status) = predecessor.try_wait().expect("a child can be waited for") else { return false };
+        self.predecessor = None;
+        assert!(status.success(), "who was taken over from ended with {status}");
+        true
+    }
+
+    /// Kills the successor. True if the life before serves on; else that has ended too, and there is none.
+    pub fn kill_successor(&mut self) -> bool {
+        let mut successor = self.child.take().expect("a successor was started");
+        successor.kill().expect("it can be killed");
+        successor.wait().expect("it can be waited for");
+        let mut predecessor = self.predecessor.take().expect("it has a predecessor");
+        // Whoever has given itself up learns of the end at once.
+        std::thread::sleep(Duration::from_millis(300));
+        match predecessor.try_wait().expect("a child can be waited for") {
+            None => {
+                self.child = Some(predecessor);
+                true
+            }
+            Some(_) => false,
+        }
+    }
+
+    /// Starts a successor with other arguments: how it ended, which it must.
+    pub fn refused_successor(&self, args: &[String]) -> Output {
+        let mut command = Command::new(&self.program);
+        command.args(args).arg("--take-over").stdin(Stdio::null()).env("NO_COLOR", "1");
+        command.output().expect("our binary runs")
+    }
+
+    /// Its arguments.
+    pub fn args(&self) -> &[String] {
+        &self.args
+    }
+
+    fn spawn_with(&mut self, more: &[&str]) {
         assert!(self.child.is_none(), "the server is still running");
         self.born = self.read_log().len();
         let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("the log opens");
         let mut command = Command::new(&self.program);
-        command.args(&self.args).stdin(Stdio::null());
+        command.args(&self.args).args(more).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("the log can be shared")).stderr(log);
         command.env("RUST_BACKTRACE", "1").env("NO_COLOR", "1");
         // SAFETY: prctl is async-signal-safe and touches nothing of the parent's.
@@ -295,7 +351,7 @@ impl Drop for Daemon {
             self.signal(libc::SIGUSR1);
             std::thread::sleep(Duration::from_millis(200));
         }
-        if let Some(mut child) = self.child.take() {
+        for mut child in self.child.take().into_iter().chain(self.predecessor.take()) {
             // It may have ended already; either way there is nothing left to do about it.
             drop(child.kill());
             // One that hangs on a disk of the test's goes when that does.

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::ops;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use super::front::Client;
 use super::model::{Model, Reading, Writing};
@@ -94,6 +95,9 @@ pub struct Traffic {
     pub backing: Option<PathBuf>,
     /// What to submit from now on.
     pub mix: Mix,
+    /// The longest time between two completions since it was last set to zero.
+    pub gap: Duration,
+    completed: Instant,
     depth: u64,
     window: u64,
     pending: HashMap<u64, Pending>,
@@ -114,6 +118,8 @@ impl Traffic {
             tally,
             backing: None,
             mix,
+            gap: Duration::ZERO,
+            completed: Instant::now(),
             depth: 1,
             window: 0,
             pending: HashMap::new(),
@@ -259,13 +265,29 @@ impl Traffic {
         self.client.outstanding()
     }
 
+    /// Waits until something in flight has completed.
+    pub fn wait_for_some(&mut self) {
+        self.publish();
+        self.complete_some();
+    }
+
     fn complete_some(&mut self) {
         let mut done = Vec::new();
         self.client.wait(&mut done);
         self.judge(done);
     }
 
+    /// Begins to look for the longest gap now.
+    pub fn watch_gaps(&mut self) {
+        (self.gap, self.completed) = (Duration::ZERO, Instant::now());
+    }
+
     fn judge(&mut self, done: Vec<(usize, Completion)>) {
+        if !done.is_empty() {
+            let now = Instant::now();
+            self.gap = self.gap.max(now - self.completed);
+            self.completed = now;
+        }
         for (queue, completion) in done {
             let pending = self.pending.remove(&completion.tag).expect("a completed request was pending");
             let (status, tag) = (completion.status, completion.tag);

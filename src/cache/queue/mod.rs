@@ -235,7 +235,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let end = request.sector.checked_add(sectors)?;
         let block = self.volume.block_sectors();
         let aligned = request.sector.is_multiple_of(block) && sectors.is_multiple_of(block);
-        (sectors > 0 && end <= self.volume.config.sectors && aligned)
+        (sectors > 0 && end <= self.volume.sectors() && aligned)
             .then(|| SectorRange::new(request.sector, sectors))
     }
 

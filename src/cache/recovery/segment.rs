@@ -15,6 +15,7 @@ use super::super::segments::{Class, Segment, State};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, VolumeCore};
 use super::Volumes;
+use super::ahead::ReadAhead;
 use super::rebuild::Keys;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{Key, KeyKind, LIVENESS_SECTORS, SegmentHeader, SegmentState};
@@ -31,7 +32,13 @@ pub(super) struct Found {
 }
 
 /// Recovers a segment; what counts of it goes to `keys`, by volume.
-pub(super) fn recover<E: Env>(cache: &Cache<E>, id: u32, volumes: &Volumes, keys: &mut Keys) -> Found {
+pub(super) fn recover<E: Env>(
+    cache: &Cache<E>,
+    id: u32,
+    volumes: &Volumes,
+    ahead: &ReadAhead,
+    keys: &mut Keys,
+) -> Found {
     let mut found = Found { id, state: State::Sealed, torn_records: 0, findings: Vec::new() };
     cache.media.settle_segment(id);
     let copies = cache.media.load_header(id);
@@ -58,7 +65,7 @@ pub(super) fn recover<E: Env>(cache: &Cache<E>, id: u32, volumes: &Volumes, keys
     segment.begin(&cache.media.geometry, header.incarnation, header.generation, header.start_counter);
     segment.set_class(Class::of_stream(header.stream));
     if let Some(volume) = volumes.get(&header.incarnation) {
-        let scan = scan_segment(cache, id, &header, volume, &mut found);
+        let scan = scan_segment(cache, id, &header, volume, ahead, &mut found);
         load_liveness(cache, id, &header, &mut found);
         take_keys(cache, id, volume, &scan, keys);
     }
@@ -71,6 +78,7 @@ fn scan_segment<E: Env>(
     id: u32,
     header: &SegmentHeader,
     volume: &VolumeCore,
+    ahead: &ReadAhead,
     found: &mut Found,
 ) -> Scan {
     let mut scan = Scan::default();
@@ -84,7 +92,7 @@ fn scan_segment<E: Env>(
         _ => cache.media.settle_range(id, geometry.data_start(), geometry.data_end()),
     }
     if header.state == SegmentState::Sealed && header.summary_len > 0 {
-        match cache.media.scan_summary(id, header) {
+        match ahead.take(id, header).map_or_else(|| cache.media.scan_summary(id, header), Ok) {
             Ok(scan) => return scan,
             Err(error) => {
                 let what = format!("segment {id}: its summary is damaged ({error}); reading its records");

@@ -19,7 +19,7 @@ mod routes;
 pub mod server;
 
 pub use self::routes::{Body, ROUTES, Reply, Route, dispatch};
-pub use self::server::Claimed;
+pub use self::server::{Api, Claimed};
 
 use self::model::Refusal;
 use super::daemon::DaemonError;

@@ -489,6 +489,17 @@ pub struct SetRequest {
     pub burst_ms: Option<u32>,
 }
 
+/// The size that a volume is to have.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct ResizeRequest {
+    /// Like `20GiB`: a regular file that is shorter grows to it. Without it, the volume becomes as large
+    /// as its disk has become.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+}
+
 /// A checkpoint to be held.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
 #[serde(deny_unknown_fields)]

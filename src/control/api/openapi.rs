@@ -16,7 +16,7 @@ macro_rules! schemas {
 fn definitions() -> Map<String, Value> {
     let mut generator = SchemaGenerator::new(SchemaSettings::openapi3());
     schemas!(generator: DaemonStatus, Volumes, VolumeStatus, Stats, VolumeStats, AttachRequest, SetRequest, Job,
-        CheckpointRequest, Checkpoint, Jobs, ReloadReport, Refusal);
+        ResizeRequest, CheckpointRequest, Checkpoint, Jobs, ReloadReport, Refusal);
     generator.take_definitions(true)
 }
 

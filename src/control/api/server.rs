@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::TcpListener;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex};
@@ -62,6 +62,7 @@ const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// The right to the control socket, before anybody can connect to it.
+#[derive(Debug)]
 pub struct Claimed {
     socket: socket::Claimed,
     path: SocketPath,
@@ -84,6 +85,44 @@ impl Claimed {
         Ok(Self { socket, path: config.socket.clone(), metrics })
     }
 
+    /// A socket that another server has given up. Its address for metrics is used where `config` has one.
+    ///
+    /// # Errors
+    /// That address, if it is another one, cannot be had.
+    pub fn taken(
+        socket: socket::Claimed,
+        metrics: Option<TcpListener>,
+        config: &ControlConfig,
+    ) -> std::io::Result<Self> {
+        let given = metrics.filter(|metrics| metrics.local_addr().ok() == config.metrics);
+        let metrics = match (given, config.metrics) {
+            (Some(given), _) => Some(given),
+            (None, Some(address)) => Some(TcpListener::bind(address)?),
+            (None, None) => None,
+        };
+        Ok(Self { socket, metrics })
+    }
+
+    /// The descriptors of a socket that is open and served by nobody: listening socket, lock, metrics.
+    ///
+    /// # Errors
+    /// The process has as many descriptors as it may have.
+    pub fn sources(&self) -> std::io::Result<Vec<OwnedFd>> {
+        let mut fds = Vec::new();
+        if let socket::Claimed::Open(socket::Incoming::Listener(listener), bound) = &self.socket {
+            fds.push(listener.try_clone()?.into());
+            fds.extend(bound.as_ref().map(Bound::lock).transpose()?);
+        }
+        let metrics = self.metrics.as_ref().map(TcpListener::try_clone).transpose()?;
+        fds.extend(metrics.map(OwnedFd::from));
+        Ok(fds)
+    }
+
+    /// Whether its path is ours, and not the service manager's.
+    pub fn is_bound(&self) -> bool {
+        matches!(&self.socket, socket::Claimed::Open(_, Some(_)))
+    }
+
     /// Answers from now on.
     ///
     /// # Errors
@@ -97,6 +136,9 @@ impl Claimed {
         let allowed = Allowed { uid: sys::own_uid(), gid: of_group.map(|about| about.gid()) };
         let (stop, stopped) = oneshot::channel();
         let daemon = Arc::clone(daemon);
+        let keep =
+            || Ok((listener.try_clone()?, self.metrics.as_ref().map(TcpListener::try_clone).transpose()?));
+        let kept = keep().map_err(RunError::os("starting the control API"))?;
         let start = || {
             listener.set_nonblocking(true)?;
             if let Some(metrics) = &self.metrics {
@@ -116,7 +158,7 @@ impl Claimed {
             std::thread::Builder::new().name("pcache-api".into()).spawn(body)
         };
         let thread = start().map_err(RunError::os("starting the control API"))?;
-        Ok(Api { stop: Some(stop), thread: Some(thread), _bound: bound })
+        Ok(Api { stop: Some(stop), thread: Some(thread), kept: Some(kept), bound })
     }
 }
 
@@ -124,15 +166,31 @@ impl Claimed {
 pub struct Api {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    _bound: Option<Bound>,
+    /// Its sockets, for whoever answers there next.
+    kept: Option<(UnixListener, Option<TcpListener>)>,
+    bound: Option<Bound>,
 }
 
-impl Drop for Api {
-    fn drop(&mut self) {
+impl Api {
+    /// Answers nobody any more, until the result is opened, here or elsewhere. Who connects waits.
+    pub fn park(mut self) -> Claimed {
+        self.end();
+        let (listener, metrics) = self.kept.take().expect("only this takes them");
+        let socket = socket::Claimed::Open(socket::Incoming::Listener(listener), self.bound.take());
+        Claimed { socket, metrics }
+    }
+
+    fn end(&mut self) {
         drop(self.stop.take());
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the control API has ended early");
         }
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Confinement {
     pub sandbox: Sandbox,
     /// Directories that it may use beside those of what it serves.
     pub paths: Vec<PathBuf>,
+    /// Whether the command line said so: then the file does not count.
+    pub is_told: bool,
 }
 
 impl Config {
@@ -33,9 +35,15 @@ impl Config {
         &self.confinement
     }
 
-    /// Says how far, where the command line or the file do; more directories are added.
-    pub fn confine(&mut self, sandbox: Option<Sandbox>, paths: Vec<PathBuf>) {
-        self.confinement.sandbox = sandbox.unwrap_or(self.confinement.sandbox);
-        self.confinement.paths.extend(paths);
+    /// What the file says.
+    pub fn set_confinement(&mut self, confinement: Confinement) {
+        self.confinement = confinement;
+    }
+
+    /// What the command line says, if it does: that counts.
+    pub fn confine(&mut self, sandbox: Option<Sandbox>) {
+        if let Some(sandbox) = sandbox {
+            (self.confinement.sandbox, self.confinement.is_told) = (sandbox, true);
+        }
     }
 }

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::super::config::{Config, Consents, Endpoint, VolumeConfig};
+use super::super::handover::FrontEndRest;
 use super::super::run::RunError;
 use super::super::serve::{attach_options, open_redo, set_wishes};
 use super::super::socket::Claimed;
@@ -23,6 +24,7 @@ use super::jobs::{Outcome, Task};
 use super::latency::LatencyWindows;
 use super::windows::Windows;
 use super::{Daemon, DaemonError, Entry, OpenCache, Served, lock};
+use crate::cache::worker::Workers;
 use crate::cache::{self, DeleteError, FlushError, Volume};
 use crate::tools::Host;
 use crate::tools::created::Created;
@@ -83,6 +85,39 @@ impl Daemon {
         });
         lock(&self.volumes).insert(name, Entry::Served(Arc::clone(&served)));
         Ok(served)
+    }
+
+    /// Begins to write back again, after the workers were ended for a while.
+    ///
+    /// # Errors
+    /// The kernel refused a thread.
+    pub fn work_again(&self) -> Result<(), RunError> {
+        for cache in &self.caches {
+            let mut workers = lock(&cache.workers);
+            if workers.is_none() {
+                let again = Workers::spawn(&cache.cache, &[]);
+                *workers = Some(again.map_err(RunError::os("starting the workers"))?);
+                drop(workers);
+                for served in self.served() {
+                    if std::ptr::eq(cache, &raw const self.caches[served.config.cache]) {
+                        write_back(cache, &served.config, &served.volume)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with the front end that another process has left to a volume.
+    ///
+    /// # Errors
+    /// The kernel refused it.
+    pub fn resume_front_end(&self, served: &Served, rest: FrontEndRest) -> Result<(), RunError> {
+        let FrontEndRest { parked, bound } = rest;
+        let running = self.servers.running();
+        let front_end = FrontEnd::resume(parked, bound, &served.config, &served.volume, running)?;
+        *lock(&served.front_end) = Some(front_end);
+        Ok(())
     }
 
     /// Opens the socket of a volume that was entered.
@@ -150,9 +185,11 @@ impl Daemon {
             read_only: config.read_only,
             raw: config.backing.raw || is_known,
             size: config.backing.size,
+            wait: disk::PREDECESSOR_TIMEOUT,
+            taken: None,
         };
         let disk = disk::open_or_create(&options, &mut created).map_err(RunError::Disk)?;
-        let redo = open_redo(&config, &disk.disk, &mut created)?;
+        let redo = open_redo(&config, &disk.disk, None, &mut created)?;
         let options = attach_options(&cache.config, &config, disk.disk, redo);
         cache::would_attach(&cache.pmem, &options).map_err(RunError::attach(&cache.config, &config))?;
         let of_attach = |error| RunError::attach(&cache.config, &config)(error);

@@ -12,15 +12,16 @@ use super::super::socket::{Bound, Claimed, Incoming};
 use crate::cache::Volume;
 use crate::cache::volume::VolumeDisk;
 use crate::tools::Host;
-use crate::vhost::{self, Presence, Server, Stopper};
+use crate::vhost::{self, Handle, Parked, Presence, Server, Stopper};
 
 /// A front end at work. Dropping it asks it to end and does not wait.
 pub struct FrontEnd {
     stopper: Stopper,
     presence: Presence,
-    thread: Option<JoinHandle<io::Result<()>>>,
+    handle: Handle,
+    thread: Option<JoinHandle<io::Result<Option<Parked>>>>,
     /// Removes the socket.
-    _bound: Option<Bound>,
+    bound: Option<Bound>,
 }
 
 impl FrontEnd {
@@ -39,6 +40,30 @@ impl FrontEnd {
             Incoming::Listener(listener) => vhost::Endpoint::Listener(listener),
             Incoming::Connected(stream) => vhost::Endpoint::Stream(stream),
         };
+        Self::start(bound, config, volume, running, |disk, options| Server::new(endpoint, disk, options))
+    }
+
+    /// Goes on with what another one has left.
+    ///
+    /// # Errors
+    /// The kernel refused the thread.
+    pub fn resume(
+        parked: Parked,
+        bound: Option<Bound>,
+        config: &VolumeConfig,
+        volume: &Arc<Volume<Host>>,
+        running: Running,
+    ) -> Result<Self, RunError> {
+        Self::start(bound, config, volume, running, |disk, options| Server::resumed(parked, disk, options))
+    }
+
+    fn start(
+        bound: Option<Bound>,
+        config: &VolumeConfig,
+        volume: &Arc<Volume<Host>>,
+        running: Running,
+        make: impl FnOnce(Arc<VolumeDisk<Host>>, vhost::Options) -> io::Result<Server<VolumeDisk<Host>>>,
+    ) -> Result<Self, RunError> {
         let options = vhost::Options {
             name: config.name.as_str().into(),
             poll_max: Duration::from_micros(config.poll_us.into()),
@@ -46,17 +71,17 @@ impl FrontEnd {
         };
         let disk = Arc::new(VolumeDisk(Arc::clone(volume)));
         let start = || {
-            let server = Server::new(endpoint, disk, options)?;
-            let (stopper, presence) = (server.stopper(), server.presence());
+            let server = make(disk, options)?;
+            let (stopper, presence, handle) = (server.stopper(), server.presence(), server.handle());
             let name: String = format!("vhost-{}", config.name).chars().take(15).collect();
             let thread = std::thread::Builder::new().name(name).spawn(move || {
                 let _running = running;
-                server.run()
+                server.run_until_parked()
             })?;
-            Ok((stopper, presence, thread))
+            Ok((stopper, presence, handle, thread))
         };
-        let (stopper, presence, thread) = start().map_err(RunError::os("starting the server"))?;
-        Ok(Self { stopper, presence, thread: Some(thread), _bound: bound })
+        let (stopper, presence, handle, thread) = start().map_err(RunError::os("starting the server"))?;
+        Ok(Self { stopper, presence, handle, thread: Some(thread), bound })
     }
 
     /// Whether a VMM is connected.
@@ -64,9 +89,30 @@ impl FrontEnd {
         self.presence.is_connected()
     }
 
+    /// Has the VMM told that the disk's configuration has changed. Whether one is there that hears it.
+    pub fn config_changed(&self) -> bool {
+        self.handle.config_changed();
+        self.handle.is_heard()
+    }
+
     /// Asks it to end: it finishes what is in flight first.
     pub fn stop(&self) {
         self.stopper.stop();
+    }
+
+    /// Asks it to come to rest.
+    pub fn hand_over(&self) {
+        self.stopper.hand_over();
+    }
+
+    /// Waits until it is at rest: what it leaves, if it had not ended before, and its socket's place.
+    ///
+    /// # Errors
+    /// What ended it instead.
+    pub fn park(mut self) -> Result<(Option<Parked>, Option<Bound>), RunError> {
+        self.stopper.hand_over();
+        let parked = self.end()?;
+        Ok((parked, self.bound.take()))
     }
 
     /// Waits for its end; the socket is gone then.
@@ -75,8 +121,12 @@ impl FrontEnd {
     /// What ended it before it was told to.
     pub fn join(mut self) -> Result<(), RunError> {
         self.stopper.stop();
+        self.end().map(drop)
+    }
+
+    fn end(&mut self) -> Result<Option<Parked>, RunError> {
         match self.thread.take().map(JoinHandle::join) {
-            None => Ok(()),
+            None => Ok(None),
             Some(Ok(ended)) => ended.map_err(RunError::os("accepting front ends")),
             Some(Err(panic)) => std::panic::resume_unwind(panic),
         }

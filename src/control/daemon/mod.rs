@@ -13,6 +13,7 @@
 
 mod attach;
 mod checkpoint;
+mod enlarge;
 pub mod front_end;
 pub mod jobs;
 pub mod latency;
@@ -31,7 +32,7 @@ use self::front_end::FrontEnd;
 use self::jobs::JobTable;
 use self::latency::LatencyWindows;
 use self::windows::Windows;
-use super::config::{CacheConfig, ControlConfig, VolumeConfig};
+use super::config::{CacheConfig, Config, Confinement, ControlConfig, VolumeConfig};
 use super::run::RunError;
 use super::signals::Servers;
 use super::value::Name;
@@ -171,6 +172,8 @@ pub struct Daemon {
     begun: Instant,
     config_file: Option<PathBuf>,
     control: Option<ControlConfig>,
+    /// How far the process is confined: for good.
+    confinement: Confinement,
 }
 
 impl Daemon {
@@ -182,7 +185,7 @@ impl Daemon {
         caches: Vec<OpenCache>,
         servers: Servers,
         config_file: Option<&Path>,
-        control: Option<&ControlConfig>,
+        config: &Config,
     ) -> Result<Self, RunError> {
         for cache in &caches {
             let workers = Workers::spawn(&cache.cache, &[]).map_err(RunError::os("starting the workers"))?;
@@ -195,13 +198,29 @@ impl Daemon {
             servers,
             begun: Instant::now(),
             config_file: config_file.map(Path::to_owned),
-            control: control.cloned(),
+            control: config.control().cloned(),
+            confinement: config.confinement().clone(),
         })
     }
 
     /// Its caches.
     pub fn caches(&self) -> &[OpenCache] {
         &self.caches
+    }
+
+    /// What counts its servers.
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    /// Where it is told what to do.
+    pub fn control(&self) -> Option<&ControlConfig> {
+        self.control.as_ref()
+    }
+
+    /// Whether a volume is on its way to be served or not to be served.
+    pub fn is_changing(&self) -> bool {
+        lock(&self.volumes).values().any(|entry| matches!(entry, Entry::Changing))
     }
 
     /// Its jobs.

@@ -99,6 +99,9 @@ impl Daemon {
         {
             report.pending.push("[control] is as described after a restart".into());
         }
+        if !self.confinement.is_told && *config.confinement() != self.confinement {
+            report.pending.push("`sandbox` and `sandbox_paths` are as described after a restart".into());
+        }
     }
 
     fn compare_volume(self: &Arc<Self>, served: &Served, wanted: &VolumeConfig, report: &mut ReloadReport) {
