@@ -25,6 +25,7 @@ mod audit;
 mod compare;
 mod consistency;
 mod core;
+mod cursor;
 mod delete;
 mod doubt;
 mod enlarge;

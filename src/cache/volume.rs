@@ -10,12 +10,12 @@
 //!   and the queues that count, are those of all members of a consistency group (`consistency.rs`).
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use super::consistency::{Counting, Epochs};
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
+pub(crate) use super::cursor::{Cursor, DirtySegments};
 use super::env::Env;
 use super::failing::{Alarm, Policy};
 use super::grown::Grown;
@@ -36,7 +36,7 @@ use super::stripes::{Stripes, lock};
 use super::worker::Wishes;
 use crate::backing::Backing;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{Key, LostRange, Uuid, VolumeDescriptor};
+use crate::onmedia::{LostRange, Uuid, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::{Mutex, thread};
@@ -132,24 +132,6 @@ impl QueueShared {
     pub fn leave(&self) {
         self.section.store(self.section.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
-}
-
-/// Where write-back of a segment goes on.
-#[derive(Clone, Debug)]
-pub(crate) enum Cursor {
-    /// Records from this offset in the segment down have not been written back.
-    Log(u32),
-    /// What recovery found dirty, by epoch.
-    Keys(VecDeque<Key>),
-}
-
-/// A volume's segments that hold dirty data, by the epoch of their next record.
-#[derive(Default)]
-pub(crate) struct DirtySegments {
-    /// `(epoch, segment)` of the next dirty record.
-    pub known: BTreeMap<(u64, u32), Cursor>,
-    /// Open segments whose records have all been seen.
-    pub drained: BTreeMap<u32, Cursor>,
 }
 
 /// Shards of the index of a volume of so many sectors: no more than it has regions, and at the least

@@ -282,8 +282,7 @@ fn open_all(
     for (config, options, is_new) in wanted {
         let on = &caches[config.cache];
         let of_attach = |error| RunError::attach(&on.config, config)(error);
-        let (name, shares) = (config.name.as_str(), &config.share.shares);
-        on.cache.may_share(name, shares).map_err(|error| of_attach(error.into()))?;
+        on.cache.may_share(config.name.as_str(), &config.share.shares).map_err(|e| of_attach(e.into()))?;
         let volume = on.cache.attach(options).map_err(of_attach)?;
         set_wishes(config, &volume).map_err(of_attach)?;
         if config.read_only && !volume.is_clean() {
@@ -403,10 +402,7 @@ fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) 
     }
 }
 
-/// What is asked of a volume while it runs.
-///
-/// # Errors
-/// The cache cannot give it what it is to have.
+/// What is asked of a volume while it runs; an error if the cache cannot give it what it is to have.
 pub(super) fn set_wishes(config: &VolumeConfig, volume: &Volume<Host>) -> Result<(), AttachError> {
     config.share.set(volume)?;
     let timeout_ms = u64::from(config.backing_timeout_s) * 1000;
