@@ -22,6 +22,7 @@ use pcache_vhost::cache::volume::VolumeDisk;
 use pcache_vhost::cache::{
     AttachOptions, Cache, Env, FormatOptions, Mode, Order, SystemClock, Volume, format,
 };
+use pcache_vhost::pmem::guard::{ForeignSlice, ForeignSliceMut};
 use pcache_vhost::pmem::{MappedPmem, MediaClass, MediaError, OpenOptions as MediaOptions, Pmem, SyncError};
 use pcache_vhost::volume::{Buffer, Disk, DiskQueue, GuestFault, Request, RequestKind, Status};
 use pcache_vhost::wake::Waker;
@@ -66,6 +67,16 @@ impl Pmem for Counting {
     fn write(&self, at: u64, src: &[u8]) -> Result<(), MediaError> {
         self.bytes.fetch_add(src.len() as u64, Ordering::Relaxed);
         self.inner.write(at, src)
+    }
+
+    fn write_summed(&self, at: u64, src: ForeignSlice<'_>) -> Option<u32> {
+        let stored = self.inner.write_summed(at, src)?;
+        self.bytes.fetch_add(src.len() as u64, Ordering::Relaxed);
+        Some(stored)
+    }
+
+    fn read_summed(&self, at: u64, dst: &mut ForeignSliceMut<'_>) -> Option<u32> {
+        self.inner.read_summed(at, dst)
     }
 
     fn fence(&self) {
@@ -114,6 +125,14 @@ impl Buffer for Block {
     fn copy_in(&mut self, at: usize, src: &[u8]) -> Result<(), GuestFault> {
         self.0[at..at + src.len()].copy_from_slice(src);
         Ok(())
+    }
+
+    fn lend<R>(&self, at: usize, len: usize, f: impl FnOnce(ForeignSlice<'_>) -> R) -> Option<R> {
+        Some(f(self.0[at..at + len].into()))
+    }
+
+    fn lend_mut<R>(&mut self, at: usize, len: usize, f: impl FnOnce(ForeignSliceMut<'_>) -> R) -> Option<R> {
+        Some(f((&mut self.0[at..at + len]).into()))
     }
 }
 

@@ -151,6 +151,20 @@ counters! {
     tail_epoch,
 }
 
+/// A word that queues change at every record, on a line of its own: what else a volume has is read at
+/// every request, and would have to be fetched again from whoever changed the word.
+#[derive(Default)]
+#[repr(align(128))]
+pub(crate) struct Apart<T>(pub T);
+
+impl<T> std::ops::Deref for Apart<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
 /// Adds `n`, relaxed: counters order nothing.
 pub(crate) fn add(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);

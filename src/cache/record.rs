@@ -7,14 +7,63 @@ use super::media::Media;
 use super::segments::Segment;
 use super::stream::{Open, Packed};
 use crate::onmedia::{Key, KeyKind};
+use crate::pmem::guard::{self, ForeignSlice};
 use crate::pmem::{MediaError, Pmem};
 use crate::units::SectorRange;
-use crate::volume::GuestFault;
+use crate::volume::{Buffer, GuestFault};
 
 /// Most keys in a record: bounds its header to about 10 KiB and the time under the stripes.
 pub(crate) const KEYS_MAX: usize = 256;
 /// Longest extent of one key in sectors (256 KiB).
 pub(crate) const EXTENT_SECTORS_MAX: u64 = 512;
+
+/// Where the bytes of a piece come from, by offsets from 0 on. A closure that copies is one.
+pub(crate) trait Payload {
+    /// Copies some of them.
+    ///
+    /// # Errors
+    /// [`GuestFault`]: they are not there.
+    fn copy(&mut self, at: usize, dst: &mut [u8]) -> Result<(), GuestFault>;
+
+    /// Lends some of them for one copy, if they lie in one piece.
+    fn lend<R>(&self, _at: usize, _len: usize, _f: impl FnOnce(ForeignSlice<'_>) -> R) -> Option<R> {
+        None
+    }
+}
+
+impl<F: FnMut(usize, &mut [u8]) -> Result<(), GuestFault>> Payload for F {
+    fn copy(&mut self, at: usize, dst: &mut [u8]) -> Result<(), GuestFault> {
+        self(at, dst)
+    }
+}
+
+/// Bytes of a guest's buffer from `from` on.
+pub(crate) struct Lent<'a, B> {
+    pub buffer: &'a B,
+    pub from: usize,
+}
+
+impl<B: Buffer> Payload for Lent<'_, B> {
+    fn copy(&mut self, at: usize, dst: &mut [u8]) -> Result<(), GuestFault> {
+        self.buffer.copy_out(self.from + at, dst)
+    }
+
+    fn lend<R>(&self, at: usize, len: usize, f: impl FnOnce(ForeignSlice<'_>) -> R) -> Option<R> {
+        self.buffer.lend(self.from + at, len, f)
+    }
+}
+
+/// Those of `inner` from `from` on.
+struct Rest<'a, S> {
+    inner: &'a mut S,
+    from: usize,
+}
+
+impl<S: Payload> Payload for Rest<'_, S> {
+    fn copy(&mut self, at: usize, dst: &mut [u8]) -> Result<(), GuestFault> {
+        self.inner.copy(self.from + at, dst)
+    }
+}
 
 /// Why a piece was not stored.
 #[derive(Debug)]
@@ -40,6 +89,9 @@ pub(crate) struct Draft {
     /// The last block of a draft goes out together with the header. Between the two lie locked
     /// operations (stripes, epoch, versions), and each would wait for a store already under way.
     unstored: Option<u32>,
+    /// Whether another piece is expected to follow the next one: then no block of that is kept back, and
+    /// each may go to the segment in one pass. A wrong guess costs time and nothing else.
+    pub has_more: bool,
 }
 
 impl Draft {
@@ -52,6 +104,7 @@ impl Draft {
             bytes: Vec::with_capacity(16 << 10),
             block: Box::new([0; 4096]),
             unstored: None,
+            has_more: false,
         }
     }
 
@@ -62,6 +115,7 @@ impl Draft {
         self.payload_end = open.payload_end;
         self.packed = open.packed;
         self.unstored = None;
+        self.has_more = false;
     }
 
     /// Stores the block that was kept back.
@@ -90,8 +144,7 @@ impl Draft {
         self.keys.push(new_key(range, kind, 0));
     }
 
-    /// Copies `range.len` sectors from `source` (called with byte offsets from 0 on) into the
-    /// segment and adds their keys. The caller has asked [`Draft::has_room`].
+    /// Copies `range.len` sectors from `source` into the segment and adds their keys. The caller has asked [`Draft::has_room`].
     pub fn store<P: Pmem>(
         &mut self,
         media: &Media<P>,
@@ -99,7 +152,7 @@ impl Draft {
         segment: &Segment,
         range: SectorRange,
         kind: KeyKind,
-        mut source: impl FnMut(usize, &mut [u8]) -> Result<(), GuestFault>,
+        mut source: impl Payload,
     ) -> Result<(), StoreError> {
         debug_assert!(range.len <= EXTENT_SECTORS_MAX);
         let before = (self.keys.len(), self.checksums.len());
@@ -108,9 +161,8 @@ impl Draft {
                 return Ok(());
             }
             let rest = SectorRange::new(range.start + done, range.len - done);
-            self.store_packed(media, open, segment, rest, kind, &mut |at, dst: &mut [u8]| {
-                source(at + done as usize * 512, dst)
-            })
+            let mut source = Rest { inner: &mut source, from: done as usize * 512 };
+            self.store_packed(media, open, segment, rest, kind, &mut source)
         });
         if result.is_err() {
             self.keys.truncate(before.0);
@@ -129,7 +181,7 @@ impl Draft {
         segment: &Segment,
         range: SectorRange,
         kind: KeyKind,
-        source: &mut impl FnMut(usize, &mut [u8]) -> Result<(), GuestFault>,
+        source: &mut impl Payload,
     ) -> Result<u64, StoreError> {
         let blocks = range.len / 8;
         if blocks == 0 {
@@ -138,16 +190,39 @@ impl Draft {
         let payload = self.payload_end;
         for i in 0..blocks as u32 {
             self.store_last(media, open.id).map_err(StoreError::Media)?;
-            source(i as usize * 4096, &mut self.block[..]).map_err(StoreError::Source)?;
-            let crc = crc32fast::hash(&self.block[..]);
             let offset = payload + i * 4096;
-            self.unstored = Some(offset);
+            let has_more = self.has_more || u64::from(i + 1) * 8 < range.len;
+            let target = has_more.then(|| media.in_segment(open.id, offset));
+            let (crc, is_stored) =
+                self.take_block(media, target, i as usize * 4096, source).map_err(StoreError::Source)?;
+            self.unstored = (!is_stored).then_some(offset);
             segment.set_block_checksum(offset / 4096, crc);
             self.checksums.push(crc);
             self.payload_end = offset + 4096;
         }
         self.keys.push(new_key(SectorRange::new(range.start, blocks * 8), kind, payload / 512));
         Ok(blocks * 8)
+    }
+
+    /// Takes a block from `source`, and returns its checksum: to `target` in one pass if there is one and a
+    /// way, which it says; else to `self.block`.
+    fn take_block<P: Pmem>(
+        &mut self,
+        media: &Media<P>,
+        target: Option<u64>,
+        at: usize,
+        source: &mut impl Payload,
+    ) -> Result<(u32, bool), GuestFault> {
+        let store = |to| source.lend(at, 4096, |bytes| media.pmem.write_summed(to, bytes)).flatten();
+        if let Some(crc) = target.and_then(store) {
+            return Ok((crc, true));
+        }
+        let block = &mut self.block[..];
+        if let Some(crc) = source.lend(at, 4096, |bytes| guard::copy_summed(bytes, block)).flatten() {
+            return Ok((crc, false));
+        }
+        source.copy(at, &mut self.block[..])?;
+        Ok((crc32fast::hash(&self.block[..]), false))
     }
 
     /// The remainder of less than 4 KiB, into a block shared with other small pieces.
@@ -158,7 +233,7 @@ impl Draft {
         segment: &Segment,
         range: SectorRange,
         kind: KeyKind,
-        source: &mut impl FnMut(usize, &mut [u8]) -> Result<(), GuestFault>,
+        source: &mut impl Payload,
     ) -> Result<(), StoreError> {
         let sectors = range.len as u32;
         let mut packed = match self.packed {
@@ -175,7 +250,7 @@ impl Draft {
         packed.left -= sectors;
         self.packed = Some(packed);
         self.store_last(media, open.id).map_err(StoreError::Media)?;
-        source(0, &mut self.block[..bytes]).map_err(StoreError::Source)?;
+        source.copy(0, &mut self.block[..bytes]).map_err(StoreError::Source)?;
         let at = media.in_segment(open.id, first * 512);
         media.pmem.write(at, &self.block[..bytes]).map_err(StoreError::Media)?;
         for (i, sector) in self.block[..bytes].chunks_exact(512).enumerate() {

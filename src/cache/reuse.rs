@@ -21,6 +21,7 @@
 //! - All of it is advice. What is lost (a lock that was taken, a restart) costs hits, nothing else.
 
 use std::collections::HashMap;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::segments::Class;
@@ -78,9 +79,13 @@ fn hash(block: u64) -> u32 {
     ((mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
 }
 
-/// The youngest age of the `i`-th kind, in sizes of the cache.
+/// The youngest age of the `i`-th kind, in sizes of the cache. Worked out once: a read of a block that is
+/// followed asks for all of them.
 fn edge(i: usize) -> f64 {
-    AGE_MAX * (SPREAD.powf(i as f64 / AGES as f64) - 1.0) / (SPREAD - 1.0)
+    static EDGES: LazyLock<[f64; AGES + 1]> = LazyLock::new(|| {
+        std::array::from_fn(|i| AGE_MAX * (SPREAD.powf(i as f64 / AGES as f64) - 1.0) / (SPREAD - 1.0))
+    });
+    EDGES[i]
 }
 
 impl Reuse {
@@ -160,11 +165,17 @@ impl Seen {
     fn tell(size: f64, exposure: &mut [[f64; AGES]], block: &mut Followed, now: f64) {
         let age = now - block.stored;
         let row = &mut exposure[usize::from(block.class.code())];
+        if block.told >= age {
+            return;
+        }
         for (i, time) in row.iter_mut().enumerate() {
             let upto = age.min(edge(i + 1) * size);
             if upto > block.told {
                 *time += upto - block.told;
                 block.told = upto;
+                if upto == age {
+                    return;
+                }
             }
         }
     }

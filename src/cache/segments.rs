@@ -88,8 +88,9 @@ impl Class {
     }
 }
 
-/// One segment.
+/// One segment. On lines of its own: neighbours may be open for two queues.
 #[derive(Default)]
+#[repr(align(128))]
 pub(crate) struct Segment {
     state: AtomicU8,
     /// Incarnation of the volume that owns it, 0 for none.

@@ -27,7 +27,9 @@ struct Entry {
     broken: bool,
 }
 
+/// On a line of its own: who locks one does not wait for the holder of the next.
 #[derive(Default)]
+#[repr(align(64))]
 struct Stripe {
     locked: AtomicBool,
     /// Length of `entries`, so that committers usually need no second lock.
@@ -82,13 +84,18 @@ impl Stripes {
         scratch: &'a mut Vec<u16>,
     ) -> Held<'a> {
         debug_assert!(scratch.is_empty());
-        for range in ranges {
-            scratch.extend(self.of(range));
+        // Each once and in ascending order, as the bits of a set come out of it.
+        let mut set = [0u64; STRIPES_MAX as usize / 64];
+        for s in ranges.flat_map(|range| self.of(range)) {
+            set[usize::from(s) / 64] |= 1 << (s % 64);
         }
-        scratch.sort_unstable();
-        scratch.dedup();
-        for &s in scratch.iter() {
-            self.stripes[s as usize].lock();
+        for (word, mut bits) in (0u16..).zip(set) {
+            while bits != 0 {
+                let s = word * 64 + bits.trailing_zeros() as u16;
+                bits &= bits - 1;
+                self.stripes[usize::from(s)].lock();
+                scratch.push(s);
+            }
         }
         Held { all: self, held: scratch }
     }

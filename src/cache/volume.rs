@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::consistency::{Counting, Epochs};
 use super::core::{Cache, Signal};
-use super::counters::{Counters, Tally};
+use super::counters::{Apart, Counters, Tally};
 pub(crate) use super::cursor::{Cursor, DirtySegments};
 use super::env::Env;
 use super::failing::{Alarm, Policy};
@@ -152,7 +152,7 @@ pub(crate) struct VolumeCore {
     pub index: Index,
     pub stripes: Stripes,
     /// Next version to draw.
-    pub version: AtomicU64,
+    pub version: Apart<AtomicU64>,
     /// By what it counts epochs.
     pub counting: Counting,
     /// Whether it is a member of the group whose counter that is.
@@ -223,7 +223,7 @@ impl VolumeCore {
             tail_page: Mutex::new((0, 0)),
             index: Index::new(index_shards(descriptor.sectors)),
             stripes: Stripes::new(descriptor.sectors),
-            version: AtomicU64::new(1),
+            version: Apart(AtomicU64::new(1)),
             counting: Counting::new(Arc::new(Epochs::new(1, None))),
             is_member: AtomicBool::new(false),
             settled: AtomicU64::new(0),

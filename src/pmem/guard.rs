@@ -3,8 +3,8 @@
 //! The cache file may be truncated, a page of it poisoned, a tmpfs full; the guest's memory belongs
 //! to another process, which may truncate it under us. Touching such memory raises SIGBUS, whose
 //! default is the end of every volume. Here it is the error of one copy: the handler recognises
-//! that the faulting instruction lies in one of the routines of `routines.rs` and sends that
-//! routine to its error exit. Invariants:
+//! that the faulting instruction lies in one of the routines of `routines.rs` or `sums.rs` and sends
+//! that routine to its error exit. Invariants:
 //!
 //! 1. **Only our routines are excused.** A fault anywhere else goes on to whoever handled it before
 //!    us, by default to the death of the process; a SIGBUS that a process sent is always that.
@@ -23,7 +23,11 @@
 use std::io;
 
 #[cfg(target_arch = "x86_64")]
-use super::routines;
+use super::{StoreMethod, routines, sums};
+
+mod foreign;
+
+pub use foreign::{ForeignSlice, ForeignSliceMut};
 
 /// The memory was not there: truncated, poisoned, or without a page to back it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -79,6 +83,27 @@ pub unsafe fn copy_out(src: &[u8], dst: *mut u8) -> Result<(), Fault> {
     answer(unsafe { routines::copy(dst, src.as_ptr(), src.len()) })
 }
 
+/// Copies what is lent to private memory and returns its CRC-32, of the bytes that are copied: each is
+/// loaded once. `None`: there is no such way here for that length, or some of it is not there.
+#[expect(unsafe_code, reason = "copies what is lent")]
+#[cfg(target_arch = "x86_64")]
+pub fn copy_summed(src: ForeignSlice<'_>, dst: &mut [u8]) -> Option<u32> {
+    assert_eq!(dst.len(), src.len(), "all of them");
+    let (width, to, len) = (sums::Width::best()?, dst.as_mut_ptr(), dst.len());
+    if !sums::takes(StoreMethod::Cached, to, len) {
+        return None;
+    }
+    // SAFETY: `dst` is exclusively ours and as long as said, whoever made `src` vouches for it, and
+    // length and width have been asked for.
+    unsafe { sums::copy(width, StoreMethod::Cached, to, src.start(), len) }.ok()
+}
+
+/// See the x86-64 version.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn copy_summed(_src: ForeignSlice<'_>, _dst: &mut [u8]) -> Option<u32> {
+    None
+}
+
 /// See the x86-64 version. There are no guarded routines for this processor and [`install`] says
 /// so, hence nothing is ever mapped that could be passed here.
 ///
@@ -127,7 +152,7 @@ mod handler {
 
     use libc::{c_int, c_void, sigaction, siginfo_t, ucontext_t};
 
-    use super::routines;
+    use super::{routines, sums};
 
     /// Whose SIGBUS it was before us.
     static PREVIOUS: OnceLock<sigaction> = OnceLock::new();
@@ -171,7 +196,8 @@ mod handler {
             // SAFETY: the kernel passes a valid ucontext, which it restores when we return.
             let registers = unsafe { &mut (*context.cast::<ucontext_t>()).uc_mcontext.gregs };
             let instruction = &mut registers[libc::REG_RIP as usize];
-            if let Some(exit) = routines::exit_of(*instruction as usize) {
+            let at = *instruction as usize;
+            if let Some(exit) = routines::exit_of(at).or_else(|| sums::exit_of(at)) {
                 *instruction = exit as i64;
                 return;
             }

@@ -25,12 +25,16 @@ use std::ptr;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
+use super::guard::{ForeignSlice, ForeignSliceMut};
 use super::store::complete_stores;
-use super::{MediaClass, MediaError, Pmem, StorePlan, SyncError, guard, open};
+use super::{MediaClass, MediaError, Pmem, StoreMethod, StorePlan, SyncError, guard, open};
 
 /// Alignment of the mapping's base: a huge page of every size that matters, so that a structure
 /// aligned on the media is aligned in memory, and file systems can map 2 MiB at once.
 const BASE_ALIGN: u64 = 2 << 20;
+
+/// Bytes of the stores that are summed.
+const BLOCK: usize = 4096;
 
 /// Bytes looked at by one step of [`MappedPmem::is_zero`]: a part of the first-level cache.
 const ZERO_STEP: usize = 16 << 10;
@@ -44,6 +48,8 @@ pub struct MappedPmem {
     class: MediaClass,
     reason: String,
     store: StorePlan,
+    /// Whether blocks are summed while they are stored: measured at open.
+    sums_in_one_pass: bool,
     durability: Durability,
 }
 
@@ -57,7 +63,9 @@ impl MappedPmem {
         store: StorePlan,
     ) -> Self {
         assert!(!class.fence_is_durable() || store.is_durable(), "{store} is not durable on {class}");
-        Self { path, file, mapping, class, reason, store, durability: Durability::default() }
+        let sums_in_one_pass = store.method(BLOCK).sums_in_one_pass();
+        let durability = Durability::default();
+        Self { path, file, mapping, class, reason, store, sums_in_one_pass, durability }
     }
 
     /// As it was opened.
@@ -169,6 +177,27 @@ impl Pmem for MappedPmem {
         // lives, and never referred to; a plan holds only methods that this processor has.
         unsafe { self.store.method(src.len()).store(to, src) }
             .map_err(|guard::Fault| MediaError { at, len: src.len() })
+    }
+
+    #[expect(unsafe_code, reason = "copies to the mapping")]
+    #[inline]
+    fn write_summed(&self, at: u64, src: ForeignSlice<'_>) -> Option<u32> {
+        assert!(self.mapping.writable, "a store to media opened for reading");
+        let (to, len) = (self.address(at, src.len()), src.len());
+        if !self.sums_in_one_pass {
+            return None;
+        }
+        // SAFETY: as for `write`; whoever made `src` vouches for it.
+        unsafe { self.store.method(len).store_summed(to, src.start(), len) }
+    }
+
+    #[expect(unsafe_code, reason = "copies from the mapping")]
+    #[inline]
+    fn read_summed(&self, at: u64, dst: &mut ForeignSliceMut<'_>) -> Option<u32> {
+        let (from, len) = (self.address(at, dst.len()), dst.len());
+        // SAFETY: the range lies in the mapping, which is reserved as long as `self` lives; whoever made
+        // `dst` vouches for it.
+        unsafe { StoreMethod::Cached.store_summed(dst.start(), from, len) }
     }
 
     #[inline]

@@ -24,11 +24,15 @@ mod open;
 #[expect(unsafe_code, reason = "assembly")]
 mod routines;
 mod store;
+#[expect(unsafe_code, reason = "assembly")]
+mod sums;
 
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
+
+use self::guard::{ForeignSlice, ForeignSliceMut};
 
 pub use create::{CreateError, create};
 pub use lock::Holder;
@@ -165,6 +169,23 @@ pub trait Pmem: Send + Sync + 'static {
     /// nothing does.
     fn boot_id(&self) -> [u8; 16] {
         boot_id()
+    }
+
+    /// Stores what is lent at `at` as [`Pmem::write`] does, and returns its CRC-32, of the bytes that are
+    /// stored: each is loaded once.
+    ///
+    /// `None`: this memory has no such way for that length and place, or some of either side is not
+    /// there. The range is then unspecified, and a copy in steps tells which side it was.
+    fn write_summed(&self, at: u64, src: ForeignSlice<'_>) -> Option<u32> {
+        let _ = (at, src);
+        None
+    }
+
+    /// Copies as many bytes as are lent from `at` on, and returns the CRC-32 of the bytes that are copied:
+    /// each is loaded once. `None` as for [`Pmem::write_summed`].
+    fn read_summed(&self, at: u64, dst: &mut ForeignSliceMut<'_>) -> Option<u32> {
+        let _ = (at, dst);
+        None
     }
 
     /// Hints that `at` will be read soon.

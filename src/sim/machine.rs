@@ -9,6 +9,7 @@ use super::world::{SimClock, SimEnv, World};
 use crate::cache::queue::Queue;
 use crate::cache::worker::{Progress, Stepper};
 use crate::cache::{AttachOptions, Cache, Mode, Order, RecoveryReport, Volume, VolumeDisk};
+use crate::pmem::guard::{ForeignSlice, ForeignSliceMut};
 use crate::volume::{Buffer, Disk, DiskQueue, Done, GuestFault, Request, RequestKind, Status};
 use crate::wake::Waker;
 
@@ -47,6 +48,14 @@ impl Buffer for SimBuffer {
     fn copy_in(&mut self, at: usize, src: &[u8]) -> Result<(), GuestFault> {
         self.bytes[at..at + src.len()].copy_from_slice(src);
         self.judge(at + src.len())
+    }
+
+    fn lend<R>(&self, at: usize, len: usize, f: impl FnOnce(ForeignSlice<'_>) -> R) -> Option<R> {
+        self.judge(at + len).ok().map(|()| f(self.bytes[at..at + len].into()))
+    }
+
+    fn lend_mut<R>(&mut self, at: usize, len: usize, f: impl FnOnce(ForeignSliceMut<'_>) -> R) -> Option<R> {
+        self.judge(at + len).ok().map(|()| f((&mut self.bytes[at..at + len]).into()))
     }
 }
 

@@ -29,6 +29,7 @@ use super::loss::Loss;
 use super::pages::{Page, Pages, split};
 use super::rng::Rng;
 use super::world::{Event, World};
+use crate::pmem::guard::{ForeignSlice, ForeignSliceMut};
 use crate::pmem::{MediaClass, MediaError, Pmem, SyncError};
 
 /// What of the lines that were not durable a host crash leaves.
@@ -395,6 +396,20 @@ impl Pmem for SimPmem {
             let thread = w.thread;
             w.memory.write(at, src, thread)
         })
+    }
+
+    fn write_summed(&self, at: u64, src: ForeignSlice<'_>) -> Option<u32> {
+        let mut bytes = vec![0; src.len()];
+        src.copy_to(&mut bytes).ok()?;
+        self.write(at, &bytes).ok()?;
+        Some(crc32fast::hash(&bytes))
+    }
+
+    fn read_summed(&self, at: u64, dst: &mut ForeignSliceMut<'_>) -> Option<u32> {
+        let mut bytes = vec![0; dst.len()];
+        self.read(at, &mut bytes).ok()?;
+        dst.copy_from(&bytes).ok()?;
+        Some(crc32fast::hash(&bytes))
     }
 
     fn fence(&self) {

@@ -23,6 +23,7 @@ use std::sync::{Arc, PoisonError};
 use super::copy::{self, Fault};
 use super::dirty_log::DirtyLog;
 use super::fds;
+use crate::pmem::guard::{ForeignSlice, ForeignSliceMut};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{self, Mutex};
 use crate::volume::{Buffer, GuestFault};
@@ -426,6 +427,23 @@ impl GuestBuffer {
         self.ranges
     }
 
+    /// Where `at..at + len` lies, if in one range.
+    fn piece(&self, at: usize, len: usize) -> Option<*mut u8> {
+        let (mut index, mut start) = self.cursor.get();
+        if start > at {
+            (index, start) = (0, 0);
+        }
+        while let Some(range) = self.ranges.get(index) {
+            let skip = at - start;
+            if skip < range.len {
+                self.cursor.set((index, start));
+                return (len <= range.len - skip).then(|| range.at.wrapping_add(skip));
+            }
+            (index, start) = (index + 1, start + range.len);
+        }
+        None
+    }
+
     /// Calls `visit` with each piece of `at..at + len` and its offset from `at`, until one fails.
     fn each(
         &self,
@@ -478,6 +496,25 @@ impl Buffer for GuestBuffer {
             self.map.note_host(dst, len);
             copied
         })
+    }
+
+    #[expect(unsafe_code, reason = "lends guest memory")]
+    fn lend<R>(&self, at: usize, len: usize, f: impl FnOnce(ForeignSlice<'_>) -> R) -> Option<R> {
+        let at = self.piece(at, len)?;
+        sync::access();
+        // SAFETY: the piece lies in a range of a mapping that `self.map` keeps alive.
+        Some(f(unsafe { ForeignSlice::new(at, len) }))
+    }
+
+    #[expect(unsafe_code, reason = "lends guest memory")]
+    fn lend_mut<R>(&mut self, at: usize, len: usize, f: impl FnOnce(ForeignSliceMut<'_>) -> R) -> Option<R> {
+        let at = self.piece(at, len)?;
+        sync::access();
+        // SAFETY: the piece lies in a range of a mapping that `self.map` keeps alive, mapped writable;
+        // nobody makes references into it.
+        let answer = f(unsafe { ForeignSliceMut::new(at, len) });
+        self.map.note_host(at, len);
+        Some(answer)
     }
 }
 

@@ -190,13 +190,32 @@ fn a_buffer_is_the_bytes_of_its_ranges_in_any_order_of_access() {
             flat.extend((0..len).map(|at| slot * 0x800 + at));
         }
         let mut model = vec![0u8; flat.len()];
+        let mut end = 0;
+        let mut piece = |range: &HostRange| {
+            end += range.len;
+            end - range.len..end
+        };
+        let pieces: Vec<std::ops::Range<usize>> = ranges.iter().map(&mut piece).collect();
         let mut buffer = GuestBuffer::new(Arc::clone(&map), ranges);
         assert_eq!(buffer.len(), model.len());
         for _ in 0..200 {
             let at = random.below(model.len() as u64 + 1) as usize;
             let len = random.below((model.len() - at) as u64 + 1) as usize;
-            if random.chance(2) {
-                let bytes: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
+            let bytes: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
+            // What is lent is in one piece; what is not says so, and is copied.
+            if random.chance(3) {
+                let lent = buffer.lend_mut(at, len, |mut to| to.copy_from(&bytes).unwrap());
+                let is_in_one = pieces.iter().any(|piece| piece.contains(&at) && at + len <= piece.end);
+                assert_eq!(lent.is_some(), is_in_one, "{at}+{len}");
+                if lent.is_some() {
+                    model[at..at + len].copy_from_slice(&bytes);
+                }
+            } else if random.chance(3) {
+                let mut read = vec![0; len];
+                if buffer.lend(at, len, |from| from.copy_to(&mut read).unwrap()).is_some() {
+                    assert_eq!(read, model[at..at + len]);
+                }
+            } else if random.chance(2) {
                 buffer.copy_in(at, &bytes).unwrap();
                 model[at..at + len].copy_from_slice(&bytes);
             } else {

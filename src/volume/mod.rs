@@ -11,6 +11,8 @@
 //! 4. before sleeping, `park`; the queue's [`Waker`](crate::wake::Waker) is signalled whenever
 //!    `poll` could return more.
 
+use crate::pmem::guard::{ForeignSlice, ForeignSliceMut};
+
 /// The guest's memory was not there when it was touched: its owner truncated it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("guest memory could not be accessed")]
@@ -39,6 +41,26 @@ pub trait Buffer: Send + 'static {
     /// # Errors
     /// [`GuestFault`]: part of it is not there.
     fn copy_in(&mut self, at: usize, src: &[u8]) -> Result<(), GuestFault>;
+
+    /// Lends bytes `at..at + len` to `f` for one copy out of them, if they lie in one piece: what copies
+    /// and checksums them at once then needs no copy in between. `None`, and `f` is not called, where
+    /// they do not, or are known to be gone.
+    fn lend<R>(&self, at: usize, len: usize, f: impl FnOnce(ForeignSlice<'_>) -> R) -> Option<R>
+    where
+        Self: Sized,
+    {
+        let _ = (at, len, f);
+        None
+    }
+
+    /// The same for one copy into them.
+    fn lend_mut<R>(&mut self, at: usize, len: usize, f: impl FnOnce(ForeignSliceMut<'_>) -> R) -> Option<R>
+    where
+        Self: Sized,
+    {
+        let _ = (at, len, f);
+        None
+    }
 }
 
 /// What a guest asks for.

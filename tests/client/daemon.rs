@@ -122,6 +122,13 @@ impl Daemon {
         Some(Self::start(program.to_path_buf(), args, socket, workspace.path("qsd.log")))
     }
 
+    /// Any server with all of its arguments, once `socket` answers.
+    pub fn program(workspace: &Workspace, program: &Path, args: Vec<String>, socket: PathBuf) -> Self {
+        let log = socket.with_extension("log");
+        assert!(log.starts_with(workspace.path("")), "sockets lie in the workspace");
+        Self::start(program.to_path_buf(), args, socket, log)
+    }
+
     fn start(program: PathBuf, args: Vec<String>, socket: PathBuf, log: PathBuf) -> Self {
         let mut daemon = Self { program, args, socket, log, child: None, predecessor: None, born: 0 };
         daemon.restart();

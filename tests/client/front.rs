@@ -149,6 +149,11 @@ impl Client {
         let memory = Arc::new(Memory::new(options.mem_size, options.regions));
         memory.seal();
         let queues = queues_in(&memory, options.queues, options.queue_size);
+        Self::connect_in(path, options, memory, queues)
+    }
+
+    /// The same with memory and rings of the caller's, as many as the options say.
+    pub fn connect_in(path: &Path, options: ClientOptions, memory: Arc<Memory>, queues: Vec<Queue>) -> Self {
         let wire = Wire::connect(path, options.patience);
         let mut client = Self {
             options,
@@ -301,15 +306,19 @@ impl Client {
         if !self.queues.iter().fold(true, |quiet, queue| queue.arm() & quiet) {
             return;
         }
+        self.wait_calls(deadline.saturating_duration_since(Instant::now()));
+    }
+
+    /// Sleeps until a ring calls, the server hangs up, or `limit` has passed.
+    pub fn wait_calls(&mut self, limit: Duration) {
         let mut polls: Vec<_> = self
             .queues
             .iter()
             .map(|queue| libc::pollfd { fd: queue.call_fd(), events: libc::POLLIN, revents: 0 })
             .collect();
         polls.push(libc::pollfd { fd: self.wire.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 });
-        let left = deadline.saturating_duration_since(Instant::now());
         // SAFETY: the array is ours and its length is given.
-        unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as _, left.as_millis() as i32 + 1) };
+        unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as _, limit.as_millis() as i32 + 1) };
         self.queues.iter_mut().for_each(Queue::take_call);
     }
 

@@ -11,6 +11,8 @@
 //!   page turns clean and the error is reported once. Only who writes it again has it again;
 //! - [`FuseDisk::power_cut`] makes what is durable visible.
 //!
+//! [`FuseDisk::throttle`] makes it a slow one: what it does is done at once, and told later.
+//!
 //! Invariants: a held request is answered exactly once, by [`FuseDisk::release`] or by the end of
 //! the file system; dropping the disk unmounts it, so nobody stays stuck on it.
 //!
@@ -18,14 +20,15 @@
 
 #![expect(unsafe_code, reason = "mounts a file system")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Largest transfer in one request.
 const TRANSFER_MAX: u32 = 1 << 20;
@@ -75,6 +78,22 @@ impl Faults {
     }
 }
 
+/// How long a disk takes: each transfer the latency, side by side, and all of them the bandwidth.
+#[derive(Clone, Copy, Debug)]
+pub struct Throttle {
+    pub latency: Duration,
+    pub bytes_per_s: u64,
+}
+
+/// Answers that wait for their time, which only grows.
+#[derive(Default)]
+struct Delayed {
+    answers: VecDeque<(Instant, Vec<u8>)>,
+    /// When what was taken so far is through.
+    busy_until: Option<Instant>,
+    is_ended: bool,
+}
+
 /// What has been answered, well or not.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Answered {
@@ -99,11 +118,15 @@ struct State {
     faults: Faults,
     held: Vec<Request>,
     answered: Answered,
+    throttle: Option<Throttle>,
 }
 
 struct Shared {
     device: File,
     state: Mutex<State>,
+    delayed: Mutex<Delayed>,
+    /// Something is delayed, or all has ended.
+    news: Condvar,
 }
 
 /// See the file's head.
@@ -144,8 +167,14 @@ impl FuseDisk {
             faults: Faults::default(),
             held: Vec::new(),
             answered: Answered::default(),
+            throttle: None,
         };
-        let shared = Arc::new(Shared { device, state: Mutex::new(state) });
+        let shared = Arc::new(Shared {
+            device,
+            state: Mutex::new(state),
+            delayed: Mutex::default(),
+            news: Condvar::new(),
+        });
         let server = std::thread::spawn({
             let shared = shared.clone();
             move || shared.serve()
@@ -161,6 +190,15 @@ impl FuseDisk {
     /// What goes wrong from now on. What is held stays held.
     pub fn set(&self, faults: Faults) {
         self.shared.state().faults = faults;
+    }
+
+    /// Makes reads, writes and `fdatasync`s take their time from now on.
+    pub fn throttle(&self, throttle: Throttle) {
+        let is_first = self.shared.state().throttle.replace(throttle).is_none();
+        if is_first {
+            let shared = self.shared.clone();
+            std::thread::spawn(move || shared.send_delayed());
+        }
     }
 
     /// Answers what is held, in the order in which it came, under the faults of this moment.
@@ -200,6 +238,8 @@ impl FuseDisk {
 impl Drop for FuseDisk {
     fn drop(&mut self) {
         self.release();
+        self.shared.delayed().is_ended = true;
+        self.shared.news.notify_all();
         let target = CString::new(self.dir.to_str().expect("text")).expect("no NUL");
         // SAFETY: a C string that outlives the call.
         let code = unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
@@ -268,8 +308,57 @@ impl Shared {
         reply.extend(error.to_le_bytes());
         reply.extend(request.unique.to_le_bytes());
         reply.extend(body);
+        let is_slow = matches!(request.opcode, opcode::READ | opcode::WRITE | opcode::FSYNC);
+        match state.throttle {
+            Some(throttle) if is_slow => {
+                let bytes = if request.opcode == opcode::FSYNC { 0 } else { u32_at(&request.body, 16) };
+                self.delay(throttle, bytes, reply);
+            }
+            _ => self.send(&reply),
+        }
+    }
+
+    fn send(&self, reply: &[u8]) {
         // Nobody may wait for it any more: its process was killed, or the disk unmounted.
-        drop((&self.device).write(&reply));
+        drop((&self.device).write(reply));
+    }
+
+    fn delayed(&self) -> MutexGuard<'_, Delayed> {
+        self.delayed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps an answer until a disk like that would have it.
+    fn delay(&self, throttle: Throttle, bytes: u32, reply: Vec<u8>) {
+        let now = Instant::now();
+        let mut delayed = self.delayed();
+        let transfer = Duration::from_nanos(u64::from(bytes) * 1_000_000_000 / throttle.bytes_per_s);
+        let busy_until = delayed.busy_until.map_or(now, |until| until.max(now)) + transfer;
+        delayed.busy_until = Some(busy_until);
+        delayed.answers.push_back((busy_until + throttle.latency, reply));
+        self.news.notify_all();
+    }
+
+    /// Sends each answer when its time has come, until the end.
+    fn send_delayed(&self) {
+        let mut delayed = self.delayed();
+        loop {
+            let now = Instant::now();
+            match delayed.answers.front() {
+                Some((due, _)) if *due <= now || delayed.is_ended => {
+                    let (_, reply) = delayed.answers.pop_front().expect("it was there");
+                    drop(delayed);
+                    self.send(&reply);
+                    delayed = self.delayed();
+                }
+                Some((due, _)) => {
+                    let left = *due - now;
+                    let waited = self.news.wait_timeout(delayed, left);
+                    delayed = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+                None if delayed.is_ended => return,
+                None => delayed = self.news.wait(delayed).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
     }
 }
 

@@ -422,6 +422,24 @@ fn write_back_does_not_pass_over_a_record_that_rots_while_it_is_dirty() {
 }
 
 #[test]
+fn bytes_that_fail_their_check_are_not_left_in_the_guests_memory() {
+    for class in [AssumeDax, PageCache] {
+        let mut scene = scene(class, Order::Strict);
+        scene.write(8, 16, 900);
+        let whole = SimBuffer::of_write(0, 8, 16, 900).bytes;
+        let second = &whole[4096..];
+        let bytes = scene.world.with(|w| w.memory.bytes());
+        let block = bytes.chunks_exact(4096).position(|block| block == second);
+        let at = block.expect("a block lies as it was written") * 4096;
+        scene.world.with(|w| w.memory.corrupt(at + 700, |bytes| bytes[0] ^= 1));
+        let (status, data) = scene.request(RequestKind::Read, 8, SimBuffer::to_read(16));
+        assert_eq!(status, Status::IoError, "{class}: dirty data that rots is lost");
+        assert_eq!(data.bytes[..4096], whole[..4096], "{class}: what is before it is good");
+        assert!(data.bytes[4096..].iter().all(|byte| *byte == 0), "{class}");
+    }
+}
+
+#[test]
 fn damage_at_rest_is_harmless_or_told() {
     let faults = number("PCACHE_DAMAGE_FAULTS").unwrap_or(FAULTS);
     let alone = number("PCACHE_DAMAGE_SEED");

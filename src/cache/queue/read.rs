@@ -1,9 +1,11 @@
 //! Reads: hits copied and verified on the queue's thread, gaps sent to the disk.
 //!
-//! A hit is copied block by block into private memory, verified there, and only then copied to the
-//! guest: what the guest gets is what was verified, whatever the media does meanwhile. A damaged
-//! clean block is dropped and read from the disk instead; a damaged dirty one fails the request
-//! and is never answered with the disk's older bytes.
+//! A hit is verified by the bytes that the guest gets, whatever the media does meanwhile. A whole block
+//! goes to the guest in one pass that sums what it stores; what has no such way is copied into private
+//! memory, verified there, and copied on. Either way the request completes only after the check, and
+//! bytes that fail it are not left in the guest's memory. A damaged clean block is dropped and read from
+//! the disk instead; a damaged dirty one fails the request and is never answered with the disk's older
+//! bytes.
 
 use std::sync::atomic::Ordering;
 
@@ -18,6 +20,7 @@ use super::io::Purpose;
 use super::{Fill, Queue};
 use crate::backing::Op;
 use crate::mutant::{Mutant, mutated};
+use crate::pmem::guard::ForeignSliceMut;
 use crate::pmem::{MediaError, Pmem};
 use crate::units::SectorRange;
 use crate::volume::{Buffer, GuestFault};
@@ -70,40 +73,79 @@ impl<E: Env> Cache<E> {
             return Ok(());
         }
         let (id, start) = self.media.locate(extent.place.position);
-        let segment = &self.segments[id as usize];
         if reader == Reader::Guest {
-            segment.note_read(start / 512, extent.range.len as u32);
+            self.segments[id as usize].note_read(start / 512, extent.range.len as u32);
         }
         let mut at = 0;
         while at < len {
-            let offset = start as usize + at;
-            let (number, within) = (offset / 4096, offset % 4096);
-            let n = (4096 - within).min(len - at);
-            let whole = if verify { segment.block_checksum(number as u32) } else { None };
-            let part = match whole {
-                Some(crc) => {
-                    let from = self.media.in_segment(id, number as u32 * 4096);
-                    self.media.pmem.read(from, &mut block).map_err(HitError::Media)?;
-                    if crc32fast::hash(&block) != crc {
-                        return Err(HitError::Checksum);
-                    }
-                    &block[within..within + n]
-                }
-                None => {
-                    let from = self.media.in_segment(id, offset as u32);
-                    self.media.pmem.read(from, &mut block[..n]).map_err(HitError::Media)?;
-                    let first = (offset / 512) as u32;
-                    let good = |(i, sector): (usize, &[u8])| {
-                        crc32fast::hash(sector) == segment.sector_checksum(first + i as u32)
-                    };
-                    if verify && !block[..n].chunks_exact(512).enumerate().all(good) {
-                        return Err(HitError::Checksum);
-                    }
-                    &block[..n]
-                }
-            };
+            let part = self.verified(id, start + at as u32, len - at, verify, &mut block)?;
             sink(at, part).map_err(HitError::Guest)?;
-            at += n;
+            at += part.len();
+        }
+        Ok(())
+    }
+
+    /// What one block has of the `len` bytes from `offset` in a segment on, by way of `block`.
+    fn verified<'a>(
+        &self,
+        id: u32,
+        offset: u32,
+        len: usize,
+        verify: bool,
+        block: &'a mut [u8; 4096],
+    ) -> Result<&'a [u8], HitError> {
+        let segment = &self.segments[id as usize];
+        let (number, within) = (offset / 4096, offset as usize % 4096);
+        let n = (4096 - within).min(len);
+        let whole = if verify { segment.block_checksum(number) } else { None };
+        if let Some(crc) = whole {
+            let from = self.media.in_segment(id, number * 4096);
+            self.media.pmem.read(from, &mut block[..]).map_err(HitError::Media)?;
+            if crc32fast::hash(&block[..]) != crc {
+                return Err(HitError::Checksum);
+            }
+            return Ok(&block[within..within + n]);
+        }
+        let from = self.media.in_segment(id, offset);
+        self.media.pmem.read(from, &mut block[..n]).map_err(HitError::Media)?;
+        let first = offset / 512;
+        let good = |(i, sector): (usize, &[u8])| {
+            crc32fast::hash(sector) == segment.sector_checksum(first + i as u32)
+        };
+        if verify && !block[..n].chunks_exact(512).enumerate().all(good) {
+            return Err(HitError::Checksum);
+        }
+        Ok(&block[..n])
+    }
+
+    /// Copies an extent to a guest's buffer from byte `base` on, verified. Whole blocks for which there is
+    /// a way go there in one pass.
+    fn copy_to_guest<B: Buffer>(&self, extent: &Extent, data: &mut B, base: usize) -> Result<(), HitError> {
+        let plain = extent.place.is_lost() || extent.place.zero;
+        let (id, start) = if plain { (0, 0) } else { self.media.locate(extent.place.position) };
+        if plain || !start.is_multiple_of(4096) || !extent.range.len.is_multiple_of(8) {
+            return self.copy_extent(extent, Reader::Guest, true, |at, bytes| data.copy_in(base + at, bytes));
+        }
+        let segment = &self.segments[id as usize];
+        segment.note_read(start / 512, extent.range.len as u32);
+        for at in (0..extent.range.len as u32 * 512).step_by(4096) {
+            let (offset, to) = (start + at, base + at as usize);
+            let from = self.media.in_segment(id, offset);
+            if let Some(crc) = segment.block_checksum(offset / 4096) {
+                let pass = |mut to: ForeignSliceMut<'_>| self.media.pmem.read_summed(from, &mut to);
+                if data.lend_mut(to, 4096, pass).flatten() == Some(crc) {
+                    continue;
+                }
+            }
+            let mut block = [0; 4096];
+            match self.verified(id, offset, 4096, true, &mut block) {
+                Ok(part) => data.copy_in(to, part).map_err(HitError::Guest)?,
+                Err(error) => {
+                    // What has failed its check does not stay with the guest.
+                    data.copy_in(to, &[0; 4096]).map_err(HitError::Guest)?;
+                    return Err(error);
+                }
+            }
         }
         Ok(())
     }
@@ -159,10 +201,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let base = (extent.range.start - range.start) as usize * 512;
         let data = &mut self.slots.get(slot).request.data;
         let verify = self.volume.data_crc && !mutated(Mutant::HitNotVerified);
-        let result = self
-            .volume
-            .cache
-            .copy_extent(extent, Reader::Guest, verify, |at, bytes| data.copy_in(base + at, bytes));
+        let cache = &self.volume.cache;
+        let result = if verify {
+            cache.copy_to_guest(extent, data, base)
+        } else {
+            cache.copy_extent(extent, Reader::Guest, false, |at, bytes| data.copy_in(base + at, bytes))
+        };
         let error = match result {
             Ok(()) => return Hit::Answered,
             Err(HitError::Guest(_) | HitError::Lost) => return Hit::Failed,

@@ -9,38 +9,59 @@ use crate::units::SectorRange;
 /// Readers that are told apart on one queue.
 const READERS: usize = 16;
 
-#[derive(Clone, Copy, Default)]
-struct Run {
-    /// Where the next read would begin.
-    next: u64,
-    sectors: u64,
-    /// When it last went on.
-    turn: u64,
+/// The reads that go on where another ended.
+///
+/// All starts stand side by side, and the order of use in one word, for this is on the way of every hit.
+pub(crate) struct Sequential {
+    /// Where the next read of each would begin, [`NOWHERE`] before the first.
+    next: [u64; READERS],
+    sectors: [u64; READERS],
+    /// Readers by their numbers, four bits each, who went on last in the lowest.
+    order: u64,
 }
 
-/// The reads that go on where another ended.
-#[derive(Default)]
-pub(crate) struct Sequential {
-    runs: [Run; READERS],
-    turn: u64,
+/// No read begins there.
+const NOWHERE: u64 = u64::MAX;
+
+impl Default for Sequential {
+    fn default() -> Self {
+        Self { next: [NOWHERE; READERS], sectors: [0; READERS], order: 0xfedc_ba98_7654_3210 }
+    }
 }
 
 impl Sequential {
     /// Notes a read; returns the sectors read in one go, up to its end.
     pub fn note(&mut self, range: SectorRange) -> u64 {
-        self.turn += 1;
-        let going_on = self.runs.iter().position(|run| run.sectors > 0 && run.next == range.start);
-        let oldest = || (0..READERS).min_by_key(|&i| self.runs[i].turn).unwrap_or(0);
-        let run = match going_on {
-            Some(at) => &mut self.runs[at],
-            None => {
-                let at = oldest();
-                self.runs[at] = Run::default();
-                &mut self.runs[at]
-            }
+        // All of them, without a branch for each: which it is, if any, is found by one word.
+        let found = self
+            .next
+            .iter()
+            .enumerate()
+            .fold(0, |found, (at, &next)| found | u32::from(next == range.start) << at);
+        let at = if found == 0 {
+            // Whoever went on last the longest ago gives way.
+            let oldest = (self.order >> 60) as usize;
+            self.sectors[oldest] = 0;
+            self.order = self.order << 4 | oldest as u64;
+            oldest
+        } else {
+            let at = found.trailing_zeros() as usize;
+            self.bring_forward(at as u64);
+            at
         };
-        *run = Run { next: range.end(), sectors: run.sectors + range.len, turn: self.turn };
-        run.sectors
+        self.next[at] = range.end();
+        self.sectors[at] += range.len;
+        self.sectors[at]
+    }
+
+    /// Puts a reader in front of those that went on after it.
+    fn bring_forward(&mut self, reader: u64) {
+        let place = (0..READERS).find(|place| self.order >> (place * 4) & 15 == reader);
+        let shift = place.map_or(0, |place| place * 4);
+        // In two shifts: behind the last place there is nothing.
+        let behind = self.order & (!0 << shift << 4);
+        let before = self.order & !(!0 << shift);
+        self.order = behind | before << 4 | reader;
     }
 }
 

@@ -13,7 +13,7 @@ use super::super::counters::{Tally, add};
 use super::super::env::{Clock, Env};
 use super::super::index::{Extent, REGION_SECTORS};
 use super::super::latency::Stage;
-use super::super::record::{Draft, StoreError};
+use super::super::record::{Draft, Lent, StoreError};
 use super::super::segments::Class;
 use super::super::stream::{Open, Stamp, Stream};
 use super::super::stripes::lock;
@@ -357,7 +357,9 @@ fn stage<E: Env, B: Buffer>(
     let longest = cache.piece_sectors_max();
     // The least is one piece: a debt is paid before the next.
     let limit = open.payload_end + cache.record_payload_max().min(allowance.max(longest as u32 * 512));
-    for gathered in gather {
+    let last = gather.len() - 1;
+    for (n, gathered) in gather.iter_mut().enumerate() {
+        let is_last = n == last;
         let mark = (draft.keys.len(), draft.checksums.len());
         let mut done = gathered.done;
         while done < gathered.range.len {
@@ -374,9 +376,9 @@ fn stage<E: Env, B: Buffer>(
             if !draft.has_room(open, piece.len) || draft.payload_end + piece.len as u32 * 512 > limit {
                 break;
             }
-            let at = done as usize * 512;
-            let data = &slots.get(gathered.slot).request.data;
-            let source = |offset: usize, dst: &mut [u8]| data.copy_out(at + offset, dst);
+            let buffer = &slots.get(gathered.slot).request.data;
+            let source = Lent { buffer, from: done as usize * 512 };
+            draft.has_more = !is_last || done + piece.len < gathered.range.len;
             match draft.store(&cache.media, open, segment, piece, KeyKind::Data, source) {
                 Ok(()) => done += piece.len,
                 Err(StoreError::Source(_)) => {

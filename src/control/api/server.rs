@@ -100,7 +100,7 @@ impl Claimed {
             (None, Some(address)) => Some(TcpListener::bind(address)?),
             (None, None) => None,
         };
-        Ok(Self { socket, metrics })
+        Ok(Self { socket, path: config.socket.clone(), metrics })
     }
 
     /// The descriptors of a socket that is open and served by nobody: listening socket, lock, metrics.
@@ -158,7 +158,7 @@ impl Claimed {
             std::thread::Builder::new().name("pcache-api".into()).spawn(body)
         };
         let thread = start().map_err(RunError::os("starting the control API"))?;
-        Ok(Api { stop: Some(stop), thread: Some(thread), kept: Some(kept), bound })
+        Ok(Api { stop: Some(stop), thread: Some(thread), kept: Some(kept), bound, path: self.path })
     }
 }
 
@@ -169,6 +169,7 @@ pub struct Api {
     /// Its sockets, for whoever answers there next.
     kept: Option<(UnixListener, Option<TcpListener>)>,
     bound: Option<Bound>,
+    path: SocketPath,
 }
 
 impl Api {
@@ -177,7 +178,7 @@ impl Api {
         self.end();
         let (listener, metrics) = self.kept.take().expect("only this takes them");
         let socket = socket::Claimed::Open(socket::Incoming::Listener(listener), self.bound.take());
-        Claimed { socket, metrics }
+        Claimed { socket, path: self.path.clone(), metrics }
     }
 
     fn end(&mut self) {
