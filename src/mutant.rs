@@ -140,6 +140,10 @@ mutants! {
     WritesOverlap 7 "write-back has overlapping writes in flight",
     NewerMarkedClean 6 "what was written during a round is marked clean with it",
     DirtyDroppedAtDetach 6 "a detach declares the dirty data written back",
+    // Shares.
+    MinimumIgnored 12 "reclaim takes what a volume was promised",
+    MaximumIgnored 12 "a volume gets segments beyond its maximum",
+    WeightsIgnored 12 "reclaim takes from whoever has what is worth least, however little it holds",
     // Relocation.
     RelocatedWithNewVersion 4 "a relocated copy gets a new version",
     RelocatedInNewEpoch 7 "a relocated copy gets the present epoch",

@@ -8,6 +8,8 @@
 
 mod client;
 mod control_support;
+#[path = "control/shares.rs"]
+mod shares;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -416,14 +418,15 @@ fn a_volume_is_attached_with_every_wish_it_may_have() {
     let (socket, disk, redo) = (site.path("c.sock"), site.path("c.img"), site.path("c.log"));
     let words = ["attach", "--name", "c", "--socket", &socket, "--backing", &disk, "--backing-size", "64MiB"];
     let more = ["--redo", &redo, "--redo-size", "16MiB", "--order", "grouped", "--max-lag-s", "3"];
-    let last = ["--max-dirty", "4MiB", "--on-backing-error", "error", "--backing-timeout-s", "0"];
+    let last =
+        ["--max-dirty", "4MiB", "--on-backing-error", "error", "--backing-timeout-s", "0", "--iops", "9999"];
     let reads = ["--admission", "second-miss", "--sequential-cutoff", "0", "--sidecar=false"];
     site.verb(&[&words[..], &more, &last, &reads].concat()).succeeds();
     let status = site.status("c");
     let of = &status["settings"];
     assert_eq!((&of["max_lag_s"], &of["max_dirty_bytes"]), (&3.into(), &(4 * MIB).into()));
     assert_eq!((&of["on_backing_error"], &of["backing_timeout_s"]), (&"error".into(), &0.into()));
-    assert_eq!(status["summary"]["order"], "grouped");
+    assert_eq!((&status["summary"]["order"], &of["share"]["iops"]), (&"grouped".into(), &9999.into()));
     assert_eq!(fs::metadata(&redo).expect("the redo area was made").len(), 16 * MIB);
     Client::connect(socket.as_ref(), ClientOptions::default()).assert_works(0, 7);
     site.stop();

@@ -22,6 +22,8 @@ mod product;
 mod rest;
 #[path = "mutants/rings.rs"]
 mod rings;
+#[path = "mutants/shares.rs"]
+mod shares;
 #[path = "crash/sizes.rs"]
 mod sizes;
 #[path = "mutants/starts.rs"]

@@ -183,6 +183,7 @@ impl<E: Env> Cache<E> {
             _ = core.fill_streams.set([Mutex::default(), Mutex::default()]);
         }
         core.facts.begin_anew();
+        core.begin_shares(self.opened.load(Ordering::Relaxed));
         for (id, segment) in self.segments.iter().enumerate().filter(|_| is_first) {
             let max_epoch = segment.max_epoch.load(Ordering::Relaxed);
             if segment.owner.load(Ordering::Relaxed) == core.incarnation

@@ -13,7 +13,9 @@
 //!    and `live` counts exactly that;
 //! 4. a payload sector that a record names and the index does not point at is dead (law 4);
 //! 5. the index's sums are those of its entries; a clean volume has none that are dirty;
-//! 6. a segment with an epoch above the tail has a cursor: write-back will come to it (law 12).
+//! 6. what a volume is said to hold is the segments that are its own, and within its maximum unless that
+//!    was lowered since;
+//! 7. a segment with an epoch above the tail has a cursor: write-back will come to it (law 12).
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -50,6 +52,7 @@ impl<E: Env> Cache<E> {
         let mut pointed = Pointed::new();
         for volume in &volumes {
             self.audit_index(volume, &mut pointed)?;
+            self.audit_share(volume)?;
             self.audit_dirty(volume)?;
         }
         for (id, segment) in self.segments.iter().enumerate() {
@@ -176,6 +179,19 @@ impl<E: Env> Cache<E> {
     }
 
     /// Claim 6.
+    fn audit_share(&self, volume: &VolumeCore) -> Result<(), String> {
+        let (held, holds) = (volume.share.held(), self.holds(volume.incarnation));
+        let incarnation = volume.incarnation;
+        if held != holds {
+            return Err(format!("volume {incarnation} is said to hold {held} segments and holds {holds}"));
+        }
+        match self.check_bound(volume) {
+            Some(bound) => Err(format!("volume {incarnation} holds {held} segments, more than {bound}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Claim 7.
     fn audit_dirty(&self, volume: &VolumeCore) -> Result<(), String> {
         let tail = volume.tail.load(Ordering::SeqCst);
         let dirty = lock(&volume.dirty);

@@ -118,6 +118,8 @@ pub struct Cache<E: Env> {
     pub(crate) clean_count: AtomicUsize,
     /// Whether reclaim found nothing that it could free, at its last look.
     pub(crate) is_exhausted: AtomicBool,
+    /// Held while shares are changed: what is promised is added up once.
+    pub(crate) sharing: Mutex<()>,
     free: Mutex<VecDeque<u32>>,
     free_count: AtomicUsize,
     /// Full, not yet sealed.
@@ -187,6 +189,7 @@ impl<E: Env> Cache<E> {
             recent_ms: AtomicU64::new(now_ms),
             clean_count: AtomicUsize::new(0),
             is_exhausted: AtomicBool::new(false),
+            sharing: Mutex::default(),
             free: Mutex::default(),
             free_count: AtomicUsize::new(0),
             full: Mutex::default(),
@@ -271,14 +274,23 @@ impl<E: Env> Cache<E> {
         self.free_count.store(free.len(), Ordering::Relaxed);
     }
 
-    /// Takes a free segment; fills and relocation leave the last one to the guest's writes.
-    pub(crate) fn take_free(&self, spares_last: bool) -> Option<u32> {
+    /// Takes a free segment for a volume, which then holds it, or without one for reclaim; fills and
+    /// relocation leave the last one to the guest's writes. What others may have is left (`shares.rs`).
+    pub(crate) fn take_free(&self, spares_last: bool, by: Option<&VolumeCore>) -> Option<u32> {
+        let volumes = self.all_volumes();
         let mut free = lock(&self.free);
         let low = free.len() <= self.free_target();
-        let taken = if spares_last && free.len() <= 1 { None } else { free.pop_front() };
+        let may = self.may_take(by, volumes.iter().map(|v| &**v), free.len());
+        let taken = if !may || spares_last && free.len() <= 1 { None } else { free.pop_front() };
+        if let Some(core) = by {
+            if taken.is_some() {
+                core.share.hold();
+            }
+            self.note_asked(core, taken.is_some(), spares_last);
+        }
         self.free_count.store(free.len(), Ordering::Relaxed);
         drop(free);
-        if low {
+        if low || taken.is_none() {
             self.housekeeper.raise();
         }
         taken
@@ -308,7 +320,7 @@ impl<E: Env> Cache<E> {
     /// Whether write-back should hurry: a quarter of the segments is all that is free or could be made
     /// free at once, or dirty data stands in the way of a shrink or of the bound on the index.
     pub(crate) fn is_pressed(&self) -> bool {
-        let free = self.free_segments();
+        let free = self.unpromised();
         self.resizing.is_pressing.load(Ordering::Relaxed)
             || self.index_bound.is_over()
             || free < self.free_target()

@@ -61,6 +61,16 @@ counters! {
     discard_sectors,
     /// Requests that ended in an error.
     errors,
+    /// Requests that were held back because a limit of the volume's was used up.
+    limit_waits,
+    /// Time that requests were held back by limits on their number, in microseconds.
+    limit_iops_wait_us,
+    /// Time that requests were held back by limits on their bytes, in microseconds.
+    limit_bytes_wait_us,
+    /// Time that writes waited for the pace of the disk, in microseconds, each queue's added up.
+    pace_wait_us,
+    /// Time that writes waited for space, in microseconds, each queue's added up.
+    space_wait_us,
     /// Times a write waited because the space fills up faster than the disk takes it.
     pace_waits,
     /// Operations of queues that the backing disk failed.
@@ -127,6 +137,10 @@ counters! {
     dirty_bytes,
     /// Bytes mapped by the index now.
     cached_bytes,
+    /// Bytes of the cache's segments that the volume holds now.
+    held_bytes,
+    /// Bytes it is entitled to when all volumes want what they may have, by minimum, maximum and weight.
+    share_bytes,
     /// Sectors that are lost now: they answer with an error until they are overwritten.
     lost_sectors,
     /// Free segments of the cache now.

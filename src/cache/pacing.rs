@@ -25,7 +25,8 @@
 //! - Pacing only delays: space is still taken from the free list, and whoever finds none waits.
 //! - It delays only while write-back makes progress. Idle, between the attempts of a failed round, or
 //!   before a disk that has taken nothing for [`PATIENCE_US`], a volume may take the rest of its room.
-//! - The room of one volume leaves each of the others half of an equal share, whatever its disk does.
+//! - The room of one volume leaves to each of the others what that holds of its share (`shares.rs`) and
+//!   half of it at least, whatever its disk does.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -114,6 +115,11 @@ pub(crate) struct Purse {
 }
 
 impl Pacer {
+    /// Bytes of segments with dirty data, at the last look.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
     /// Notes a segment that recovery found.
     pub fn found(&self, max_epoch: u64, id: u32, capacity: u64) {
         let mut state = lock(&self.state);
@@ -248,7 +254,8 @@ impl VolumeCore {
         queues.map(|q| q.purse.taken.load(Ordering::Relaxed)).sum()
     }
 
-    fn stream_count(&self) -> u64 {
+    /// Streams of writes, one at least.
+    pub fn stream_count(&self) -> u64 {
         self.streams.len().max(1) as u64
     }
 
@@ -290,21 +297,6 @@ impl<E: Env> Cache<E> {
             volume.pacer.closed(segment.max_epoch.load(Ordering::SeqCst), open.id, rest);
         }
         self.queue_for_sealing(open.id);
-    }
-
-    /// Room for one volume's dirty data: the segments, less what reclaim keeps in hand, less what
-    /// the others hold or may claim.
-    fn room_for(&self, core: &VolumeCore) -> u64 {
-        let volumes = self.all_volumes();
-        let attached = volumes.iter().filter(|v| v.attached.load(Ordering::Relaxed)).count().max(1) as u64;
-        let all = self.segments.len() as u64 * self.segment_capacity();
-        let claim = all / (2 * attached);
-        let others = volumes.iter().filter(|v| v.incarnation != core.incarnation).map(|v| {
-            let used = v.pacer.used.load(Ordering::Relaxed);
-            if v.attached.load(Ordering::Relaxed) { used.max(claim) } else { used }
-        });
-        let reserve = (self.free_target() as u64).min(self.segments.len() as u64 / 8) + core.stream_count();
-        all.saturating_sub(reserve * self.segment_capacity() + others.sum::<u64>()).max(claim)
     }
 }
 
@@ -372,7 +364,8 @@ impl<E: Env> Volume<E> {
         let (taken, room) = (core.taken(), self.cache.room_for(core));
         let mut state = lock(&core.pacer.state);
         let (_, unsettled) = self.judge(&mut state, taken);
-        unsettled > self.limit(room, state.rate) / 2
+        let limit = self.limit(room, state.rate);
+        unsettled > self.cache.gc_bytes(core).map_or(limit, |bytes| limit.min(bytes)) / 2
     }
 
     fn limit(&self, room: u64, rate: u64) -> u64 {

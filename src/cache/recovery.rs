@@ -117,6 +117,7 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>, ahead: &ReadAhead) -> Result
     report.scan_us = scanned_us - began_us;
     report.build_us = cache.clock.now_us() - scanned_us;
     *write(&cache.volumes) = volumes;
+    cache.count_held();
     Ok(report)
 }
 

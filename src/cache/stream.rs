@@ -16,6 +16,7 @@ use super::env::Env;
 use super::media::Media;
 use super::record::Draft;
 use super::segments::{Class, Segment, State};
+use super::volume::VolumeCore;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
     RecordHeader, SegmentHeader, SegmentState, Witness, encode_record, record_len, summary_len,
@@ -194,13 +195,14 @@ impl Open {
 }
 
 impl<E: Env> Cache<E> {
-    /// Takes a free segment for `owner`. `None` when there is none: ask the housekeeper, wait.
-    pub(crate) fn open_segment(&self, owner: u64, stream: u16, for_fill: bool) -> Option<Open> {
+    /// Takes a free segment for `owner`. `None` when there is none for it: ask the housekeeper, wait.
+    pub(crate) fn open_segment(&self, owner: &VolumeCore, stream: u16, for_fill: bool) -> Option<Open> {
         loop {
-            let id = self.take_free(for_fill)?;
-            if let Some(open) = self.open_taken(id, owner, stream) {
+            let id = self.take_free(for_fill, Some(owner))?;
+            if let Some(open) = self.open_taken(id, owner.incarnation, stream) {
                 return Some(open);
             }
+            owner.share.give();
         }
     }
 

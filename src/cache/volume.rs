@@ -10,18 +10,19 @@
 //!   and the queues that count, are those of all members of a consistency group (`consistency.rs`).
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use super::consistency::{Counting, Epochs};
 use super::core::{Cache, Signal};
 use super::counters::{Apart, Counters, Tally};
+pub(crate) use super::cursor::{Cursor, DirtySegments};
 use super::env::Env;
 use super::failing::{Alarm, Policy};
 use super::grown::Grown;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index};
 use super::latency::{Histogram, Latencies, Stage};
+use super::limits::Limiter;
 use super::pacing::{Pacer, Purse};
 use super::pair::Kept;
 use super::plan::Plan;
@@ -29,12 +30,13 @@ use super::queue::Queue;
 use super::redo::Redo;
 use super::reuse::Reuse;
 use super::segments::Class;
+use super::shares::Share;
 use super::stream::Stream;
 use super::stripes::{Stripes, lock};
 use super::worker::Wishes;
 use crate::backing::Backing;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{Key, LostRange, Uuid, VolumeDescriptor};
+use crate::onmedia::{LostRange, Uuid, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::{Mutex, thread};
@@ -132,24 +134,6 @@ impl QueueShared {
     }
 }
 
-/// Where write-back of a segment goes on.
-#[derive(Clone, Debug)]
-pub(crate) enum Cursor {
-    /// Records from this offset in the segment down have not been written back.
-    Log(u32),
-    /// What recovery found dirty, by epoch.
-    Keys(VecDeque<Key>),
-}
-
-/// A volume's segments that hold dirty data, by the epoch of their next record.
-#[derive(Default)]
-pub(crate) struct DirtySegments {
-    /// `(epoch, segment)` of the next dirty record.
-    pub known: BTreeMap<(u64, u32), Cursor>,
-    /// Open segments whose records have all been seen.
-    pub drained: BTreeMap<u32, Cursor>,
-}
-
 /// A volume without its disk.
 pub(crate) struct VolumeCore {
     pub incarnation: u64,
@@ -197,6 +181,8 @@ pub(crate) struct VolumeCore {
     pub reuse: Reuse,
     pub writeback: Signal,
     pub pacer: Pacer,
+    /// What it may hold of the cache, and holds.
+    pub share: Share,
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
@@ -250,6 +236,7 @@ impl VolumeCore {
             reuse: Reuse::new(segments),
             writeback: Signal::default(),
             pacer: Pacer::default(),
+            share: Share::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
             latencies: Latencies::default(),
@@ -434,6 +421,8 @@ pub struct Volume<E: Env> {
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
     pub(crate) wishes: Wishes,
+    /// What its guest may ask for.
+    pub(crate) limiter: Limiter,
     /// The highest epoch that somebody waits for to reach the disk (`flush.rs`).
     pub(crate) wanted: AtomicU64,
     /// Whether a write-back thread serves it, and whether that is to end.
@@ -474,6 +463,7 @@ impl<E: Env> Volume<E> {
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
             wishes: Wishes::default(),
+            limiter: Limiter::default(),
             wanted: AtomicU64::new(0),
             is_written_back: AtomicBool::new(false),
             retired: AtomicBool::new(false),
@@ -533,6 +523,8 @@ impl<E: Env> Volume<E> {
         Counters {
             free_segments: self.cache.free_segments() as u64,
             lag_ms: self.lag_ms(),
+            held_bytes: self.held_bytes(),
+            share_bytes: self.share_bytes(),
             ..self.core.counters()
         }
     }

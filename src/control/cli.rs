@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order, Sandbox};
 use super::online::args::*;
+use super::share::ShareArgs;
 use super::threads::{self, Cpus, Poll, ThreadArgs};
 use super::value::{self, Name, Serial, SocketPath, ValueError};
 
@@ -97,7 +98,7 @@ pub enum Verb {
 #[derive(Args, Debug)]
 pub struct ServeArgs {
     /// Serve what this TOML file describes: [[cache]] and [[volume]] tables
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["CacheArgs", "VolumeArgs"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["CacheArgs", "VolumeArgs", "ShareArgs"])]
     pub config: Option<PathBuf>,
     /// Where it is told what to do.
     #[command(flatten)]
@@ -108,6 +109,9 @@ pub struct ServeArgs {
     /// The volume in it.
     #[command(flatten)]
     pub volume: VolumeArgs,
+    /// What it may hold of the cache, and ask for.
+    #[command(flatten)]
+    pub share: ShareArgs,
     /// Attach although the backing disk does not go with the cache: all that is cached counts
     #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub force_identity: Vec<String>,

@@ -16,6 +16,7 @@ use clap::ValueEnum;
 pub use self::confine::{Confinement, Sandbox};
 pub use self::error::ConfigError;
 use super::cli::ServeArgs;
+use super::share::ShareConfig;
 use super::suggest;
 use super::threads::ThreadsConfig;
 use super::value::{Name, Serial, SocketPath};
@@ -196,6 +197,8 @@ pub struct VolumeConfig {
     pub max_lag_s: u32,
     /// Most dirty bytes; 0 for as many as there is space.
     pub max_dirty: u64,
+    /// What it may hold of the cache, and ask for.
+    pub share: ShareConfig,
     /// Whether hits verify their checksums.
     pub data_crc: bool,
     /// Block size the guest sees, if not the disk's.
@@ -241,6 +244,7 @@ impl VolumeConfig {
             redo_size: None,
             max_lag_s: 0,
             max_dirty: 0,
+            share: ShareConfig::default(),
             data_crc: false,
             block_size: None,
             read_only: false,
@@ -410,6 +414,7 @@ impl Config {
         config.redo_size = volume.redo_size;
         config.max_lag_s = volume.max_lag_s.unwrap_or(config.max_lag_s);
         config.max_dirty = volume.max_dirty.unwrap_or(config.max_dirty);
+        config.share = args.share.applied_to(config.share);
         config.data_crc = volume.data_crc;
         config.block_size = volume.block_size;
         config.read_only = volume.read_only;
@@ -577,6 +582,7 @@ fn consents_for(
 mod tests {
     use super::super::cli::Cli;
     use super::*;
+    use crate::cache::{IoLimits, Shares};
     use clap::Parser;
 
     fn serve(line: &str) -> Result<Config, ConfigError> {
@@ -617,7 +623,8 @@ mod tests {
              --max-dirty 1GiB --data-crc --block-size 4096 --read-only --serial S9 --discard keep \
              --admission second-miss --sequential-cutoff 1MiB --poll-us 7 --sidecar=false \
              --force-identity --accept-loss=web --on-backing-error read_only --backing-timeout-s 9 \
-             --scrub-mib-s 5 --scrub-interval-h 6 --index-memory-max 64MiB",
+             --scrub-mib-s 5 --scrub-interval-h 6 --index-memory-max 64MiB \
+             --cache-min 1GiB --weight 7 --iops 9 --burst-ms 8",
         )
         .unwrap();
         let cache = CacheConfig {
@@ -645,6 +652,10 @@ mod tests {
             redo_size: Some(32 << 20),
             max_lag_s: 60,
             max_dirty: 1 << 30,
+            share: ShareConfig {
+                shares: Shares { min: 1 << 30, weight: 7, ..Shares::default() },
+                limits: IoLimits { iops: 9, burst_ms: 8, ..IoLimits::default() },
+            },
             data_crc: true,
             block_size: Some(4096),
             read_only: true,

@@ -14,6 +14,7 @@ use super::config::{
     BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Confinement, Consents, ControlConfig,
     DEFAULT_SCRUB_INTERVAL_H, DEFAULT_SCRUB_MIB_S, Endpoint, VolumeConfig,
 };
+use super::share::{self, ShareArgs};
 use super::suggest;
 use super::threads::{self, ThreadArgs, ThreadsConfig};
 use super::value::{self, Name, ValueError};
@@ -247,6 +248,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let redo_size = section.size("redo_size", value::disk_size)?;
     let max_lag_s = section.number("max_lag_s", value::max_lag_s)?;
     let max_dirty = section.size("max_dirty", value::disk_size)?;
+    let share = share(&mut section)?;
     let data_crc = section.flag("data_crc")?;
     let block_size = section.number("block_size", value::block_size)?;
     let read_only = section.flag("read_only")?;
@@ -277,6 +279,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.redo_size = redo_size;
     volume.max_lag_s = max_lag_s.unwrap_or(volume.max_lag_s);
     volume.max_dirty = max_dirty.unwrap_or(volume.max_dirty);
+    volume.share = share.applied_to(volume.share);
     volume.data_crc = data_crc;
     volume.block_size = block_size;
     volume.read_only = read_only;
@@ -289,6 +292,23 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.threads = threads;
     volume.sidecar = sidecar;
     Ok(volume)
+}
+
+/// What a volume may hold of the cache, and ask for.
+fn share(section: &mut Section<'_>) -> Result<ShareArgs, Fault> {
+    Ok(ShareArgs {
+        cache_min: section.size("cache_min", share::size_or_none)?,
+        cache_max: section.size("cache_max", share::size_or_none)?,
+        weight: section.number("weight", share::weight)?,
+        gc_percent: section.number("gc_percent", share::gc_percent)?,
+        iops: section.number("iops", share::iops)?,
+        read_iops: section.number("read_iops", share::iops)?,
+        write_iops: section.number("write_iops", share::iops)?,
+        bytes_per_s: section.size("bytes_per_s", share::size_or_none)?,
+        read_bytes_per_s: section.size("read_bytes_per_s", share::size_or_none)?,
+        write_bytes_per_s: section.size("write_bytes_per_s", share::size_or_none)?,
+        burst_ms: section.number("burst_ms", share::burst_ms)?,
+    })
 }
 
 fn which_cache(
@@ -502,6 +522,17 @@ on_backing_error = "error"
 backing_timeout_s = 0
 admission = "never"
 sequential_cutoff = "0"
+cache_min = "1GiB"
+cache_max = "2GiB"
+weight = 300
+gc_percent = 70
+iops = 1
+read_iops = 2
+write_iops = 3
+bytes_per_s = "4KiB"
+read_bytes_per_s = "8KiB"
+write_bytes_per_s = "12KiB"
+burst_ms = 7
 poll = "fixed"
 poll_us = 0x10
 poll_cpu_percent = 25
@@ -548,6 +579,12 @@ backing = "/dev/vg/db"
         assert_eq!((web.mode, web.order, web.discard), (Mode::Writethrough, Order::Relaxed, Discard::Keep));
         assert_eq!((web.on_backing_error, web.backing_timeout_s), (OnBackingError::Error, 0));
         assert_eq!((web.admission, web.sequential_cutoff), (Admission::Never, 0));
+        let (shares, limits) = (web.share.shares, web.share.limits);
+        assert_eq!((shares.min, shares.max, shares.weight), (1 << 30, 2 << 30, 300));
+        assert_eq!((shares.gc_percent, limits.burst_ms), (Some(70), 7));
+        assert_eq!((limits.iops, limits.read_iops, limits.write_iops), (1, 2, 3));
+        let bytes = [limits.bytes_per_s, limits.read_bytes_per_s, limits.write_bytes_per_s];
+        assert_eq!(bytes, [4096, 8192, 12_288]);
         assert!(web.data_crc && web.read_only);
         assert_eq!((web.block_size, web.serial), (Some(4096), "WEB-1".parse().unwrap()));
         let db = &config.volumes()[1];

@@ -23,24 +23,27 @@ const STATES: [VolumeState; 5] = [
 ];
 
 /// A metric of a volume that is a counter of the engine.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 struct OfEngine {
     name: String,
     help: String,
     is_gauge: bool,
-    scale: u64,
+    scale: f64,
 }
 
 impl OfEngine {
     fn new(field: &str, description: &str) -> Self {
         let is_gauge = is_gauge(field);
-        let (stem, scale) = match field.strip_suffix("_sectors") {
-            Some(stem) => (format!("{stem}_bytes"), 512),
-            None => (field.to_owned(), 1),
+        // Prometheus' base units.
+        let (stem, scale) = match (field.strip_suffix("_sectors"), field.strip_suffix("_us")) {
+            (Some(stem), _) => (format!("{stem}_bytes"), 512.0),
+            (_, Some(stem)) => (format!("{stem}_seconds"), 1e-6),
+            _ => (field.to_owned(), 1.0),
         };
         let end = if is_gauge { "" } else { "_total" };
         let name = format!("pcache_volume_{stem}{end}");
         let help = description.trim_end_matches('.').replace("Sectors", "Bytes").replace("sectors", "bytes");
+        let help = help.replace("microseconds", "seconds");
         Self { name, help, is_gauge, scale }
     }
 }
@@ -99,9 +102,9 @@ fn volumes(page: &mut Page, daemon: &Daemon) {
         let metric = OfEngine::new(field, description);
         page.family(&metric.name, if metric.is_gauge { "gauge" } else { "counter" }, &metric.help);
         for (served, counters) in served.iter().zip(&counted) {
-            let value = counters.fields()[at].1 * metric.scale;
+            let value = counters.fields()[at].1 as f64 * metric.scale;
             let labels = [("cache", cache_of(served)), ("volume", served.config.name.as_str())];
-            page.sample(&metric.name, &labels, value as f64);
+            page.sample(&metric.name, &labels, value);
         }
     }
     page.family("pcache_volume_state", "gauge", "1 for the state the volume is in, 0 for the others");
@@ -214,6 +217,9 @@ mod tests {
         }
         let hits = OfEngine::new("read_hit_sectors", "Sectors read from the cache.");
         assert_eq!(hits.name, "pcache_volume_read_hit_bytes_total");
-        assert_eq!((hits.help.as_str(), hits.scale), ("Bytes read from the cache", 512));
+        assert_eq!((hits.help.as_str(), hits.scale), ("Bytes read from the cache", 512.0));
+        let waits = OfEngine::new("pace_wait_us", "Time that writes waited, in microseconds.");
+        assert_eq!(waits.name, "pcache_volume_pace_wait_seconds_total");
+        assert_eq!((waits.help.as_str(), waits.scale), ("Time that writes waited, in seconds", 1e-6));
     }
 }

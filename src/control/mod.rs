@@ -26,6 +26,7 @@ mod progress;
 pub mod run;
 pub mod sandbox;
 pub mod serve;
+mod share;
 pub mod signals;
 pub mod socket;
 mod suggest;

@@ -46,7 +46,8 @@ use super::socket::{Claimed, same_path};
 use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::{
-    self, AttachOptions, Cache, Env, ReadAhead, ReadPolicy, RecoveryReport, ScrubOptions, SystemClock, Volume,
+    self, AttachError, AttachOptions, Cache, Env, ReadAhead, ReadPolicy, RecoveryReport, ScrubOptions,
+    SystemClock, Volume,
 };
 use crate::pmem::{MappedPmem, MediaClass, Pmem};
 use crate::tools::Host;
@@ -280,8 +281,10 @@ fn open_all(
     let mut volumes = Vec::new();
     for (config, options, is_new) in wanted {
         let on = &caches[config.cache];
-        let volume = on.cache.attach(options).map_err(RunError::attach(&on.config, config))?;
-        set_wishes(config, &volume);
+        let of_attach = |error| RunError::attach(&on.config, config)(error);
+        on.cache.may_share(config.name.as_str(), &config.share.shares).map_err(|e| of_attach(e.into()))?;
+        let volume = on.cache.attach(options).map_err(of_attach)?;
+        set_wishes(config, &volume).map_err(of_attach)?;
         if config.read_only && !volume.is_clean() {
             tracing::info!("volume {} is read-only: its dirty data stays in the cache", config.name);
         }
@@ -400,12 +403,14 @@ fn log_opened(config: &CacheConfig, pmem: &MappedPmem, report: &RecoveryReport) 
     }
 }
 
-/// What is asked of a volume while it runs.
-pub(super) fn set_wishes(config: &VolumeConfig, volume: &Volume<Host>) {
+/// What is asked of a volume while it runs; an error if the cache cannot give it what it is to have.
+pub(super) fn set_wishes(config: &VolumeConfig, volume: &Volume<Host>) -> Result<(), AttachError> {
+    config.share.set(volume)?;
     let timeout_ms = u64::from(config.backing_timeout_s) * 1000;
     volume.set_on_backing_error(on_backing_error(config.on_backing_error), timeout_ms);
     volume.set_max_lag_ms(u64::from(config.max_lag_s) * 1000);
     volume.set_max_dirty(config.max_dirty);
+    Ok(())
 }
 
 /// The volume's redo area: what grouped order needs, and what an earlier start may have left a group in.

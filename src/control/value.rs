@@ -311,6 +311,10 @@ pub fn scrub_interval_h(text: &str) -> Result<u32, ValueError> {
     Ok(whole(text, 0, 8784)? as u32)
 }
 
+/// A whole number from `min` to `max`.
+///
+/// # Errors
+/// Not one of these.
 pub(super) fn whole(text: &str, min: u64, max: u64) -> Result<u64, ValueError> {
     match text.parse::<u64>() {
         Ok(number) if (min..=max).contains(&number) => Ok(number),

@@ -2,7 +2,7 @@
 
 use super::machine::Style;
 use super::rng::Rng;
-use crate::cache::{Mode, Order};
+use crate::cache::{IoLimits, Mode, Order, Shares};
 use crate::onmedia::Geometry;
 use crate::pmem::MediaClass;
 
@@ -52,6 +52,8 @@ pub struct Scenario {
     pub is_device: bool,
     /// Whether the volumes are one consistency group.
     pub is_joint: bool,
+    /// Whether each life's volumes have minimums, maximums, weights and limits.
+    pub has_shares: bool,
 }
 
 impl Scenario {
@@ -105,13 +107,41 @@ impl Scenario {
             resizes: sizes.chance(1, 3),
             is_device: sizes.chance(1, 2),
             is_joint: false,
+            has_shares: false,
         };
         if simple && volumes > 1 && apart.chance(2, 3) {
             scenario.is_joint = true;
             // An epoch must fit, whatever its queues have put into it.
             scenario.redo_sectors = 180 + apart.pick(&[0, 60, 400]);
         }
+        scenario.has_shares = apart.chance(1, 4);
         scenario
+    }
+
+    /// What a volume may hold of the cache in one life. A minimum may be more than there is.
+    pub(super) fn shares(&self, rng: &mut Rng) -> Shares {
+        let segment = u64::from(self.geometry.segment_size);
+        let max = if rng.chance(1, 2) { rng.between(4, 6) * segment } else { 0 };
+        Shares {
+            min: rng.pick(&[0, 0, 1, 2, 3]) * segment,
+            max,
+            weight: rng.pick(&[1, 100, 10_000]),
+            gc_percent: rng.chance(1, 4).then(|| rng.pick(&[0, 30, 70, 90])),
+        }
+    }
+
+    /// What a guest may ask for in one life.
+    pub(super) fn limits(rng: &mut Rng) -> IoLimits {
+        let some = |rng: &mut Rng, n: u64| if rng.chance(1, 3) { rng.between(n, 20 * n) } else { 0 };
+        IoLimits {
+            iops: some(rng, 5),
+            read_iops: some(rng, 5),
+            write_iops: some(rng, 5),
+            bytes_per_s: some(rng, 20_000),
+            read_bytes_per_s: some(rng, 20_000),
+            write_bytes_per_s: some(rng, 20_000),
+            burst_ms: rng.pick(&[1, 100, 5000]),
+        }
     }
 }
 

@@ -113,6 +113,12 @@ stats! {
     disk_retries,
     /// Sectors scrubbed.
     scrubbed,
+    /// Shares that a volume was given for a life.
+    shares_given,
+    /// Shares that were refused because the cache could not keep them.
+    shares_refused,
+    /// Requests that limits held back.
+    held_back,
     /// Audits of what the cache counts against what there is.
     audits,
     /// Requests submitted again to the next daemon.

@@ -150,6 +150,9 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Seat for Running<Q, R> {
     fn look(&mut self) -> Look {
         let stopping = self.stop.is_set();
         let worker = self.worker.as_mut().expect("it is looked at until it has ended");
+        if stopping {
+            worker.queue.hasten();
+        }
         if worker.turn(stopping) {
             worker.idle.worked();
             self.waited = None;
@@ -167,7 +170,7 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Seat for Running<Q, R> {
         }
         worker.queue.park();
         match self.has_kick || worker.broken.is_some() {
-            true => Look::Sleep(None),
+            true => Look::Sleep(worker.queue.due_in()),
             false => Look::Nap,
         }
     }

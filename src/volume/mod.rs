@@ -183,6 +183,14 @@ pub trait DiskQueue<B: Buffer>: Send {
         self.pending() > 0
     }
 
+    /// In how long `poll` will have something to do because of the time alone: the thread sleeps no longer.
+    fn due_in(&self) -> Option<std::time::Duration> {
+        None
+    }
+
+    /// The queue is to stop: what is held back on purpose goes on at once.
+    fn hasten(&mut self) {}
+
     /// Says that the thread is about to sleep and holds nothing.
     fn park(&mut self);
 

@@ -8,7 +8,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{failing, growth, pairs, rest, rings, sizes, starts, stories};
+use super::{failing, growth, pairs, rest, rings, shares, sizes, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -70,6 +70,9 @@ impl Instrument {
             M::ScrubDropsDirty => ("story of dirty rot", Story(failing::damage_to_dirty_data)),
             M::HealedBeforeDurable => ("story of a healing", Story(failing::a_healing_that_does_not_last)),
             M::ScrubUnpaced => ("story of haste", Story(failing::a_scrub_in_haste)),
+            M::MinimumIgnored => ("story of a minimum", Story(shares::a_minimum)),
+            M::MaximumIgnored => ("story of a maximum", Story(shares::a_maximum)),
+            M::WeightsIgnored => ("story of equal weights", Story(shares::equal_weights)),
             M::RefusedRecordPublished => {
                 ("story of a refusal", Story(stories::a_record_that_the_media_refuses))
             }

@@ -3,6 +3,7 @@
 use super::super::core::OpenError;
 use super::super::mismatch::Mismatch;
 use super::super::redo::RedoError;
+use super::super::shares::ShareError;
 use super::super::worker::DrainError;
 use crate::onmedia::Order;
 use crate::pmem::{MediaClass, MediaError};
@@ -135,6 +136,9 @@ pub enum AttachError {
         /// Segments needed.
         needed: usize,
     },
+    /// The cache cannot keep what the volume is to be promised.
+    #[error(transparent)]
+    Shares(#[from] ShareError),
     /// The cache no longer accepts writes.
     #[error(
         "making the cache durable has failed before: it accepts no writes; `drain` brings what is left to the \

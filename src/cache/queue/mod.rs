@@ -16,15 +16,18 @@ mod io;
 mod parked;
 mod read;
 mod sequential;
+mod throttle;
 mod write;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use self::fill::Fill;
 use self::io::Io;
 pub(crate) use self::read::{HitError, Reader};
 use self::sequential::Sequential;
+use self::throttle::{Throttle, Wait};
 use self::write::{Gathered, Scratch};
 use super::counters::add;
 use super::env::{Clock, Env};
@@ -109,6 +112,9 @@ pub struct Queue<E: Env, B: Buffer> {
     pub(crate) found: Vec<Extent>,
     pub(crate) gaps: Vec<SectorRange>,
     sequential: Sequential,
+    throttle: Throttle,
+    /// What its writes wait for, and since when in clock µs.
+    waits_for: Option<(Wait, u64)>,
     done: Vec<Done<B>>,
     inside: bool,
     /// Requests until the next that is timed.
@@ -139,6 +145,8 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             found: Vec::new(),
             gaps: Vec::new(),
             sequential: Sequential::default(),
+            throttle: Throttle::default(),
+            waits_for: None,
             done: Vec::new(),
             inside: false,
             until_sample: 1,
@@ -231,6 +239,19 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             .then(|| SectorRange::new(request.sector, sectors))
     }
 
+    /// Begins a request that names sectors it may; `is_through` if the guest had no write cache when it
+    /// was submitted.
+    fn start(&mut self, slot: u32, range: SectorRange, kind: RequestKind, is_through: bool) {
+        if kind == RequestKind::Read {
+            self.enter();
+            return self.start_read(slot, range);
+        }
+        if self.volume.config.read_only || self.volume.turns_away(self.index) {
+            return self.complete(slot, Status::IoError);
+        }
+        self.gather_write(slot, range, kind, is_through);
+    }
+
     fn submit_flush(&mut self, slot: u32) {
         add(&self.shared().tally.flushes, 1);
         self.flushes.push(slot);
@@ -305,14 +326,10 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
                 return self.complete(slot, if empty { Status::Ok } else { Status::IoError });
             }
         };
-        if kind == RequestKind::Read {
-            self.enter();
-            return self.start_read(slot, range);
+        if !self.holds_back_request(slot, range, kind) {
+            let is_through = !self.volume.has_write_cache();
+            self.start(slot, range, kind, is_through);
         }
-        if self.volume.config.read_only || self.volume.turns_away(self.index) {
-            return self.complete(slot, Status::IoError);
-        }
-        self.gather_write(slot, range, kind);
     }
 
     fn commit(&mut self) {
@@ -336,7 +353,8 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         self.reap();
         self.hear_alarm();
         self.poll_sync();
-        if !self.gather.is_empty() || !self.fills.is_empty() || self.bypass.is_blocked() {
+        if self.start_held() || !self.gather.is_empty() || !self.fills.is_empty() || self.bypass.is_blocked()
+        {
             self.commit();
         }
         self.io.kick();
@@ -349,6 +367,14 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
 
     fn is_busy(&self) -> bool {
         self.pending() > 0 || self.io.has_late()
+    }
+
+    fn due_in(&self) -> Option<Duration> {
+        self.held_due_in()
+    }
+
+    fn hasten(&mut self) {
+        self.end_throttle();
     }
 
     fn park(&mut self) {

@@ -18,6 +18,7 @@ use super::super::segments::Class;
 use super::super::stream::{Open, Stamp, Stream};
 use super::super::stripes::lock;
 use super::super::volume::{Cursor, Volume};
+use super::throttle::Wait;
 use super::{Queue, Slots, Then};
 use crate::mutant::{Mutant, if_mutated, mutated};
 use crate::onmedia::{Key, KeyKind};
@@ -85,7 +86,13 @@ fn piece(range: SectorRange, done: u64, longest: u64) -> SectorRange {
 }
 
 impl<E: Env, B: Buffer> Queue<E, B> {
-    pub(super) fn gather_write(&mut self, slot: u32, range: SectorRange, kind: RequestKind) {
+    pub(super) fn gather_write(
+        &mut self,
+        slot: u32,
+        range: SectorRange,
+        kind: RequestKind,
+        is_through: bool,
+    ) {
         let tally = &self.shared().tally;
         let kind = match kind {
             RequestKind::Write => {
@@ -112,11 +119,11 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
         let since_ns = self.slots.get(slot).since_ns;
         self.has_sample_gathered |= since_ns != 0;
-        self.gather.push_back(Gathered::new(slot, range, kind, !self.volume.has_write_cache(), since_ns));
+        self.gather.push_back(Gathered::new(slot, range, kind, is_through, since_ns));
     }
 
     pub(super) fn commit_writes(&mut self) {
-        let mut committed = false;
+        let (mut committed, mut wait) = (false, None);
         while !self.gather.is_empty() {
             if self.volume.cache.syncer.has_failed() || self.volume.core.damaged.load(Ordering::Relaxed) {
                 self.fail_gathered();
@@ -143,19 +150,23 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                     if self.volume.core.is_out_of_room() && self.volume.gives_up_on_space() {
                         self.fail_gathered();
                     }
+                    wait = Some(Wait::Pace);
                     break;
                 }
                 Attempt::NoSpace if self.wait_for_space() => {}
                 Attempt::NoSpace => {
                     let is_exhausted = self.volume.cache.is_exhausted.load(Ordering::SeqCst);
-                    if is_exhausted && self.volume.gives_up_on_space() {
+                    if (is_exhausted || self.volume.core.share.is_stuck()) && self.volume.gives_up_on_space()
+                    {
                         self.fail_gathered();
                     }
+                    wait = Some(Wait::Space);
                     break;
                 }
             }
             self.complete_committed();
         }
+        self.note_wait(wait.filter(|_| !self.gather.is_empty()));
         if committed {
             self.volume.note_dirty();
         }
@@ -225,7 +236,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
         self.volume.core.writeback.raise();
         self.volume.cache.housekeeper.raise();
-        self.volume.cache.free_segments() > 0
+        self.volume.cache.may_open(&self.volume.core)
     }
 }
 
@@ -245,7 +256,7 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
     let cache = &volume.cache;
     if stream.open.is_none() {
         let number = Class::Written.stream(q);
-        let Some(open) = cache.open_segment(volume.core.incarnation, number, for_fill) else { return false };
+        let Some(open) = cache.open_segment(&volume.core, number, for_fill) else { return false };
         let cursor = Cursor::Log(open.log_low);
         lock(&volume.core.dirty).drained.insert(open.id, cursor);
         stream.open = Some(open);
@@ -259,7 +270,7 @@ pub(super) fn ensure_open<E: Env>(volume: &Volume<E>, q: u16, stream: &mut Strea
 pub(super) fn is_open_for_fills<E: Env>(volume: &Volume<E>, class: Class, stream: &mut Stream) -> bool {
     let cache = &volume.cache;
     if stream.open.is_none() {
-        stream.open = cache.open_segment(volume.core.incarnation, class.stream(0), true);
+        stream.open = cache.open_segment(&volume.core, class.stream(0), true);
     }
     make_ready(cache, stream);
     stream.open.is_some()

@@ -28,7 +28,7 @@ fn word_after_crash(bench: &Bench, id: u32) -> u64 {
 fn whoever_has_written_the_liveness_words_may_rely_on_all_marks_made_before() {
     weave(40, || {
         let bench = Arc::new(Bench::new(MediaClass::AssumeDax, write_back(Order::Strict), SCARCE, 2, 64));
-        let open = bench.cache.open_segment(bench.volume.core.incarnation, 0, false).unwrap();
+        let open = bench.cache.open_segment(&bench.volume.core, 0, false).unwrap();
         let (id, generation) = (open.id, open.generation);
         let threads: Vec<_> = (0..3)
             .map(|me| {

@@ -239,7 +239,11 @@ impl<E: Env> Housekeeper<E> {
 
     /// Takes victims if free segments run low.
     fn choose(&mut self) -> Progress {
-        let (free, target) = (self.cache.free_segments(), self.cache.free_target());
+        self.cache.wake_refused();
+        if self.choose_own() {
+            return Progress::Did;
+        }
+        let (free, target) = (self.cache.unpromised(), self.cache.free_target());
         // Below the bound on the index a part of the cache stays empty.
         let over = if self.cache.look_at_index() { (self.cache.segments.len() / 32).max(1) } else { 0 };
         let wanted = target.saturating_sub(free).max(over);
@@ -249,7 +253,7 @@ impl<E: Env> Housekeeper<E> {
         if self.relocates {
             self.relocator.fill_reserve();
         }
-        let victims = self.pick(wanted.min(BATCH));
+        let victims = self.pick(wanted.min(BATCH), None);
         if !victims.is_empty() {
             self.cache.is_exhausted.store(false, Ordering::SeqCst);
             self.stage = Stage::Emptying(victims.into(), Vec::new());
@@ -258,8 +262,8 @@ impl<E: Env> Housekeeper<E> {
         for volume in self.cache.all_volumes() {
             volume.writeback.raise();
         }
-        let has_moved = self.relocates && self.move_pinned();
-        if has_moved || free == 0 && self.close_idle_streams() {
+        let has_moved = self.relocates && self.move_pinned(None);
+        if has_moved || free == 0 && self.close_idle_streams(None) {
             return Progress::Did;
         }
         if free == 0 && self.sealing.is_none() && !self.cache.is_exhausted.swap(true, Ordering::SeqCst) {
@@ -267,6 +271,38 @@ impl<E: Env> Housekeeper<E> {
             self.cache.all_volumes().iter().for_each(|v| v.wake_waiting());
         }
         Progress::Idle
+    }
+
+    /// Takes victims of a volume that holds, or is about to hold, all that it may by its own `max` or
+    /// `gc_percent`: nobody else gives anything for it. Says whether there was anything to do.
+    fn choose_own(&mut self) -> bool {
+        for volume in self.cache.all_volumes() {
+            let excess = self.cache.excess_of(&volume);
+            if excess == 0 {
+                continue;
+            }
+            if self.relocates {
+                self.relocator.fill_reserve();
+            }
+            let victims = self.pick(excess.min(BATCH), Some(volume.incarnation));
+            if !victims.is_empty() {
+                volume.share.note_stuck(false);
+                self.stage = Stage::Emptying(victims.into(), Vec::new());
+                return true;
+            }
+            if !volume.share.waits() {
+                continue;
+            }
+            volume.writeback.raise();
+            let has_moved = self.relocates && self.move_pinned(Some(&volume));
+            if has_moved || self.close_idle_streams(Some(&volume)) {
+                return true;
+            }
+            if self.sealing.is_none() && volume.share.note_stuck(true) {
+                volume.wake_waiting();
+            }
+        }
+        false
     }
 
     /// Takes out of one victim what is worth keeping, and the rest out of the index.
@@ -309,7 +345,11 @@ impl<E: Env> Housekeeper<E> {
     fn put_back(&self, victims: Vec<u32>) {
         let mut sealed = lock(&self.cache.sealed);
         for id in victims.into_iter().rev() {
-            self.cache.segments[id as usize].set_state(State::Sealed);
+            let segment = &self.cache.segments[id as usize];
+            segment.set_state(State::Sealed);
+            if let Some(volume) = self.cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
+                volume.share.hold();
+            }
             sealed.push_front(id);
         }
     }
@@ -403,11 +443,12 @@ impl<E: Env> Housekeeper<E> {
         Progress::Did
     }
 
-    /// Ends the segments of streams that nobody appends to right now, so that write-back and
-    /// reclaim can have them. Says whether there were any.
-    fn close_idle_streams(&self) -> bool {
+    /// Ends the segments of streams that nobody appends to right now, of one volume or all, so that
+    /// write-back and reclaim can have them. Says whether there were any.
+    fn close_idle_streams(&self, of: Option<&Arc<VolumeCore>>) -> bool {
         let mut closed = false;
-        for volume in self.cache.all_volumes() {
+        let is_meant = |v: &Arc<VolumeCore>| of.is_none_or(|of| Arc::ptr_eq(of, v));
+        for volume in self.cache.all_volumes().into_iter().filter(is_meant) {
             let of_fills = volume.fill_streams.get().into_iter().flatten();
             let streams = volume.streams.iter().map(|s| (s, true)).chain(of_fills.map(|s| (s, false)));
             for (stream, is_waited_for) in streams {

@@ -129,18 +129,19 @@ impl<E: Env> Relocator<E> {
             self.close();
         }
         if self.wants_reserve() {
-            self.reserve = self.cache.take_free(true);
+            self.reserve = self.cache.take_free(true, None);
             if let Some(id) = self.reserve {
-                self.cache.segments[id as usize].set_state(State::Target);
+                self.withhold(id);
             }
         }
     }
 
-    /// Keeps a segment that has just been freed back from the free list, if there is need of one.
+    /// Keeps a segment that has just been freed back from the free list, if there is need of one and no
+    /// volume was reclaimed from to get one itself.
     pub fn take_reserve(&mut self, id: u32) -> bool {
-        let is_wanted = self.wants_reserve();
+        let is_wanted = self.wants_reserve() && self.cache.is_kept();
         if is_wanted {
-            self.cache.segments[id as usize].set_state(State::Target);
+            self.withhold(id);
             self.reserve = Some(id);
         }
         is_wanted
@@ -157,6 +158,12 @@ impl<E: Env> Relocator<E> {
         }
     }
 
+    fn withhold(&self, id: u32) {
+        let segment = &self.cache.segments[id as usize];
+        segment.owner.store(0, Ordering::Relaxed);
+        segment.set_state(State::Target);
+    }
+
     /// Whether the target is this volume's.
     pub fn is_aimed_at(&self, volume: &Arc<VolumeCore>) -> bool {
         self.target.as_ref().is_some_and(|t| Arc::ptr_eq(&t.volume, volume))
@@ -164,7 +171,7 @@ impl<E: Env> Relocator<E> {
 
     /// Whether there is somewhere to put dirty data of this volume.
     pub fn has_room_for(&self, volume: &Arc<VolumeCore>) -> bool {
-        self.reserve.is_some() || self.is_aimed_at(volume)
+        self.is_aimed_at(volume) || self.reserve.is_some() && self.cache.may_relocate(volume)
     }
 
     /// Copies what a clean segment has that guests have read so often, up to so many sectors. What does
@@ -286,8 +293,12 @@ impl<E: Env> Relocator<E> {
         }
         if self.target.is_none() {
             self.fill_reserve();
+            if !self.cache.may_relocate(volume) {
+                return Err(Stop::NoRoom);
+            }
             let id = self.reserve.take().ok_or(Stop::NoRoom)?;
             let open = self.cache.open_taken(id, volume.incarnation, STREAM).ok_or(Stop::NoRoom)?;
+            volume.share.hold();
             let stream = Stream { open: Some(open) };
             self.cache.segments[id as usize].set_state(State::Target);
             self.target = Some(Target { volume: volume.clone(), stream, refused: 0 });

@@ -4,15 +4,16 @@
 //! [`Class`]: what guests write; what they read, on *probation*; and what is *proven*, because it was
 //! missed soon after it had been evicted, or was kept by reclaim. In order of preference, a victim is
 //!
-//! 1. an empty one, wherever it is;
-//! 2. of each volume one that was written and one that was read, whichever is worth less: live sectors
-//!    times what the volume has learnt such data of that age is worth ([`Reuse`]).
+//! 1. an empty one, wherever it is, unless a volume lacks it to its minimum;
+//! 2. of each volume whose turn it is to give (`shares.rs`) one that was written and one that was read,
+//!    whichever is worth less: live sectors times what the volume has learnt such data of that age is
+//!    worth ([`Reuse`]).
 //!    - Written: the one worth least among the oldest, every fourth time the oldest.
 //!    - Read: while those on probation have more than their share, the oldest of them. So a scan passes
 //!      through that share and leaves the rest alone. Otherwise the oldest of the proven.
 //! 3. If most of it is hot it is spared instead: it goes to the young end of the list, cooler by one
-//!    read, and is proven from now on. That keeps it without copying. If all would be spared, the
-//!    oldest of them are taken.
+//!    read, and is proven from now on. That keeps it without copying. If all of a volume's would be
+//!    spared, the oldest of them are taken: no other gives instead.
 //!
 //! Of a victim what is hot enough is relocated, within a budget: copies of clean data are at most a
 //! tenth of the bytes that guests' writes and fills bring into the log. With much of the budget left
@@ -24,10 +25,12 @@
 //! [`Reuse`]: super::super::reuse::Reuse
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::super::env::Env;
 use super::super::segments::{Class, State};
 use super::super::stripes::lock;
+use super::super::volume::VolumeCore;
 use super::housekeeper::Housekeeper;
 use crate::mutant::{Mutant, mutated};
 use crate::sync::atomic::Ordering;
@@ -52,6 +55,12 @@ const SAVED_MAX: u64 = 4;
 #[derive(Default)]
 struct Clean {
     of: [Vec<u32>; Class::COUNT],
+}
+
+impl Clean {
+    fn count(&self) -> usize {
+        self.of.iter().map(Vec::len).sum()
+    }
 }
 
 /// What may be copied.
@@ -90,32 +99,57 @@ impl Budget {
 }
 
 impl<E: Env> Housekeeper<E> {
-    /// Takes up to `count` clean segments off the list.
-    pub(super) fn pick(&mut self, count: usize) -> Vec<u32> {
+    /// Takes up to `count` clean segments off the list, of one volume for itself or of those whose turn
+    /// it is to give (`shares.rs`).
+    pub(super) fn pick(&mut self, count: usize, own: Option<u64>) -> Vec<u32> {
         let cache = self.cache.clone();
         let now = cache.opened.load(Ordering::Relaxed);
         for volume in cache.all_volumes() {
             volume.reuse.solve(now);
         }
         self.update_budget();
+        let mut ledger = cache.ledger();
         let mut sealed = lock(&cache.sealed);
         let mut victims = Vec::new();
         let mut clean: BTreeMap<u64, Clean> = BTreeMap::new();
-        let mut clean_count = 0usize;
-        for &id in sealed.iter().filter(|&&id| self.is_clean(id)) {
-            let segment = &cache.segments[id as usize];
-            clean_count += 1;
-            if segment.live.load(Ordering::Relaxed) == 0 && victims.len() < count {
+        let owner_of = |id: u32| cache.segments[id as usize].owner.load(Ordering::Relaxed);
+        let is_meant = |id: u32| own.is_none_or(|own| own == owner_of(id));
+        for &id in sealed.iter().filter(|&&id| is_meant(id) && self.is_clean(id)) {
+            let (segment, owner) = (&cache.segments[id as usize], owner_of(id));
+            let is_empty = segment.live.load(Ordering::Relaxed) == 0;
+            if is_empty && victims.len() < count && (own.is_some() || ledger.gives_empty(owner)) {
+                ledger.take(owner);
                 victims.push(id);
                 continue;
             }
-            let volume = clean.entry(segment.owner.load(Ordering::Relaxed)).or_default();
-            volume.of[usize::from(segment.class().code())].push(id);
+            clean.entry(owner).or_default().of[usize::from(segment.class().code())].push(id);
         }
+        let can_give = |(&owner, clean): (&u64, &Clean)| ledger.can_give(owner, clean.count());
+        let clean_count: usize = clean.iter().map(can_give).sum::<usize>() + victims.len();
         let mut spared = Vec::new();
         while victims.len() < count && spared.len() < LOOK_AHEAD {
-            let Some(id) = self.choose_victim(&mut clean, now) else { break };
-            if self.relocates && self.is_hot(id) { spared.push(id) } else { victims.push(id) }
+            let owners: Vec<u64> =
+                clean.iter().filter(|(_, c)| c.count() > 0).map(|(&owner, _)| owner).collect();
+            let (donors, for_itself) = match own {
+                Some(own) => (vec![own], true),
+                None => ledger.donors(&owners),
+            };
+            let Some(id) = self.choose_victim(&mut clean, &donors, now) else { break };
+            let owner = owner_of(id);
+            if for_itself && own.is_none() {
+                // One for each that it was refused.
+                cache.volume_of(owner).iter().for_each(|v| v.share.is_served());
+            }
+            if !self.relocates || !self.is_hot(id) {
+                ledger.take(owner);
+                victims.push(id);
+                continue;
+            }
+            spared.push(id);
+            if clean.get(&owner).is_none_or(|left| left.count() == 0) {
+                // No other volume gives instead of one that would keep all it has.
+                break;
+            }
         }
         for &id in &spared {
             cache.segments[id as usize].cool();
@@ -124,7 +158,9 @@ impl<E: Env> Housekeeper<E> {
         if victims.is_empty() {
             victims = spared.drain(..spared.len().min(count)).collect();
         }
-        cache.clean_count.store(clean_count.saturating_sub(victims.len()), Ordering::Relaxed);
+        if own.is_none() {
+            cache.clean_count.store(clean_count.saturating_sub(victims.len()), Ordering::Relaxed);
+        }
         sealed.retain(|id| !victims.contains(id) && !spared.contains(id));
         sealed.extend(&spared);
         drop(sealed);
@@ -148,6 +184,7 @@ impl<E: Env> Housekeeper<E> {
         let cache = &self.cache;
         let segment = &cache.segments[id as usize];
         segment.set_state(State::Reclaiming);
+        cache.count_given(id);
         if let Some(volume) = cache.volume_of(segment.owner.load(Ordering::Relaxed)) {
             // Nothing dirty is left in it, so write-back has no business there any more.
             let mut dirty = lock(&volume.dirty);
@@ -156,11 +193,11 @@ impl<E: Env> Housekeeper<E> {
         }
     }
 
-    /// Takes the candidate that is worth least off the lists.
-    fn choose_victim(&mut self, clean: &mut BTreeMap<u64, Clean>, now: u64) -> Option<u32> {
+    /// Takes the candidate of these volumes that is worth least off the lists.
+    fn choose_victim(&mut self, clean: &mut BTreeMap<u64, Clean>, donors: &[u64], now: u64) -> Option<u32> {
         self.turn += 1;
         let mut least: Option<(f64, u32)> = None;
-        for volume in clean.values() {
+        for volume in donors.iter().filter_map(|donor| clean.get(donor)) {
             let [written, probation, proven] = &volume.of;
             let reads = probation.len() + proven.len();
             let is_over = probation.len() * PROBATION_SHARE > reads || proven.is_empty();
@@ -246,15 +283,16 @@ impl<E: Env> Housekeeper<E> {
         }
     }
 
-    /// Moves the dirty data of the emptiest dirty segment elsewhere, if that is less than half of it.
-    /// Says whether the segment is clean now.
-    pub(super) fn move_pinned(&mut self) -> bool {
+    /// Moves the dirty data of the emptiest dirty segment, of one volume or any, elsewhere, if that is less
+    /// than half of it. Says whether the segment is clean now.
+    pub(super) fn move_pinned(&mut self, of: Option<&Arc<VolumeCore>>) -> bool {
         let cache = &self.cache;
         let candidate = |&id: &u32| {
             let segment = &cache.segments[id as usize];
             let live = segment.live.load(Ordering::Relaxed);
             let volume = cache.volume_of(segment.owner.load(Ordering::Relaxed))?;
-            let is_worth_it = live <= cache.capacity_sectors() / 2
+            let is_worth_it = of.is_none_or(|of| Arc::ptr_eq(of, &volume))
+                && live <= cache.capacity_sectors() / 2
                 && !self.is_clean(id)
                 && !volume.damaged.load(Ordering::Relaxed)
                 && self.relocator.has_room_for(&volume)

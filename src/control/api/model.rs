@@ -178,6 +178,40 @@ pub struct VolumeSettings {
     pub on_backing_error: String,
     /// Seconds after which a disk that does not answer has failed; 0 for never.
     pub backing_timeout_s: u64,
+    /// What it may hold of the cache, and ask for.
+    pub share: ShareSettings,
+}
+
+/// What a volume may hold of its cache, and ask for.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct ShareSettings {
+    /// Cache space that other volumes never push it below; 0 for none.
+    pub cache_min_bytes: u64,
+    /// Most cache space; 0 for no bound.
+    pub cache_max_bytes: u64,
+    /// Its part of cache space that all volumes want, relative to the others' weights.
+    pub weight: u32,
+    /// Share of its most from which on it makes space although nobody needs it; 100 for none.
+    pub gc_percent: u8,
+    /// Cache space it holds now, in whole segments.
+    pub held_bytes: u64,
+    /// Cache space it is entitled to when all volumes want what they may have.
+    pub share_bytes: u64,
+    /// Most requests a second; 0 for no limit, here and below.
+    pub iops: u64,
+    /// Most reads a second.
+    pub read_iops: u64,
+    /// Most writes and discards a second.
+    pub write_iops: u64,
+    /// Most bytes a second.
+    pub bytes_per_s: u64,
+    /// Most bytes read a second.
+    pub read_bytes_per_s: u64,
+    /// Most bytes written a second.
+    pub write_bytes_per_s: u64,
+    /// For how long what the limits leave unused may be saved up.
+    pub burst_ms: u32,
 }
 
 /// What `dmsetup status` says of a dm-pcache target. Where that has one log, this cache has one per
@@ -370,6 +404,41 @@ pub struct AttachRequest {
     /// Seconds after which a disk that does not answer has failed; 0 for never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing_timeout_s: Option<u32>,
+    /// Cache space that other volumes never push it below, like `4GiB`; `0` for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_min: Option<String>,
+    /// Most cache space, like `16GiB`; `0` for no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_max: Option<String>,
+    /// Its part of cache space that all volumes want, relative to the others' weights: 1 to 10000, 100
+    /// without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+    /// Share of `cache_max`, or of the cache, from which on it makes space although nobody needs it: 0 to
+    /// 90, 100 for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gc_percent: Option<u8>,
+    /// Most requests a second; 0 for no limit, here and below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Most reads a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_iops: Option<u64>,
+    /// Most writes and discards a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_iops: Option<u64>,
+    /// Most bytes a second, like `200MiB`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_s: Option<String>,
+    /// Most bytes read a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_bytes_per_s: Option<String>,
+    /// Most bytes written a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_bytes_per_s: Option<String>,
+    /// For how long what these limits leave unused may be saved up: 1 to 60000, 100 without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst_ms: Option<u32>,
     /// Whether a file beside the disk tells a restored or exchanged one; without it, as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sidecar: Option<bool>,
@@ -413,6 +482,40 @@ pub struct SetRequest {
     /// Seconds after which a disk that does not answer has failed; 0 for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing_timeout_s: Option<u32>,
+    /// Cache space that other volumes never push it below, like `4GiB`; `0` for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_min: Option<String>,
+    /// Most cache space, like `16GiB`; `0` for no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_max: Option<String>,
+    /// Its part of cache space that all volumes want, relative to the others' weights: 1 to 10000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+    /// Share of `cache_max`, or of the cache, from which on it makes space although nobody needs it: 0 to
+    /// 90, 100 for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gc_percent: Option<u8>,
+    /// Most requests a second; 0 for no limit, here and below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Most reads a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_iops: Option<u64>,
+    /// Most writes and discards a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_iops: Option<u64>,
+    /// Most bytes a second, like `200MiB`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_s: Option<String>,
+    /// Most bytes read a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_bytes_per_s: Option<String>,
+    /// Most bytes written a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_bytes_per_s: Option<String>,
+    /// For how long what these limits leave unused may be saved up: 1 to 60000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst_ms: Option<u32>,
 }
 
 /// The size that a volume is to have.

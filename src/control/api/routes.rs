@@ -13,6 +13,7 @@ use crate::control::config::{CacheConfig, VolumeConfig};
 use crate::control::daemon::{Change, Daemon, DaemonError, Dirty, HOLD_DEFAULT_S, HOLD_MAX_S};
 use crate::control::file;
 use crate::control::metrics;
+use crate::control::share::{self, ShareArgs};
 use crate::control::value;
 
 /// What is answered.
@@ -342,7 +343,9 @@ fn change(request: &SetRequest) -> Result<Change, Refused> {
         let parsed = given.map(|text| parse(&text)).transpose();
         parsed.map_err(|why| bad(&format!("`{key}`: {why}")))
     }
-    let number = |given: Option<u32>| given.map(|number| number.to_string());
+    fn number<T: ToString>(given: Option<T>) -> Option<String> {
+        given.map(|number| number.to_string())
+    }
     let change = Change {
         mode: read("mode", request.mode.clone(), value::choice)?,
         order: read("order", request.order.clone(), value::choice)?,
@@ -350,6 +353,27 @@ fn change(request: &SetRequest) -> Result<Change, Refused> {
         max_dirty: read("max_dirty", request.max_dirty.clone(), value::max_dirty_or_none)?,
         on_backing_error: read("on_backing_error", request.on_backing_error.clone(), value::choice)?,
         backing_timeout_s: read("backing_timeout_s", number(request.backing_timeout_s), value::timeout_s)?,
+        share: ShareArgs {
+            cache_min: read("cache_min", request.cache_min.clone(), share::size_or_none)?,
+            cache_max: read("cache_max", request.cache_max.clone(), share::size_or_none)?,
+            weight: read("weight", number(request.weight), share::weight)?,
+            gc_percent: read("gc_percent", number(request.gc_percent), share::gc_percent)?,
+            iops: read("iops", number(request.iops), share::iops)?,
+            read_iops: read("read_iops", number(request.read_iops), share::iops)?,
+            write_iops: read("write_iops", number(request.write_iops), share::iops)?,
+            bytes_per_s: read("bytes_per_s", request.bytes_per_s.clone(), share::size_or_none)?,
+            read_bytes_per_s: read(
+                "read_bytes_per_s",
+                request.read_bytes_per_s.clone(),
+                share::size_or_none,
+            )?,
+            write_bytes_per_s: read(
+                "write_bytes_per_s",
+                request.write_bytes_per_s.clone(),
+                share::size_or_none,
+            )?,
+            burst_ms: read("burst_ms", number(request.burst_ms), share::burst_ms)?,
+        },
     };
     match change == Change::default() {
         true => Err(bad("the body says nothing to change")),
@@ -458,6 +482,17 @@ fn whole_request() -> AttachRequest {
         max_dirty: Some("1GiB".into()),
         on_backing_error: Some("read_only".into()),
         backing_timeout_s: Some(9),
+        cache_min: Some("1GiB".into()),
+        cache_max: Some("2GiB".into()),
+        weight: Some(300),
+        gc_percent: Some(70),
+        iops: Some(1),
+        read_iops: Some(2),
+        write_iops: Some(3),
+        bytes_per_s: Some("4KiB".into()),
+        read_bytes_per_s: Some("8KiB".into()),
+        write_bytes_per_s: Some("0".into()),
+        burst_ms: Some(7),
         sidecar: Some(false),
         admission: Some("second-miss".into()),
         sequential_cutoff: Some("0".into()),
@@ -503,6 +538,12 @@ mod tests {
         assert_eq!((config.max_lag_s, config.max_dirty), (60, 1 << 30));
         assert_eq!((config.on_backing_error, config.backing_timeout_s), (OnBackingError::ReadOnly, 9));
         assert_eq!((config.sidecar, config.admission), (Some(false), Admission::SecondMiss));
+        let (shares, limits) = (config.share.shares, config.share.limits);
+        assert_eq!((shares.min, shares.max, shares.weight), (1 << 30, 2 << 30, 300));
+        assert_eq!((shares.gc_percent, limits.burst_ms), (Some(70), 7));
+        assert_eq!((limits.iops, limits.read_iops, limits.write_iops), (1, 2, 3));
+        let bytes = [limits.bytes_per_s, limits.read_bytes_per_s, limits.write_bytes_per_s];
+        assert_eq!(bytes, [4096, 8192, 0]);
         assert_eq!(config.sequential_cutoff, 0);
         let threads = config.threads.rows().map(|(_, value)| value);
         assert_eq!(threads, ["off", "7", "8", "2", "blue", "0-1"]);
@@ -536,6 +577,9 @@ mod tests {
         let all = serde_json::json!({
             "mode": "writethrough", "order": "grouped", "max_lag_s": 0, "max_dirty": "0",
             "on_backing_error": "read_only", "backing_timeout_s": 7,
+            "cache_min": "0", "cache_max": "1GiB", "weight": 7, "gc_percent": 100, "iops": 8,
+            "read_iops": 9, "write_iops": 0, "bytes_per_s": "1MiB", "read_bytes_per_s": "2MiB",
+            "write_bytes_per_s": "3MiB", "burst_ms": 10,
         });
         let expected = Change {
             mode: Some(Mode::Writethrough),
@@ -544,6 +588,19 @@ mod tests {
             max_dirty: Some(0),
             on_backing_error: Some(OnBackingError::ReadOnly),
             backing_timeout_s: Some(7),
+            share: ShareArgs {
+                cache_min: Some(0),
+                cache_max: Some(1 << 30),
+                weight: Some(7),
+                gc_percent: Some(100),
+                iops: Some(8),
+                read_iops: Some(9),
+                write_iops: Some(0),
+                bytes_per_s: Some(1 << 20),
+                read_bytes_per_s: Some(2 << 20),
+                write_bytes_per_s: Some(3 << 20),
+                burst_ms: Some(10),
+            },
         };
         assert_eq!(read(all), Ok(expected));
         let rows = [
@@ -555,6 +612,8 @@ mod tests {
             ),
             (serde_json::json!({"max_lag_s": 86_401}), "`max_lag_s`: `86401` is not"),
             (serde_json::json!({"max_dirty": "5"}), "`max_dirty`: `5` is not a"),
+            (serde_json::json!({"gc_percent": 91}), "`gc_percent`: `91` is not a whole number from 0 to 90"),
+            (serde_json::json!({"cache_max": "1GB"}), "`cache_max`: `1GB` has a decimal unit"),
             (serde_json::json!({"on_backing_error": "panic"}), "`on_backing_error`: `panic` is none of"),
         ];
         for (json, words) in rows {

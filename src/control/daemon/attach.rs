@@ -194,8 +194,14 @@ impl Daemon {
         let redo = open_redo(&config, &disk.disk, None, &mut created)?;
         let options = attach_options(&cache.config, &config, disk.disk, redo);
         cache::would_attach(&cache.pmem, &options).map_err(RunError::attach(&cache.config, &config))?;
-        let volume = cache.cache.attach(options).map_err(RunError::attach(&cache.config, &config))?;
-        set_wishes(&config, &volume);
+        let of_attach = |error| RunError::attach(&cache.config, &config)(error);
+        let shares = config.share.shares;
+        cache.cache.may_share(&name, &shares).map_err(|error| of_attach(error.into()))?;
+        let volume = cache.cache.attach(options).map_err(of_attach)?;
+        if let Err(error) = set_wishes(&config, &volume) {
+            release(cache, &volume);
+            return Err(of_attach(error).into());
+        }
         // From here on what was made is the volume's: it would be missed.
         created.keep();
         let served = match self.enter(config, Arc::clone(&volume), disk.is_new) {

@@ -39,7 +39,7 @@ use super::signals::Servers;
 use super::threads::ThreadGroups;
 use super::value::Name;
 use crate::cache::worker::{OrderError, Workers};
-use crate::cache::{Cache, Volume};
+use crate::cache::{Cache, ShareError, Volume};
 use crate::pmem::MappedPmem;
 use crate::tools::Host;
 
@@ -153,6 +153,9 @@ pub enum DaemonError {
     /// An order that it cannot have.
     #[error(transparent)]
     Order(#[from] OrderError),
+    /// More than its cache can give.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// Too much is under way.
     #[error("{0} jobs are running already: wait for one to end")]
     Busy(usize),

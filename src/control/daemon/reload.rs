@@ -11,6 +11,7 @@ use super::super::api::model::{Job, ReloadReport};
 use super::super::config::{Config, Consents, Endpoint, Order, VolumeConfig};
 use super::super::file;
 use super::super::run::RunError;
+use super::super::share::ShareConfig;
 use super::set::{Change, Limits};
 use super::{Daemon, DaemonError, Served};
 use crate::cache::{self, Volume};
@@ -152,6 +153,7 @@ fn current_order(volume: &Volume<Host>) -> Order {
 /// configuration, or by what was set since.
 fn changes(volume: &Volume<Host>, wanted: &VolumeConfig) -> (Change, Vec<String>) {
     let limits = Limits::of(volume);
+    let (share, shares_said) = ShareConfig::of(volume).differences(&wanted.share);
     let mut said = Vec::new();
     let mut differs = |key: &str, now: String, then: String| {
         let differs = now != then;
@@ -184,7 +186,9 @@ fn changes(volume: &Volume<Host>, wanted: &VolumeConfig) -> (Change, Vec<String>
             seconds(wanted.backing_timeout_s.into()),
         )
         .then_some(wanted.backing_timeout_s),
+        share,
     };
+    said.extend(shares_said);
     (change, said)
 }
 

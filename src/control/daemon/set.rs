@@ -13,10 +13,11 @@ use std::time::Duration;
 use super::super::api::model::Job;
 use super::super::config::{Mode, OnBackingError, Order};
 use super::super::serve;
+use super::super::share::{ShareArgs, ShareConfig};
 use super::jobs::{Outcome, Task};
 use super::{Daemon, DaemonError, Served, lock};
 use crate::cache::worker::DrainProgress;
-use crate::cache::{self, Volume};
+use crate::cache::{self, ShareError, Volume};
 use crate::tools::Host;
 
 /// Between two looks at a change of order.
@@ -37,6 +38,8 @@ pub struct Change {
     pub on_backing_error: Option<OnBackingError>,
     /// Seconds until a disk that does not answer has failed; 0 for never.
     pub backing_timeout_s: Option<u32>,
+    /// What it may hold of the cache, and ask for.
+    pub share: ShareArgs,
 }
 
 /// The limits of a volume as they are now.
@@ -86,9 +89,13 @@ impl Daemon {
         if change.order.is_some() || change.mode.is_some() {
             served.refuse_if_held()?;
         }
+        if change.share.is_any() {
+            let wanted = change.share.applied_to(ShareConfig::of(&served.volume));
+            self.caches[served.config.cache].cache.may_share(name, &wanted.shares)?;
+        }
         let own = Arc::clone(self);
         self.jobs.start("set", name, move |task| {
-            set_limits(&served.volume, &change);
+            set_limits(&served.volume, &change).map_err(|error| error.to_string())?;
             own.switch(&served, change, task)
         })
     }
@@ -134,7 +141,11 @@ impl Daemon {
     }
 }
 
-fn set_limits(volume: &Volume<Host>, change: &Change) {
+fn set_limits(volume: &Volume<Host>, change: &Change) -> Result<(), ShareError> {
+    if change.share.is_any() {
+        // First: of all limits only these may be refused, if another change came between.
+        change.share.applied_to(ShareConfig::of(volume)).set(volume)?;
+    }
     if let Some(seconds) = change.max_lag_s {
         volume.set_max_lag_ms(u64::from(seconds) * 1000);
     }
@@ -147,4 +158,5 @@ fn set_limits(volume: &Volume<Host>, change: &Change) {
         let timeout_s = change.backing_timeout_s.map_or(now.backing_timeout_s, u64::from);
         volume.set_on_backing_error(serve::on_backing_error(policy), timeout_s * 1000);
     }
+    Ok(())
 }

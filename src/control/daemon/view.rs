@@ -4,14 +4,17 @@ use std::time::Instant;
 
 use super::super::announce::word;
 use super::super::api::model::{
-    CacheStatus, DaemonStatus, DmPcacheStatus, VolumeSettings, VolumeStats, VolumeStatus, VolumeSummary,
+    CacheStatus, DaemonStatus, DmPcacheStatus, ShareSettings, VolumeSettings, VolumeStats, VolumeStatus,
+    VolumeSummary,
 };
 use super::super::config::Endpoint;
+use super::super::share::{GC_PERCENT_NONE, ShareConfig};
 use super::set::Limits;
 use super::windows::is_gauge;
 use super::{Daemon, Entry, OpenCache, Served, lock};
-use crate::cache::{Mode, Position};
+use crate::cache::{Mode, Position, Volume};
 use crate::onmedia::unpad;
+use crate::tools::Host;
 
 /// The window of the latencies in a status: long enough to have samples, short enough to be about now.
 const STATUS_WINDOW_S: u32 = 60;
@@ -93,6 +96,7 @@ impl Daemon {
             max_dirty_bytes: limits.max_dirty_bytes,
             on_backing_error: word(limits.on_backing_error),
             backing_timeout_s: limits.backing_timeout_s,
+            share: view_share(volume),
         };
         VolumeStatus {
             summary: self.view_summary(served),
@@ -122,7 +126,7 @@ impl Daemon {
             seg_total: space.total as u64,
             cache_segs: (space.total - space.bad) as u64,
             segs_used: space.used as u64,
-            gc_percent: cache.reclaim_percent(),
+            gc_percent: served.volume.shares().gc_percent.unwrap_or(cache.reclaim_percent()),
             cache_flags: u32::from(served.config.data_crc) | (served.volume.mode() as u32) << 4,
             key_head: positions.key_head.map(text),
             dirty_tail: positions.dirty_tail.map(text),
@@ -149,6 +153,25 @@ impl Daemon {
             latencies.reset(histograms);
         }
         stats
+    }
+}
+
+fn view_share(volume: &Volume<Host>) -> ShareSettings {
+    let ShareConfig { shares, limits } = ShareConfig::of(volume);
+    ShareSettings {
+        cache_min_bytes: shares.min,
+        cache_max_bytes: shares.max,
+        weight: shares.weight,
+        gc_percent: shares.gc_percent.unwrap_or(GC_PERCENT_NONE),
+        held_bytes: volume.held_bytes(),
+        share_bytes: volume.share_bytes(),
+        iops: limits.iops,
+        read_iops: limits.read_iops,
+        write_iops: limits.write_iops,
+        bytes_per_s: limits.bytes_per_s,
+        read_bytes_per_s: limits.read_bytes_per_s,
+        write_bytes_per_s: limits.write_bytes_per_s,
+        burst_ms: limits.burst_ms,
     }
 }
 

@@ -24,8 +24,17 @@ pub struct Windows {
 }
 
 /// What has grown, and what merely is.
-const GAUGES: [&str; 7] =
-    ["lag_ms", "dirty_bytes", "cached_bytes", "lost_sectors", "free_segments", "epoch", "tail_epoch"];
+const GAUGES: [&str; 9] = [
+    "lag_ms",
+    "dirty_bytes",
+    "cached_bytes",
+    "held_bytes",
+    "share_bytes",
+    "lost_sectors",
+    "free_segments",
+    "epoch",
+    "tail_epoch",
+];
 
 /// Whether a counter of the engine says what is the case now, rather than what has happened.
 pub fn is_gauge(name: &str) -> bool {

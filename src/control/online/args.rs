@@ -8,6 +8,7 @@ use clap_complete::Shell;
 
 use super::super::cli::{LogLevel, VolumeArgs, path_parser, socket_parser};
 use super::super::config::{Mode, OnBackingError, Order};
+use super::super::share::ShareArgs;
 use super::super::value::{self, Name, SocketPath};
 
 /// What all of these verbs take.
@@ -54,6 +55,9 @@ pub struct AttachArgs {
     /// The volume.
     #[command(flatten)]
     pub volume: VolumeArgs,
+    /// What it may hold of the cache, and ask for.
+    #[command(flatten)]
+    pub share: ShareArgs,
     /// Attach although the backing disk is not the one the volume belongs to
     #[arg(long)]
     pub force_identity: bool,
@@ -101,6 +105,8 @@ pub struct DirtyArgs {
 #[derive(Args, Debug)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args([
     "cache_mode", "order", "max_lag_s", "max_dirty", "on_backing_error", "backing_timeout_s",
+    "cache_min", "cache_max", "weight", "gc_percent", "iops", "read_iops", "write_iops", "bytes_per_s",
+    "read_bytes_per_s", "write_bytes_per_s", "burst_ms",
 ]))]
 pub struct SetArgs {
     /// The volume
@@ -124,6 +130,9 @@ pub struct SetArgs {
     /// Seconds after which a backing disk that does not answer has failed; 0 for never
     #[arg(long, value_name = "SECONDS", value_parser = value::timeout_s)]
     pub backing_timeout_s: Option<u32>,
+    /// What it may hold of the cache, and ask for.
+    #[command(flatten)]
+    pub share: ShareArgs,
     /// The daemon.
     #[command(flatten)]
     pub online: OnlineArgs,

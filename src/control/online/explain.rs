@@ -47,6 +47,7 @@ fn sentences(status: &VolumeStatus, stats: &VolumeStats) -> Vec<String> {
     if !summary.connected {
         said.push("No VM is connected, so nothing is asked of it.".into());
     }
+    about_limits(&mut said, status, stats);
     about_writes(&mut said, status, stats);
     about_reads(&mut said, status, stats);
     about_mode(&mut said, status);
@@ -78,6 +79,29 @@ fn about_writes(said: &mut Vec<String>, status: &VolumeStatus, stats: &VolumeSta
     let errors = count("writeback_errors");
     if errors > 0 && status.summary.state == "ok" {
         said.push(format!("Write-back has failed {errors} times and has recovered since."));
+    }
+}
+
+fn about_limits(said: &mut Vec<String>, status: &VolumeStatus, stats: &VolumeStats) {
+    let count = |name: &str| stats.counters.get(name).copied().unwrap_or(0);
+    let (held, share) = (count("limit_waits"), &status.settings.share);
+    let requests = (count("reads") + count("writes")).max(1);
+    if held as f64 / requests as f64 > WAITS_MANY {
+        let (iops_us, bytes_us) = (count("limit_iops_wait_us"), count("limit_bytes_wait_us"));
+        let what = if iops_us >= bytes_us { "requests" } else { "bytes" };
+        said.push(format!(
+            "Its own limits hold it back: of {requests} requests counted, {held} had to wait, {} ms each, most of it \
+             for limits on {what}. `set` changes them.",
+            (iops_us + bytes_us) / held / 1000
+        ));
+    }
+    let is_full =
+        share.cache_max_bytes > 0 && share.held_bytes + share.cache_max_bytes / 8 >= share.cache_max_bytes;
+    if is_full && count("evicted_sectors") > 0 {
+        let max = Bytes(share.cache_max_bytes);
+        said.push(format!(
+            "It holds all the cache space that it may: `cache_max` is {max}, and its own oldest data makes room."
+        ));
     }
 }
 

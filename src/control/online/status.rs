@@ -3,8 +3,8 @@
 use std::fmt::Write;
 
 use super::super::api::model::{
-    Checkpoint, DaemonStatus, DmPcacheStatus, Latency, Rates, VolumeStats, VolumeStatus, VolumeSummary,
-    Volumes,
+    Checkpoint, DaemonStatus, DmPcacheStatus, Latency, Rates, ShareSettings, VolumeStats, VolumeStatus,
+    VolumeSummary, Volumes,
 };
 use super::args::{OnlineArgs, StatusArgs};
 use super::{Done, answer};
@@ -104,6 +104,8 @@ fn volume_text(status: &VolumeStatus) -> String {
     row("dirty", format!("{}, the oldest for {} ms", Bytes(summary.dirty_bytes), status.dirty_age_ms));
     row("lag", format!("{} ms, {}", status.lag_ms, at_most(settings.max_lag_s, &|s| format!("{s} s"))));
     row("max dirty", at_most(settings.max_dirty_bytes, &|bytes| Bytes(bytes).to_string()));
+    row("cache share", share_text(&settings.share));
+    row("limits", limits_text(&settings.share));
     let timeout = match settings.backing_timeout_s {
         0 => "an answer may take for ever".into(),
         seconds => format!("no answer for {seconds} s is one"),
@@ -130,6 +132,33 @@ fn volume_text(status: &VolumeStatus) -> String {
 
 fn at_most(bound: u64, text: &dyn Fn(u64) -> String) -> String {
     if bound == 0 { "no bound".into() } else { format!("at most {}", text(bound)) }
+}
+
+fn share_text(share: &ShareSettings) -> String {
+    let least = match share.cache_min_bytes {
+        0 => String::new(),
+        bytes => format!(", at least {}", Bytes(bytes)),
+    };
+    let most = match share.cache_max_bytes {
+        0 => String::new(),
+        bytes => format!(", at most {}", Bytes(bytes)),
+    };
+    let gc = if share.gc_percent > 90 { String::new() } else { format!(", gc_percent {}", share.gc_percent) };
+    let (held, entitled) = (Bytes(share.held_bytes), Bytes(share.share_bytes));
+    format!("holds {held} of {entitled}{least}{most}, weight {}{gc}", share.weight)
+}
+
+fn limits_text(share: &ShareSettings) -> String {
+    let iops = [("", share.iops), (" read", share.read_iops), (" write", share.write_iops)];
+    let bytes =
+        [("", share.bytes_per_s), (" read", share.read_bytes_per_s), (" write", share.write_bytes_per_s)];
+    let iops = iops.into_iter().filter(|(_, n)| *n > 0).map(|(what, n)| format!("{n}{what} requests/s"));
+    let bytes = bytes.into_iter().filter(|(_, n)| *n > 0).map(|(what, n)| format!("{}{what}/s", Bytes(n)));
+    let all: Vec<String> = iops.chain(bytes).collect();
+    if all.is_empty() {
+        return "none".into();
+    }
+    format!("{}, {} ms saved up", all.join(", "), share.burst_ms)
 }
 
 fn checkpoint_text(checkpoint: &Checkpoint) -> String {

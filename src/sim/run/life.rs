@@ -7,10 +7,11 @@ use super::super::check::{EXHAUSTED_LINES, Instant, Judge, Recovered, disk_survi
 use super::super::loss::Loss;
 use super::super::machine::{Served, Style, is_refusal};
 use super::super::rng::Rng;
+use super::super::scenario::Scenario;
 use super::super::world::{Faults, Snapshot};
 use super::between::Left;
 use super::{Run, UnderWay};
-use crate::cache::{Mode, OnBackingError, Order, ScrubOptions};
+use crate::cache::{IoLimits, Mode, OnBackingError, Order, ScrubOptions};
 
 /// Rounds of everything after which a request counts as hung.
 const ROUNDS_MAX: u32 = 20_000;
@@ -51,6 +52,18 @@ impl Run {
         let policy = if self.scenario.waits { OnBackingError::Wait } else { OnBackingError::Error };
         let bytes_per_s = if self.scenario.is_scrubbed { 1 << 30 } else { 0 };
         let machine = self.machine.as_ref().expect("a life has a machine");
+        if self.scenario.has_shares {
+            // Dice of its own.
+            let mut rng = Rng::new(self.scenario.seed ^ self.step ^ 0x5a4e);
+            for served in &machine.served {
+                let shares = self.scenario.shares(&mut rng);
+                // What cannot be kept is refused, and then there are none.
+                let refused = served.volume.set_shares(shares).is_err();
+                self.stats.shares_given += u64::from(!refused);
+                self.stats.shares_refused += u64::from(refused);
+                served.volume.set_io_limits(Scenario::limits(&mut rng));
+            }
+        }
         machine.served.iter().for_each(|s| s.volume.set_on_backing_error(policy, 0));
         machine.cache.set_scrub(ScrubOptions { bytes_per_s, interval_ms: 0 });
         let text = format!("life begins: {:?}, faults {faults:?}", self.styles);
@@ -220,6 +233,7 @@ impl Run {
             self.stats.space_waits += c.space_waits;
             self.stats.disk_retries += c.disk_retries;
             self.stats.scrubbed += c.scrubbed_sectors;
+            self.stats.held_back += c.limit_waits;
         }
         self.stats.steps = self.step;
         let deeds = self.world.with(|w| std::mem::take(&mut w.deeds));
@@ -266,6 +280,8 @@ impl Run {
             self.drain()?;
             self.settle_size()?;
         }
+        // What is asked from here on is asked without time.
+        self.machine().served.iter().for_each(|s| s.volume.set_io_limits(IoLimits::default()));
         self.harvest();
         let mut machine = self.machine.take().expect("it was running");
         books::settle(&mut machine, &mut self.stats)?;

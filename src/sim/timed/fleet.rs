@@ -249,7 +249,8 @@ impl Fleet {
         let now = self.clock.us();
         let ends = self.disks.iter().filter_map(|d| d.next_event());
         let works = self.guests.iter().filter(|g| g.flights.len() < g.depth).map(|g| g.free_us);
-        let due = ends.chain(works).filter(|&at| at > now).min().unwrap_or(u64::MAX);
+        let held = self.queues.iter().filter_map(|q| q.due_in()).map(|due| now + due.as_micros() as u64);
+        let due = ends.chain(works).chain(held).filter(|&at| at > now).min().unwrap_or(u64::MAX);
         self.clock.advance_to(due.min(now + TICK_US).min(until).max(now + 1));
     }
 
