@@ -9,6 +9,8 @@
 
 #[path = "crash/damage.rs"]
 mod damage;
+#[path = "crash/fellows.rs"]
+mod fellows;
 #[path = "crash/lost.rs"]
 mod lost;
 #[path = "crash/pairs.rs"]

@@ -10,6 +10,8 @@
 mod document;
 #[path = "mutants/failing.rs"]
 mod failing;
+#[path = "crash/fellows.rs"]
+mod fellows;
 #[path = "mutants/instruments.rs"]
 mod instruments;
 #[path = "crash/pairs.rs"]

@@ -119,6 +119,15 @@ impl<E: Env> Cache<E> {
         Ok(())
     }
 
+    /// Takes a volume that is about to be detached with what it has dirty out of its group, durably: the
+    /// others need not wait until it is back. No worker serves it, and no queue is open.
+    ///
+    /// # Errors
+    /// The media failed; it is a member still.
+    pub fn leave_for_good(&self, volume: &Volume<E>) -> Result<(), AttachError> {
+        self.leave_group(&volume.core)
+    }
+
     /// Makes a volume a member of the group of this name, durably. It has nothing dirty.
     pub(super) fn join_group(&self, core: &Arc<VolumeCore>, name: &str) -> Result<(), AttachError> {
         let epochs = match self.find_group(name) {

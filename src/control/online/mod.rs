@@ -174,6 +174,7 @@ fn attach(args: &AttachArgs) -> Done {
         serial: volume.serial.map(|serial| serial.as_str().to_owned()),
         discard: volume.discard.map(word),
         poll_us: volume.poll_us,
+        group: volume.group.as_ref().map(|name| name.as_str().to_owned()),
         redo: volume.redo.as_deref().map(absolute).transpose()?,
         redo_size: volume.redo_size.map(|size| format!("{size}B")),
         max_lag_s: volume.max_lag_s,
