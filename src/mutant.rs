@@ -147,6 +147,8 @@ mutants! {
     DroppedCleanCounts 4 "clean data that the operator has dropped comes back",
     SidecarUnannounced 3 "the sidecar says a generation that the cache has not announced",
     WrongDiskAccepted 10 "an attach takes any disk of the right size",
+    GrownUnannounced 3 "a disk is grown before the cache says that it will be",
+    GrownUnnoted 2 "a guest may write to the new part of a disk whose size the cache has not noted",
     DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Recovery.
     OldestWins 2 "recovery lets the oldest version win",

@@ -11,6 +11,8 @@
 mod damage;
 #[path = "crash/fellows.rs"]
 mod fellows;
+#[path = "crash/growth.rs"]
+mod growth;
 #[path = "crash/lost.rs"]
 mod lost;
 #[path = "crash/pairs.rs"]

@@ -12,6 +12,8 @@ mod document;
 mod failing;
 #[path = "crash/fellows.rs"]
 mod fellows;
+#[path = "crash/growth.rs"]
+mod growth;
 #[path = "mutants/instruments.rs"]
 mod instruments;
 #[path = "crash/pairs.rs"]

@@ -194,7 +194,7 @@ impl<E: Env> Cache<E> {
         }
         let geometry = options.backing.geometry();
         let config = DiskConfig {
-            sectors: descriptor.sectors,
+            sectors: identity.size / 512,
             block_size: block,
             physical_block_size: geometry.physical_block.max(block),
             optimal_io_size: geometry.optimal_io,
@@ -224,6 +224,8 @@ impl<E: Env> Cache<E> {
         let wanted = if options.read_only { has_one } else { options.sidecar.unwrap_or(has_one) };
         let note = |d: &mut VolumeDescriptor| {
             note_use(d, identity, &traces, self.clock.unix_ms());
+            // It may have been growing when its last life ended.
+            (d.sectors, d.next_sectors) = (identity.size / 512, 0);
             d.damaged = core.damaged.load(Ordering::Relaxed);
             // A group that was there has been applied.
             if let Some(redo) = &options.redo {

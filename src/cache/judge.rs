@@ -103,7 +103,8 @@ pub(super) fn judge_identity<B: Backing>(
     options: &AttachOptions<impl Env>,
 ) -> Result<(), AttachError> {
     let (name, path) = (options.name.clone(), identity.path.clone());
-    if identity.size / 512 != descriptor.sectors {
+    // One that was growing has either size.
+    if ![descriptor.sectors, descriptor.next_sectors].contains(&(identity.size / 512)) {
         let expected = descriptor.sectors * 512;
         return Err(AttachError::SizeDiffers { name, path, expected, found: identity.size });
     }

@@ -274,7 +274,7 @@ impl<B: Backing> Redo<B> {
             "it is another cache's"
         } else if (header.volume_uuid, header.incarnation) != (owner.volume_uuid, owner.incarnation) {
             "it is another volume's"
-        } else if header.backing_size != owner.backing_size {
+        } else if header.backing_size > owner.backing_size {
             "it is for a disk of another size"
         } else if is_old {
             "it is older than the cache"

@@ -11,6 +11,7 @@ use super::membership::Membership;
 use super::redo::{Owner, Redo, RedoError};
 use super::stripes::lock;
 use super::volume::{Order, VolumeCore};
+use crate::backing::Backing;
 use crate::onmedia::Uuid;
 
 impl<E: Env> Cache<E> {
@@ -37,7 +38,7 @@ impl<E: Env> Cache<E> {
             cache_uuid: self.media.uuid,
             volume_uuid: descriptor.uuid,
             incarnation: core.incarnation,
-            backing_size: descriptor.backing_size,
+            backing_size: options.backing.geometry().size,
         };
         redo.judge(&owner, core.tail.load(Ordering::SeqCst))?;
         redo.check_room(self.piece_sectors_max() * 512)?;

@@ -53,7 +53,8 @@ impl<B: Backing> Redo<B> {
     /// Whether the group it holds can be brought to `disk`: reads only.
     pub(super) fn check_disk(&self, disk: &B, force: bool) -> Result<(), RedoError> {
         let foreign = |what| Err(RedoError::Foreign { path: self.path(), what });
-        if self.header().backing_size != disk.geometry().size {
+        // It may have grown since.
+        if self.header().backing_size > disk.geometry().size {
             return foreign("the disk has another size");
         }
         if !self.strangers(disk)?.is_empty() && !force {

@@ -21,6 +21,7 @@ use super::failing::{Alarm, Policy};
 use super::grown::Grown;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
+use super::latency::{Histogram, Latencies, Stage};
 use super::pacing::{Pacer, Purse};
 use super::pair::Kept;
 use super::plan::Plan;
@@ -93,6 +94,8 @@ pub(crate) struct QueueShared {
     pub waker: Mutex<Waker>,
     pub purse: Purse,
     pub tally: Tally,
+    /// How long what it does takes.
+    pub latencies: Latencies,
     /// What the disk owes it.
     pub owed: Owed,
     /// When it wants to be woken whatever happens.
@@ -109,6 +112,7 @@ impl QueueShared {
             waker: Mutex::default(),
             purse: Purse::default(),
             tally: Tally::default(),
+            latencies: Latencies::default(),
             owed: Owed::default(),
             alarm: Alarm::default(),
         }
@@ -202,6 +206,8 @@ pub(crate) struct VolumeCore {
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
+    /// How long what they do takes.
+    pub latencies: Latencies,
     /// What its state is judged by.
     pub facts: Facts,
     /// The order whose needs relocation honours, by its code.
@@ -252,6 +258,7 @@ impl VolumeCore {
             pacer: Pacer::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
+            latencies: Latencies::default(),
             facts: Facts::default(),
             kept_for: AtomicU8::new(descriptor.order as u8),
             recovered_tail: Mutex::default(),
@@ -376,6 +383,14 @@ impl VolumeCore {
         }
     }
 
+    /// How long the stages of its requests have taken, in the order of [`Stage::ALL`].
+    pub fn latencies(&self) -> Vec<Histogram> {
+        let mut sums = vec![Histogram::default(); Stage::ALL.len()];
+        self.latencies.add_to(&mut sums);
+        self.queues.iter().for_each(|shared| shared.latencies.add_to(&mut sums));
+        sums
+    }
+
     /// Whether everything acknowledged is on the disk.
     pub fn is_clean(&self) -> bool {
         self.tail.load(Ordering::SeqCst) >= self.stamped.load(Ordering::SeqCst)
@@ -406,7 +421,12 @@ pub struct Volume<E: Env> {
     pub(crate) backing: Arc<E::Backing>,
     /// Where groups lie before they are on the disk.
     pub(crate) redo: Option<Arc<Redo<E::Backing>>>,
+    /// As it was attached; how large it is now is in `sectors`.
     pub(crate) config: DiskConfig,
+    /// Sectors that guests may use: only ever more (`enlarge.rs`).
+    pub(super) sectors: AtomicU64,
+    /// Held by who makes it larger.
+    pub(super) growing: Mutex<()>,
     pub(crate) name: String,
     mode: AtomicU8,
     order: AtomicU8,
@@ -447,6 +467,8 @@ impl<E: Env> Volume<E> {
             core,
             backing,
             redo,
+            sectors: AtomicU64::new(config.sectors),
+            growing: Mutex::default(),
             config,
             name,
             mode: AtomicU8::new(mode as u8),
@@ -521,6 +543,11 @@ impl<E: Env> Volume<E> {
         }
     }
 
+    /// How long the stages of its requests have taken, in the order of [`Stage::ALL`].
+    pub fn latencies(&self) -> Vec<Histogram> {
+        self.core.latencies()
+    }
+
     /// Whether everything acknowledged is on the disk.
     pub fn is_clean(&self) -> bool {
         self.core.is_clean()
@@ -540,7 +567,7 @@ impl<E: Env> Disk for VolumeDisk<E> {
     type Queue<B: Buffer> = Queue<E, B>;
 
     fn config(&self) -> DiskConfig {
-        self.0.config.clone()
+        self.0.disk_config()
     }
 
     fn write_cache(&self) -> bool {

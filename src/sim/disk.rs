@@ -280,6 +280,11 @@ impl DiskState {
         DiskState { identity: self.identity, book: self.book.clone(), ..DiskState::new(content) }
     }
 
+    /// Gives it so many sectors more; durable at once.
+    pub(super) fn grow(&mut self, sectors: u64) {
+        self.durable.resize(sectors as usize, 0);
+    }
+
     /// The daemon dies with writes in flight; they end before anybody else may open the disk.
     pub fn daemon_crash(&mut self, rng: &mut Rng) {
         // The kernel owes it to a file that is closed now.

@@ -55,6 +55,7 @@ use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Failure;
 use super::super::index::Extent;
+use super::super::latency::Stage;
 use super::super::plan::Plan;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
@@ -381,8 +382,10 @@ impl<E: Env> Writeback<E> {
         Progress::Waiting
     }
 
+    /// Its token is when it was submitted.
     fn submit(&mut self, op: Op) {
-        self.submit_as(0, op);
+        let since_ns = self.volume.cache.clock.now_ns();
+        self.submit_as(since_ns, op);
     }
 
     fn submit_as(&mut self, token: u64, op: Op) {
@@ -430,6 +433,7 @@ impl<E: Env> Writeback<E> {
             self.note_owed();
         }
         let mut result = Ok(());
+        let now_ns = if done.is_empty() { 0 } else { self.volume.cache.clock.now_ns() };
         for completion in done.drain(..) {
             let is_flush = matches!(completion.op, Op::Flush);
             let unseen = if is_flush { Mutant::DiskFlushErrorIgnored } else { Mutant::DiskWriteErrorIgnored };
@@ -440,6 +444,10 @@ impl<E: Env> Writeback<E> {
             }
             if let Op::Write { buf, .. } = &completion.op {
                 self.volume.core.pacer.wrote(buf.len() as u64);
+            }
+            if !matches!(completion.op, Op::Read { .. }) {
+                let stage = if is_flush { Stage::WritebackFlush } else { Stage::WritebackWrite };
+                self.volume.core.latencies.record(stage, now_ns.saturating_sub(completion.token));
             }
             match completion.op {
                 Op::Write { buf, .. } if self.spare.len() < DEPTH as usize => self.spare.push(buf),
@@ -546,13 +554,14 @@ impl<E: Env> Writeback<E> {
         if let Err(error) = cache.write_tail_again(core, round.epoch) {
             return self.fail(Failure::media(format!("the tail's other copy cannot be written: {error}")));
         }
-        let mut written = 0;
+        let (mut written, mut cleaned) = (0, 0);
         let mut plan = lock(&core.plan);
         for extent in plan.written.iter().chain(&plan.earlier) {
-            core.index.mark_clean_if(*extent, true);
+            cleaned += core.index.mark_clean_if(*extent, true);
             written += extent.range.len;
         }
         add(&core.tally.written_back_sectors, written);
+        add(&core.tally.cleaned_sectors, cleaned);
         self.lose(&round.damage);
         // Last: from then on reclaim may take the segments, and with them their cursors.
         self.settle(round.epoch, &mut plan);

@@ -479,6 +479,8 @@ impl<E: Env> Writeback<E> {
         group.damage = round.damage.clone();
         let mut header = group.header.take().expect("made with the journal");
         header.samples = std::mem::take(&mut group.samples);
+        // The disk may have grown since the area was claimed.
+        header.backing_size = self.volume.backing.geometry().size;
         let redo = self.volume.redo.clone().expect("a volume in grouped order has a redo area");
         let (header, op) = redo.update(|h| *h = RedoHeader { sequence: h.sequence, ..header });
         self.group.as_mut().expect("it is still there").header = Some(header);
