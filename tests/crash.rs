@@ -9,6 +9,8 @@
 
 #[path = "crash/damage.rs"]
 mod damage;
+#[path = "crash/fellows.rs"]
+mod fellows;
 #[path = "crash/growth.rs"]
 mod growth;
 #[path = "crash/images.rs"]

@@ -144,3 +144,54 @@ fn after_a_kill_every_order_goes_on_where_groups_ended() {
         assert_eq!(numbers(&workspace.path("disk.img")), moment(&places, written), "{next}");
     }
 }
+
+#[test]
+fn the_disks_of_a_group_are_one_moment_of_the_guest_whenever_it_is_killed() {
+    let mut rng = Rng::new(Rng::seed_from_env("PCACHE_SEED"));
+    for round in 0..4 {
+        let workspace = Workspace::in_memory();
+        let path = |name: &str| workspace.path(name).display().to_string();
+        let mut config = format!(
+            "[[cache]]\nname = \"c\"\npath = {:?}\nsize = \"64MiB\"\nallow_volatile = true\n",
+            path("c")
+        );
+        for volume in ["log", "data"] {
+            workspace.disk(&format!("{volume}.img"), DISK);
+            config += &format!(
+                "[[volume]]\nname = {volume:?}\nsocket = {:?}\nbacking = {:?}\nqueues = 1\norder = \"grouped\"\n\
+                 group = \"vm\"\nredo_size = \"2MiB\"\n",
+                path(&format!("{volume}.sock")),
+                path(&format!("{volume}.img"))
+            );
+        }
+        let mut daemon = Daemon::configured(&workspace, &config, &workspace.path("log.sock"));
+        let sockets = ["log.sock", "data.sock"].map(|name| workspace.path(name));
+        let mut guests = sockets.map(|socket| Client::connect(&socket, ClientOptions::default()));
+        // One guest, which writes now to one disk and now to the other, each write after the last.
+        let (mut places, mut written) = (Vec::new(), 0);
+        let lasts = Duration::from_millis(2200 + rng.below(800));
+        let began = Instant::now();
+        while began.elapsed() < lasts {
+            written += 1;
+            places.push(rng.below(2 * BLOCKS));
+            let (disk, place) = (places[written - 1] / BLOCKS, places[written - 1] % BLOCKS);
+            let request = Request::write(place * 8, block(written as u64));
+            assert_eq!(guests[disk as usize].execute(&request).status, 0);
+            if rng.below(16) == 0 {
+                assert_eq!(guests[rng.below(2) as usize].execute(&Request::flush()).status, 0);
+            }
+        }
+        daemon.kill();
+        drop(guests);
+        fs::remove_file(workspace.path("c")).unwrap();
+        let disks = ["log.img", "data.img"].map(|name| workspace.path(name));
+        let done = recover(&disks[0], &["--backing", disks[1].to_str().unwrap()]);
+        assert!(done.status.success(), "round {round}: {}", text(&done.stderr));
+        let shown: Vec<u64> = disks.iter().flat_map(|disk| numbers(disk)).collect();
+        let newest = shown.iter().copied().max().unwrap();
+        assert!(newest > 0, "round {round}: nothing was written back in {lasts:?}");
+        let mut expected = vec![0; 2 * BLOCKS as usize];
+        places.iter().zip(1..=newest).for_each(|(place, number)| expected[*place as usize] = number);
+        assert_eq!(shown, expected, "round {round}: not one moment, {newest} of {written}");
+    }
+}

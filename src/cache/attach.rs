@@ -278,7 +278,7 @@ impl<E: Env> Cache<E> {
         if let (Some(redo), true) = (&volume.redo, options.order == Order::Grouped && core.group().is_some())
         {
             let share = self.epoch_share(redo, block, options.queues)?;
-            volume.epoch_share.store(share, Ordering::SeqCst);
+            volume.bound_epochs(share);
         }
         self.end_membership(&volume, membership != Membership::AsItIs);
         Ok(volume)

@@ -119,6 +119,15 @@ impl<E: Env> Cache<E> {
         Ok(())
     }
 
+    /// Takes a volume that is about to be detached with what it has dirty out of its group, durably: the
+    /// others need not wait until it is back. No worker serves it, and no queue is open.
+    ///
+    /// # Errors
+    /// The media failed; it is a member still.
+    pub fn leave_for_good(&self, volume: &Volume<E>) -> Result<(), AttachError> {
+        self.leave_group(&volume.core)
+    }
+
     /// Makes a volume a member of the group of this name, durably. It has nothing dirty.
     pub(super) fn join_group(&self, core: &Arc<VolumeCore>, name: &str) -> Result<(), AttachError> {
         let epochs = match self.find_group(name) {
@@ -154,18 +163,40 @@ impl<E: Env> Cache<E> {
         redo: &Redo<E::Backing>,
         block: u32,
         queues: u16,
-    ) -> Result<u64, RedoError> {
+    ) -> Result<EpochShare, RedoError> {
         let queues = u64::from(queues.max(1));
         let slack = 2 * (RedoEntry::SIZE as u64 + redo.block);
         let unaligned = if redo.block > u64::from(block) { 3 * redo.block } else { 0 };
         let keys = KEYS_MAX as u64 * (2 * RedoEntry::SIZE as u64 + unaligned);
-        let record = u64::from(self.record_payload_max()) + self.piece_sectors_max() * 512 + keys;
-        redo.check_room(record * queues + slack - 2 * PAGE as u64)?;
-        Ok((redo.capacity() - slack) / queues)
+        // A record takes at least one piece, and ends with the first that goes over its limit.
+        let piece = self.piece_sectors_max() * 512;
+        redo.check_room((2 * piece + keys) * queues + slack - 2 * PAGE as u64)?;
+        let share = (redo.capacity() - slack) / queues;
+        Ok(EpochShare { share, payload: share - piece - keys })
     }
 }
 
+/// What one queue may put into an epoch, and into a record.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EpochShare {
+    /// Bytes of the redo area.
+    share: u64,
+    /// Bytes of payload.
+    payload: u64,
+}
+
 impl<E: Env> Volume<E> {
+    /// From here on no epoch outgrows the redo area.
+    pub(super) fn bound_epochs(&self, EpochShare { share, payload }: EpochShare) {
+        self.epoch_payload.store(payload, Ordering::SeqCst);
+        self.epoch_share.store(share, Ordering::SeqCst);
+    }
+
+    /// Most payload of a record, as far as an epoch bounds it.
+    pub(super) fn epoch_payload(&self) -> u32 {
+        u32::try_from(self.epoch_payload.load(Ordering::Relaxed)).unwrap_or(u32::MAX)
+    }
+
     /// The name of its consistency group, if it is in one.
     pub fn group(&self) -> Option<String> {
         self.core.group().map(|group| group.name.clone())

@@ -424,69 +424,6 @@ impl<B: Backing> Redo<B> {
     }
 }
 
-/// What the recovery of a disk alone has done.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Recovered {
-    /// Sectors stored.
-    pub sectors: u64,
-    /// The moment whose state the disk has now, milliseconds since 1970.
-    pub time_ms: u64,
-}
-
-/// Brings a disk whose cache is lost to the end of the group that its redo area holds; `None` where
-/// that holds none, and the disk is consistent as it is. May be repeated, and interrupted anywhere.
-///
-/// # Errors
-/// [`RedoError`]. Without `force` nothing has been changed where disk and area do not belong together.
-pub fn recover_backing<B: Backing>(
-    redo: Arc<B>,
-    disk: &B,
-    force: bool,
-) -> Result<Option<Recovered>, RedoError> {
-    let redo = Redo::open(redo)?;
-    if !redo.is_committed() {
-        return Ok(None);
-    }
-    let members = redo.header().members.len();
-    if members > 1 {
-        return Err(RedoError::NotAll { path: redo.path(), members });
-    }
-    redo.check_disk(disk, force)?;
-    redo.finish(disk).map(Some)
-}
-
-impl<B: Backing> Redo<B> {
-    /// Whether the group it holds can be brought to `disk`: reads only.
-    pub(super) fn check_disk(&self, disk: &B, force: bool) -> Result<(), RedoError> {
-        let foreign = |what| Err(RedoError::Foreign { path: self.path(), what });
-        // It may have grown since.
-        if self.header().backing_size > disk.geometry().size {
-            return foreign("the disk has another size");
-        }
-        if !self.strangers(disk)?.is_empty() && !force {
-            return foreign("the disk is not as the group found it: another, or written to since");
-        }
-        self.verify(&self.table()?)
-    }
-
-    /// Brings the group it holds to `disk`.
-    pub(super) fn finish(&self, disk: &B) -> Result<Recovered, RedoError> {
-        let time_ms = self.header().time_ms;
-        let sectors = self.apply(disk)?;
-        Ok(Recovered { sectors, time_ms })
-    }
-
-    /// Takes back a group that does not count. Blocking.
-    pub(super) fn take_back(&self) -> Result<(), RedoError> {
-        let io = |error| RedoError::Io { path: self.path(), error };
-        let mut channel = self.disk.channel(&Waker::default(), 1).map_err(io)?;
-        let (header, op) = self.discard();
-        run(&mut channel, op).and_then(|_| run(&mut channel, Op::Flush)).map_err(io)?;
-        self.note(header);
-        Ok(())
-    }
-}
-
 /// What is read of a disk for a sample.
 pub(crate) fn sample_len<B: Backing>(disk: &B) -> usize {
     disk.geometry().logical_block as usize

@@ -417,6 +417,8 @@ pub struct Volume<E: Env> {
     pub(crate) reads: ReadPolicy,
     /// What one queue may put into an epoch, in bytes of the redo area; 0 for no limit.
     pub(crate) epoch_share: AtomicU64,
+    /// What one record may take for that, in bytes of payload.
+    pub(crate) epoch_payload: AtomicU64,
     write_cache: AtomicBool,
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
@@ -460,6 +462,7 @@ impl<E: Env> Volume<E> {
             pass_discard,
             reads,
             epoch_share: AtomicU64::new(0),
+            epoch_payload: AtomicU64::new(u64::MAX),
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
             wishes: Wishes::default(),

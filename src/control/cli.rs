@@ -237,6 +237,10 @@ pub struct VolumeArgs {
     /// Order in which write-back reaches the backing disk [default: strict]
     #[arg(long, value_name = "ORDER", value_enum)]
     pub order: Option<Order>,
+    /// Consistency group: with the cache lost, the backing disks of all its volumes stand at one common
+    /// point. Its volumes are on one cache and in one order, strict or grouped
+    #[arg(long, value_name = "NAME")]
+    pub group: Option<Name>,
     /// Redo area of a volume in grouped order: a file, made if it does not exist, or a block device of
     /// its own [default: the backing image's path with .redo appended]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
@@ -419,12 +423,17 @@ pub struct DrainArgs {
 /// Options of `recover-backing`.
 #[derive(Args, Debug)]
 pub struct RecoverArgs {
-    /// Backing disk: a raw image file or a block device
-    #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser())]
-    pub backing: PathBuf,
-    /// Its redo area [default: the backing image's path with .redo appended]
+    /// Backing disk: a raw image file or a block device; of a consistency group, each of its disks
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", value_parser = path_parser(), required = true)]
+    pub backing: Vec<PathBuf>,
+    /// Its redo area [default: the backing image's path with .redo appended]; of several disks, one for
+    /// each, in their order
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    pub redo: Option<PathBuf>,
+    pub redo: Vec<PathBuf>,
+    /// Apply what is there for these disks although others of their consistency group are missing: they
+    /// then do not stand at one point
+    #[arg(long)]
+    pub alone: bool,
     /// Apply the group although somebody else seems to have written to the disk since
     #[arg(long)]
     pub force: bool,

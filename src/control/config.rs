@@ -189,6 +189,8 @@ pub struct VolumeConfig {
     pub mode: Mode,
     /// In which order write-back goes.
     pub order: Order,
+    /// The consistency group it is in.
+    pub group: Option<Name>,
     /// Where groups lie before they are on the disk, if not beside it.
     pub redo: Option<PathBuf>,
     /// Bytes to make that with, if not by default.
@@ -240,6 +242,7 @@ impl VolumeConfig {
             queue_size: DEFAULT_QUEUE_SIZE,
             mode: Mode::default(),
             order: Order::default(),
+            group: None,
             redo: None,
             redo_size: None,
             max_lag_s: 0,
@@ -410,6 +413,7 @@ impl Config {
         config.queue_size = volume.queue_size.unwrap_or(config.queue_size);
         config.mode = volume.cache_mode.unwrap_or(config.mode);
         config.order = volume.order.unwrap_or(config.order);
+        config.group = volume.group.clone();
         config.redo = volume.redo.clone();
         config.redo_size = volume.redo_size;
         config.max_lag_s = volume.max_lag_s.unwrap_or(config.max_lag_s);
@@ -619,7 +623,7 @@ mod tests {
             "pcache-vhost --socket-path /run/s --socket-group kvm --cache /c --cache-size 2GiB \
              --segment-size 1MiB --assume-dax --allow-volatile --name web --blk-file /b \
              --backing-format raw --backing-size 8GiB --queues 4 --queue-size 64 \
-             --cache-mode writearound --order relaxed --redo /r --redo-size 32MiB --max-lag-s 60 \
+             --cache-mode writearound --order relaxed --group vm --redo /r --redo-size 32MiB --max-lag-s 60 \
              --max-dirty 1GiB --data-crc --block-size 4096 --read-only --serial S9 --discard keep \
              --admission second-miss --sequential-cutoff 1MiB --poll-us 7 --sidecar=false \
              --force-identity --accept-loss=web --on-backing-error read_only --backing-timeout-s 9 \
@@ -648,6 +652,7 @@ mod tests {
             queue_size: 64,
             mode: Mode::Writearound,
             order: Order::Relaxed,
+            group: Some("vm".parse().unwrap()),
             redo: Some("/r".into()),
             redo_size: Some(32 << 20),
             max_lag_s: 60,

@@ -244,6 +244,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     let queue_size = section.number("queue_size", value::queue_size)?;
     let mode = section.text("mode", value::choice)?;
     let order = section.text("order", value::choice)?;
+    let group = section.text("group", str::parse)?;
     let redo = section.text("redo", value::path)?;
     let redo_size = section.size("redo_size", value::disk_size)?;
     let max_lag_s = section.number("max_lag_s", value::max_lag_s)?;
@@ -275,6 +276,7 @@ fn volume(mut section: Section<'_>, caches: &[CacheConfig]) -> Result<VolumeConf
     volume.queue_size = queue_size.unwrap_or(volume.queue_size);
     volume.mode = mode.unwrap_or(volume.mode);
     volume.order = order.unwrap_or(volume.order);
+    volume.group = group;
     volume.redo = redo;
     volume.redo_size = redo_size;
     volume.max_lag_s = max_lag_s.unwrap_or(volume.max_lag_s);

@@ -461,7 +461,7 @@ pub(super) fn attach_options(
         sidecar: config.sidecar,
         accept_loss: config.accept_loss,
         allow_volatile: cache.allow_volatile,
-        group: None,
+        group: config.group.as_ref().map(|name| name.as_str().to_owned()),
     }
 }
 

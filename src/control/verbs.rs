@@ -225,21 +225,28 @@ fn drain_one(
     Ok(())
 }
 
-/// `recover-backing`: a disk without its cache.
+/// `recover-backing`: disks without their cache.
 pub(super) fn recover_backing(args: &RecoverArgs) -> Result<Exit, RunError> {
-    let redo = args.redo.clone().unwrap_or_else(|| crate::tools::redo::beside(&args.backing));
-    let disk = args.backing.display();
-    match recover::recover(&args.backing, &redo, args.force)? {
-        None => print(&format!("{disk}: no group is under way, the disk is consistent as it is\n")),
-        Some(done) => print(&format!(
-            "{disk}: {} applied from {}; it is as the guest had left it {} s ago\n",
-            Bytes(done.sectors * 512),
-            redo.display(),
-            SystemClock::default().unix_ms().saturating_sub(done.time_ms) / 1000
-        )),
+    let redos = match args.redo.is_empty() {
+        true => args.backing.iter().map(|disk| crate::tools::redo::beside(disk)).collect(),
+        false => args.redo.clone(),
+    };
+    let done = recover::recover(&args.backing, &redos, args.force, args.alone)?;
+    for ((disk, redo), done) in args.backing.iter().zip(redos).zip(done) {
+        let disk = disk.display();
+        match done {
+            None => print(&format!("{disk}: no group is under way, the disk is consistent as it is\n")),
+            Some(done) => print(&format!(
+                "{disk}: {} applied from {}; it is as the guest had left it {} s ago\n",
+                Bytes(done.sectors * 512),
+                redo.display(),
+                SystemClock::default().unix_ms().saturating_sub(done.time_ms) / 1000
+            )),
+        }
     }
     Ok(Exit::Done)
 }
+
 /// `resolve`: what counts where a cache and a disk do not go together.
 pub(super) fn resolve(args: &ResolveArgs) -> Result<Exit, RunError> {
     let path = config::cache_path(&args.cache, &args.state_dir, state_dir())?;

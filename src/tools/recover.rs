@@ -1,11 +1,11 @@
-//! A backing disk whose cache is lost: what its redo area holds is brought to it.
+//! Backing disks whose cache is lost: what their redo areas hold is brought to them.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backing::{Disk, OpenError, OpenOptions};
-use crate::cache::{Recovered, RedoError, recover_backing};
+use crate::cache::{Member, Recovered, RedoError, recover_group};
 
 /// How long whoever used the disk last may keep it locked.
 const PREDECESSOR_TIMEOUT: Duration = Duration::from_secs(10);
@@ -19,6 +19,14 @@ pub enum RecoverError {
     /// Its redo area could not be opened.
     #[error("the redo area {0}")]
     Area(OpenError),
+    /// Not one area for each disk.
+    #[error("{disks} disks and {redos} redo areas are named: name one area for each disk, in their order")]
+    Uneven {
+        /// Disks named.
+        disks: usize,
+        /// Areas named.
+        redos: usize,
+    },
     /// The two could not be used.
     #[error("{0}; where it is the right disk all the same, --force applies the group")]
     Foreign(RedoError),
@@ -27,21 +35,32 @@ pub enum RecoverError {
     Redo(RedoError),
 }
 
-/// Applies the group that the area at `redo` holds for the disk at `disk`; `None` where it holds none.
+/// Brings each of `disks` to the end of what its area, in `redos` at the same place, holds: those of a
+/// consistency group to one common point; `None` where an area holds nothing that counts.
 ///
 /// # Errors
 /// [`RecoverError`]; what was begun goes on when it is called again.
-pub fn recover(disk: &Path, redo: &Path, force: bool) -> Result<Option<Recovered>, RecoverError> {
-    let open = |path: &Path| {
+pub fn recover(
+    disks: &[PathBuf],
+    redos: &[PathBuf],
+    force: bool,
+    alone: bool,
+) -> Result<Vec<Option<Recovered>>, RecoverError> {
+    if disks.len() != redos.len() {
+        return Err(RecoverError::Uneven { disks: disks.len(), redos: redos.len() });
+    }
+    let open = |path: &PathBuf| {
         let mut open = OpenOptions::new(path);
         // What a guest has written may look like anything; header and samples tell whether they fit.
         open.allow_format = true;
         open.wait_lock = Some(PREDECESSOR_TIMEOUT);
         Disk::open(&open)
     };
-    let disk = open(disk).map_err(RecoverError::Disk)?;
-    let redo = Arc::new(open(redo).map_err(RecoverError::Area)?);
-    recover_backing(redo, &disk, force).map_err(|error| match error {
+    let disks = disks.iter().map(open).collect::<Result<Vec<_>, _>>().map_err(RecoverError::Disk)?;
+    let redos = redos.iter().map(open).collect::<Result<Vec<_>, _>>().map_err(RecoverError::Area)?;
+    let member = |(redo, disk)| Member { redo: Arc::new(redo), disk };
+    let members: Vec<_> = redos.into_iter().zip(&disks).map(member).collect();
+    recover_group(&members, force, alone).map_err(|error| match error {
         RedoError::Foreign { .. } if !force => RecoverError::Foreign(error),
         error => RecoverError::Redo(error),
     })

@@ -8,7 +8,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{failing, growth, pairs, rest, rings, shares, sizes, starts, stories};
+use super::{failing, fellows, growth, pairs, rest, rings, shares, sizes, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -91,6 +91,12 @@ impl Instrument {
             | M::GroupNotJournaled
             | M::RedoBelievedUnflushed
             | M::RedoLeftUnapplied => run(|s| s.styles.iter().any(|s| s.order == Order::Grouped)),
+            M::EpochNotShared | M::MemberGoesAhead => run(|s| s.is_joint),
+            M::MemberForgotten => ("story of a late member", Story(fellows::a_member_that_comes_late)),
+            M::JointDecidedByOne
+            | M::JointPartBelieved
+            | M::DiscardedCountsApplied
+            | M::EpochOutgrowsArea => run(|s| s.is_joint && s.styles[0].order == Order::Grouped),
             M::SyncNotMarked | M::DoubtNotNoted => {
                 ("story of an untold failure", Story(stories::a_failed_sync_that_nobody_tells))
             }

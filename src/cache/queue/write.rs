@@ -298,6 +298,7 @@ fn commit_record<E: Env, B: Buffer>(
         return Attempt::NoSpace;
     }
     let open = stream.open.as_mut().expect("ensured above");
+    let allowance = allowance.min(volume.epoch_payload());
     let staged = match stage(&volume.cache, open, gather, slots, &mut scratch.draft, allowance) {
         Ok(staged) => staged,
         Err(()) => {

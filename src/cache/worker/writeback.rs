@@ -32,6 +32,7 @@
 
 mod damage;
 mod group;
+mod joint;
 mod journal;
 mod op;
 mod together;
@@ -44,7 +45,8 @@ use std::time::Duration;
 
 use self::damage::Damage;
 use self::group::{Group, Parts, Step};
-pub(crate) use self::together::{Joint, verdict};
+pub(crate) use self::joint::Joint;
+pub(crate) use self::together::verdict;
 pub use self::when::OrderError;
 use self::when::When;
 pub(crate) use self::when::Wishes;

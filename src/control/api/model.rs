@@ -142,6 +142,8 @@ pub struct VolumeStatus {
 pub struct VolumeSettings {
     /// Where the VMM connects; none for an inherited descriptor.
     pub socket: Option<String>,
+    /// The consistency group it is in now, if it is in one.
+    pub group: Option<String>,
     /// The backing disk.
     pub backing: String,
     /// Queues offered.
@@ -386,6 +388,9 @@ pub struct AttachRequest {
     /// Processors they stay on, like `0-3,8`, or `any`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpus: Option<String>,
+    /// Consistency group: with the cache lost, the disks of all its volumes stand at one common point.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Redo area of `grouped` order: a file, made if it does not exist, or a block device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub redo: Option<String>,

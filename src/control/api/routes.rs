@@ -476,6 +476,7 @@ fn whole_request() -> AttachRequest {
         queue_threads: Some(2),
         thread_group: Some("blue".into()),
         cpus: Some("0-1".into()),
+        group: Some("vm".into()),
         redo: Some("/dev/redo".into()),
         redo_size: Some("32MiB".into()),
         max_lag_s: Some(60),
@@ -534,6 +535,7 @@ mod tests {
         assert!(config.data_crc && config.read_only && config.force_identity && config.accept_loss);
         assert_eq!((config.serial.as_str(), config.backing.raw), ("S", true));
         assert_eq!(config.backing.size, Sizing::Exactly(1 << 30));
+        assert_eq!(config.group, Some("vm".parse().unwrap()));
         assert_eq!((config.redo, config.redo_size), (Some("/dev/redo".into()), Some(32 << 20)));
         assert_eq!((config.max_lag_s, config.max_dirty), (60, 1 << 30));
         assert_eq!((config.on_backing_error, config.backing_timeout_s), (OnBackingError::ReadOnly, 9));

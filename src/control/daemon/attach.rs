@@ -207,7 +207,7 @@ impl Daemon {
         let served = match self.enter(config, Arc::clone(&volume), disk.is_new) {
             Ok(served) => served,
             Err(error) => {
-                release(cache, &volume);
+                release(cache, &volume, false);
                 return Err(error.into());
             }
         };
@@ -215,7 +215,7 @@ impl Daemon {
         drop(reserved);
         if let Err(error) = self.open_front_end(&served, claim) {
             lock(&self.volumes).insert(name.clone(), Entry::Changing);
-            release(cache, &volume);
+            release(cache, &volume, false);
             lock(&self.volumes).remove(&name);
             return Err(error.into());
         }
@@ -281,7 +281,8 @@ impl Daemon {
             return Err(self.serve_again(served, &why.to_string()));
         }
         let cache = &self.caches[served.config.cache];
-        let mut remark = release(cache, &served.volume);
+        // The VM goes on without it, and its other disks with them: they need not wait for this one.
+        let mut remark = release(cache, &served.volume, dirty == Dirty::Keep);
         if dirty == Dirty::Discard {
             match delete(cache, name) {
                 Ok(deleted) => remark = Some(deleted),
@@ -365,9 +366,12 @@ fn write_back(cache: &OpenCache, config: &VolumeConfig, volume: &Arc<Volume<Host
 }
 
 /// Ends the write-back of a volume and its attachment. What was remarkable about it.
-fn release(cache: &OpenCache, volume: &Arc<Volume<Host>>) -> Option<String> {
+fn release(cache: &OpenCache, volume: &Arc<Volume<Host>>, leaves_group: bool) -> Option<String> {
     if let Some(workers) = &mut *lock(&cache.workers) {
         workers.retire(volume);
+    }
+    if leaves_group && let Err(error) = cache.cache.leave_for_good(volume) {
+        tracing::warn!("volume {} stays in its consistency group: {error}", volume.name());
     }
     let detached = match volume.health().state {
         // Reading its content would hang.

@@ -206,12 +206,15 @@ fn differences(now: &VolumeConfig, wanted: &VolumeConfig) -> Vec<String> {
         }
         Endpoint::Inherited(fd) => format!("descriptor {fd}"),
     };
+    let group =
+        |config: &VolumeConfig| config.group.as_ref().map_or("none".into(), |name| name.as_str().to_owned());
     let rows = [
         ("cache", now.cache.to_string(), wanted.cache.to_string()),
         ("socket", endpoint(&now.endpoint), endpoint(&wanted.endpoint)),
         ("backing", now.backing.path.display().to_string(), wanted.backing.path.display().to_string()),
         ("queues", now.queues.to_string(), wanted.queues.to_string()),
         ("queue_size", now.queue_size.to_string(), wanted.queue_size.to_string()),
+        ("group", group(now), group(wanted)),
         ("redo", path(&now.redo), path(&wanted.redo)),
         ("redo_size", bytes(now.redo_size), bytes(wanted.redo_size)),
         ("data_crc", now.data_crc.to_string(), wanted.data_crc.to_string()),

@@ -78,6 +78,7 @@ impl Daemon {
         };
         let settings = VolumeSettings {
             socket,
+            group: volume.group(),
             backing: config.backing.path.display().to_string(),
             queues: disk.queues,
             queue_size: disk.queue_size,

@@ -187,6 +187,7 @@ fn attach(args: &AttachArgs) -> Done {
         queue_threads: volume.queue_threads,
         thread_group: volume.thread_group.as_ref().map(Name::to_string),
         cpus: volume.cpus.as_ref().map(ToString::to_string),
+        group: volume.group.as_ref().map(|name| name.as_str().to_owned()),
         redo: volume.redo.as_deref().map(absolute).transpose()?,
         redo_size: volume.redo_size.map(|size| format!("{size}B")),
         max_lag_s: volume.max_lag_s,

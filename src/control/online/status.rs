@@ -100,6 +100,9 @@ fn volume_text(status: &VolumeStatus) -> String {
     row("backing", format!("{}, {}", settings.backing, Bytes(summary.size_bytes)));
     let changing = if status.is_changing_order { ", which is being changed" } else { "" };
     row("mode", format!("{}, order {}{changing}", summary.mode, summary.order));
+    if let Some(group) = &settings.group {
+        row("group", group.clone());
+    }
     row("cached", Bytes(summary.cached_bytes).to_string());
     row("dirty", format!("{}, the oldest for {} ms", Bytes(summary.dirty_bytes), status.dirty_age_ms));
     row("lag", format!("{} ms, {}", status.lag_ms, at_most(settings.max_lag_s, &|s| format!("{s} s"))));

@@ -27,8 +27,6 @@
 //!
 //! [`Volume::epoch_share`]: super::super::super::volume::Volume::epoch_share
 
-use std::collections::BTreeMap;
-
 use super::super::super::consistency::ConsistencyGroup;
 use super::super::super::env::{Clock, Env};
 use super::super::super::health::Failure;
@@ -39,193 +37,11 @@ use super::super::super::volume::{Order, VolumeCore};
 use super::super::Progress;
 use super::damage::Damage;
 use super::group::{Fate, Group, Step};
+use super::joint::{Joint, Wish};
 use super::{Phase, Round, Writeback};
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{Key, RedoEntry, RedoHeader, Uuid};
 use crate::sync::atomic::Ordering;
-
-/// How far one member is in a round.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Part {
-    /// It has not bid.
-    Asked,
-    /// Its first epoch that is not on the disk, and the last for which its area has room.
-    Bid { low: u64, upto: u64 },
-    /// It is to journal.
-    Named,
-    /// It does.
-    Writing,
-    /// Its header is durable.
-    Committed,
-    /// It has voided its area, or has nothing in it.
-    Ended,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Stage {
-    Bidding,
-    Writing,
-    Decided,
-    GivenUp,
-}
-
-#[derive(Debug)]
-struct JointRound {
-    target: u64,
-    stage: Stage,
-    /// By incarnation; the members that are not clean.
-    parts: BTreeMap<u64, (Uuid, Part)>,
-}
-
-/// What a round asks of a member.
-#[derive(Clone, PartialEq, Eq, Debug)]
-enum Wish {
-    Nothing,
-    /// A bid for epochs up to this.
-    Bid(u64),
-    /// To write everything up to this; who takes part.
-    Write(u64, Vec<Uuid>),
-}
-
-/// The round in `grouped` order that a group is in, if any. Pure: who calls holds its lock.
-#[derive(Debug, Default)]
-pub(crate) struct Joint {
-    round: Option<JointRound>,
-}
-
-impl Joint {
-    /// Begins a round of everything up to `target`, which is closed, with those who are not clean.
-    fn begin(&mut self, target: u64, members: impl Iterator<Item = (u64, Uuid)>) {
-        let parts = members.map(|(me, uuid)| (me, (uuid, Part::Asked))).collect();
-        self.round = Some(JointRound { target, stage: Stage::Bidding, parts });
-    }
-
-    fn wish(&self, me: u64) -> Wish {
-        let Some(round) = &self.round else { return Wish::Nothing };
-        match (round.stage, round.parts.get(&me)) {
-            (Stage::Bidding, Some((_, Part::Asked))) => Wish::Bid(round.target),
-            (Stage::Writing, Some((_, Part::Named))) => {
-                Wish::Write(round.target, round.parts.values().map(|(uuid, _)| *uuid).collect())
-            }
-            _ => Wish::Nothing,
-        }
-    }
-
-    /// Who has not bid yet.
-    fn silent(&self) -> Option<u64> {
-        let round = self.round.as_ref().filter(|round| round.stage == Stage::Bidding)?;
-        round.parts.iter().find(|(_, (_, part))| *part == Part::Asked).map(|(me, _)| *me)
-    }
-
-    /// Who has not committed yet.
-    fn late(&self) -> Option<u64> {
-        let round = self.round.as_ref()?;
-        let is_late = |part: &Part| !matches!(part, Part::Committed | Part::Ended);
-        round.parts.iter().find(|(_, (_, part))| is_late(part)).map(|(me, _)| *me)
-    }
-
-    /// A member's bid. After the last the target stands, and who takes part; without anybody the round
-    /// has ended.
-    fn bid(&mut self, me: u64, low: u64, upto: u64) {
-        let Some(round) = &mut self.round else { return };
-        let Some((_, part)) = round.parts.get_mut(&me) else { return };
-        *part = Part::Bid { low, upto };
-        let bids = round.parts.values().map(|(_, part)| match *part {
-            Part::Bid { low, upto } => Some((low, upto)),
-            _ => None,
-        });
-        let Some(bids) = bids.collect::<Option<Vec<_>>>() else { return };
-        let target = bids.iter().map(|(_, upto)| *upto).fold(round.target, u64::min);
-        round.parts.retain(|_, (_, part)| matches!(part, Part::Bid { low, .. } if *low <= target));
-        round.parts.values_mut().for_each(|(_, part)| *part = Part::Named);
-        (round.target, round.stage) = (target, Stage::Writing);
-        self.end_if_over();
-    }
-
-    fn begin_part(&mut self, me: u64) {
-        self.set(me, Part::Writing);
-    }
-
-    /// A member's header is durable. True when it was the last.
-    fn commit(&mut self, me: u64) -> bool {
-        self.set(me, Part::Committed);
-        let Some(round) = self.round.as_mut().filter(|round| round.stage == Stage::Writing) else {
-            return false;
-        };
-        let is_last = round.parts.values().all(|(_, part)| *part == Part::Committed)
-            || mutated(Mutant::JointDecidedByOne);
-        if is_last {
-            round.stage = Stage::Decided;
-        }
-        is_last
-    }
-
-    /// Whether the round counts that this member takes part in, once that is known.
-    fn verdict(&self, me: u64) -> Option<bool> {
-        let round = self.round.as_ref().filter(|round| round.parts.contains_key(&me));
-        match round.map(|round| round.stage) {
-            Some(Stage::Bidding | Stage::Writing) => None,
-            Some(Stage::Decided) => Some(true),
-            // A round ends only when all parts have: this one was given up.
-            Some(Stage::GivenUp) | None => Some(false),
-        }
-    }
-
-    /// A member cannot go on. `is_over` if its area holds nothing of the round.
-    fn give_up(&mut self, me: u64, is_over: bool) {
-        let Some(round) = self.round.as_mut().filter(|round| round.parts.contains_key(&me)) else { return };
-        match round.stage {
-            Stage::Bidding => self.round = None,
-            Stage::Decided => {}
-            Stage::Writing | Stage::GivenUp => {
-                round.stage = Stage::GivenUp;
-                for (_, part) in round.parts.values_mut().filter(|(_, part)| *part == Part::Named) {
-                    *part = Part::Ended;
-                }
-                if is_over {
-                    self.end(me);
-                }
-            }
-        }
-    }
-
-    /// A round of a member's has failed. It may still bid.
-    fn fail(&mut self, me: u64, is_over: bool) {
-        if self.round.as_ref().is_some_and(|round| round.stage != Stage::Bidding) {
-            self.give_up(me, is_over);
-        }
-    }
-
-    /// A member takes no part from here on; what its area says of the round stands.
-    pub fn leave(&mut self, me: u64) {
-        self.give_up(me, false);
-        self.end(me);
-    }
-
-    /// A member has ended its part.
-    fn end(&mut self, me: u64) {
-        // What ends while others bid is of a round before, or of an earlier life.
-        if self.round.as_ref().is_some_and(|round| round.stage != Stage::Bidding) {
-            self.set(me, Part::Ended);
-            self.end_if_over();
-        }
-    }
-
-    fn end_if_over(&mut self) {
-        let over = |round: &mut JointRound| round.parts.values().all(|(_, part)| *part == Part::Ended);
-        self.round.take_if(over);
-    }
-
-    fn set(&mut self, me: u64, to: Part) {
-        if let Some((_, part)) = self.round.as_mut().and_then(|round| round.parts.get_mut(&me)) {
-            *part = to;
-        }
-    }
-
-    fn names(&self, me: u64) -> bool {
-        self.round.as_ref().is_some_and(|round| round.parts.contains_key(&me))
-    }
-}
 
 /// Of a group under way, what makes it one of several.
 pub(super) struct JointPart {
@@ -272,9 +88,9 @@ impl<E: Env> Writeback<E> {
     fn joint<T>(&self, f: impl FnOnce(&mut Joint) -> T) -> Option<T> {
         let group = self.volume.core.group()?;
         let mut joint = lock(&group.joint);
-        let before = joint.round.as_ref().map(|round| (round.stage, round.target));
+        let before = joint.progress();
         let result = f(&mut joint);
-        let is_changed = joint.round.as_ref().map(|round| (round.stage, round.target)) != before;
+        let is_changed = joint.progress() != before;
         drop(joint);
         if is_changed {
             group.wake();
@@ -375,7 +191,7 @@ impl<E: Env> Writeback<E> {
     /// Begins a round if everybody can take part; says who cannot, or has not answered yet.
     fn begin_joint(&self, group: &ConsistencyGroup) {
         let core = &self.volume.core;
-        if group.joint_is_under_way() {
+        if lock(&group.joint).is_under_way() {
             let awaited = lock(&group.joint).silent();
             let fellows = group.fellows(core);
             self.awaits(fellows.iter().find(|f| Some(f.incarnation) == awaited).map(|f| &**f));
@@ -390,7 +206,7 @@ impl<E: Env> Writeback<E> {
             return;
         }
         self.joint(|joint| {
-            if joint.round.is_none() {
+            if !joint.is_under_way() {
                 joint.begin(target, dirty.iter().map(|member| (member.incarnation, member.uuid)));
             }
         });
@@ -453,13 +269,7 @@ impl<E: Env> Writeback<E> {
     /// All areas name the target: from here on so does everybody's word.
     fn note_decided(&self) {
         let Some(group) = self.volume.core.group() else { return };
-        let Some((epoch, parts)) = lock(&group.joint)
-            .round
-            .as_ref()
-            .map(|round| (round.target, round.parts.keys().copied().collect::<Vec<_>>()))
-        else {
-            return;
-        };
+        let Some((epoch, parts)) = lock(&group.joint).takers() else { return };
         for member in group.members().iter().filter(|m| parts.contains(&m.incarnation)) {
             let mut area = lock(&member.area);
             *area = area.map(|word| word.max(epoch));
@@ -600,12 +410,6 @@ impl<E: Env> Writeback<E> {
                 None
             }
         }
-    }
-}
-
-impl ConsistencyGroup {
-    fn joint_is_under_way(&self) -> bool {
-        lock(&self.joint).round.is_some()
     }
 }
 
