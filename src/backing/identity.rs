@@ -170,6 +170,30 @@ fn whole_disk(folder: &std::path::Path) -> PathBuf {
     }
 }
 
+/// Whether two block devices, or those that two file systems are on, rest on a common one. Where the kernel
+/// does not show on what a file system rests, as with some of many devices and those of a network, yes.
+pub(super) fn share_device(one: u64, other: u64) -> bool {
+    if one == other {
+        return true;
+    }
+    let (mut ones, mut others) = (Vec::new(), Vec::new());
+    let is_known = rests_on(&sysfs(one), &mut ones) && rests_on(&sysfs(other), &mut others);
+    !is_known || ones.iter().any(|folder| others.contains(folder))
+}
+
+/// The devices at the bottom of the one with this folder in sysfs, through partitions and what is built
+/// on others. False where one is not shown.
+fn rests_on(folder: &std::path::Path, bottom: &mut Vec<PathBuf>) -> bool {
+    let Ok(disk) = fs::canonicalize(whole_disk(folder)) else { return false };
+    let below: Vec<_> = fs::read_dir(disk.join("slaves")).into_iter().flatten().flatten().collect();
+    // What a loop device lies in is another file system's business.
+    let is_bottom = below.is_empty() && !disk.join("loop").exists();
+    if is_bottom {
+        bottom.push(disk);
+    }
+    is_bottom || !below.is_empty() && below.iter().all(|entry| rests_on(&entry.path(), bottom))
+}
+
 fn number_in(path: PathBuf) -> u64 {
     fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }

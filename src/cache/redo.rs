@@ -8,11 +8,13 @@
 //! - The area says *committed* only after everything it needs to be applied is durable in it.
 //! - From the first write of a group to the disk until the disk's flush after the last one, it says so
 //!   durably: whoever finds it applies it, and then the disk is at the group's end.
-//! - While it says so nothing else is written to the disk, and nothing to the area but *idle*.
+//! - While it says so nothing else is written to the disk. To the area goes nothing but *idle*, or the
+//!   body of the next group, where the present one has nothing; the header that commits that one waits
+//!   until the present one is on the disk, flushed, and takes the place of *idle*.
 //! - What a header says is made durable before it is believed: one that a dead daemon wrote and did not
 //!   flush would else give way to the one before, when the body under that is gone.
-//! - *idle* is durable before the tail moves, so a group that is found committed was never followed
-//!   by another write.
+//! - *idle*, or the next group's *committed*, is durable before the tail moves, so a group that is found
+//!   committed was never followed by another write.
 //! - Whoever attaches the volume, in whatever order, applies it first. Without the cache
 //!   `recover-backing` does, if disk and area belong together: the header's samples tell.
 //! - What cannot be read back of a committed group is an error, never half a group.
@@ -103,6 +105,16 @@ pub(crate) struct Owner {
     pub backing_size: u64,
 }
 
+/// Where in an area a group may lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Room {
+    /// Where its payload begins, in bytes from the area's start.
+    pub at: u64,
+    /// Bytes that payload and table may take. There is a page more: each of the two is filled up to
+    /// a whole page.
+    pub capacity: u64,
+}
+
 /// What the area says, and which copy of the header its next update goes to.
 struct Head {
     newest: RedoHeader,
@@ -150,13 +162,24 @@ impl<B: Backing> Redo<B> {
         Ok(Redo { size, block: u64::from(geometry.logical_block), head: Mutex::new(head), disk })
     }
 
-    /// Bytes that payload and table of a group may take.
-    pub fn capacity(&self) -> u64 {
-        Self::body_of(self.size).saturating_sub(PAGE as u64)
+    /// All of it for one group.
+    pub fn whole(&self) -> Room {
+        Room { at: PAGE as u64, capacity: Self::body_of(self.size).saturating_sub(PAGE as u64) }
+    }
+
+    /// One of its halves: two groups have room beside each other.
+    pub fn half(&self, number: u64) -> Room {
+        let half = Self::body_of(self.size) / 2 / PAGE as u64 * PAGE as u64;
+        Room { at: PAGE as u64 + number * half, capacity: half.saturating_sub(PAGE as u64) }
+    }
+
+    /// Which copy of the header its next update goes to: 0 for the first page, 1 for the last.
+    pub fn next_copy(&self) -> u64 {
+        lock(&self.head).next as u64
     }
 
     /// Where payload begins.
-    pub fn body(&self) -> u64 {
+    fn body(&self) -> u64 {
         PAGE as u64
     }
 
@@ -526,10 +549,7 @@ pub(crate) fn sample_places(entries: &[RedoEntry], sectors: u64, seed: u64) -> V
     for i in 0..EACH.min(data.len() as u64) {
         places.push(data[(i * data.len() as u64 / EACH.min(data.len() as u64)) as usize].range.start);
     }
-    let is_touched = |sector: u64| {
-        let after = entries.partition_point(|e| e.range.start <= sector);
-        after > 0 && entries[after - 1].range.end() > sector
-    };
+    let is_touched = |sector: u64| entry_of(entries, sector).is_some();
     for i in 0..EACH {
         let mixed = (seed ^ i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let place = (mixed ^ mixed >> 29) % sectors.max(1);
@@ -538,6 +558,12 @@ pub(crate) fn sample_places(entries: &[RedoEntry], sectors: u64, seed: u64) -> V
         }
     }
     places
+}
+
+/// The entry, of ascending ones, that a sector belongs to.
+pub(crate) fn entry_of(entries: &[RedoEntry], sector: u64) -> Option<usize> {
+    let before = entries.partition_point(|e| e.range.start <= sector).checked_sub(1)?;
+    (entries[before].range.end() > sector).then_some(before)
 }
 
 /// The sample of a place, whose block was read, and which the group leaves as `after`.

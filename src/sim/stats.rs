@@ -61,6 +61,12 @@ stats! {
     cuts_quiet,
     /// States of a disk alone that were judged.
     disks_alone,
+    /// Of these, in strict order.
+    alone_strict,
+    /// Of these, in grouped order.
+    alone_grouped,
+    /// States of a disk alone in relaxed order, of which nothing is promised.
+    alone_relaxed,
     /// Lives that ended in a crash.
     crashes,
     /// Lives that ended in order.
@@ -161,6 +167,8 @@ stats! {
     order_changes,
     /// Groups applied by way of a redo area.
     groups,
+    /// Of these, groups journaled while the one before went to the disk.
+    groups_ahead,
 }
 
 impl Stats {

@@ -30,10 +30,12 @@
 //! A disk that does not answer holds up its own volume's worker and nothing else. [`Writeback::leave`]
 //! ends the worker without that answer.
 
+mod ahead;
 mod damage;
 mod group;
 mod journal;
 mod op;
+mod share;
 mod when;
 
 use std::collections::VecDeque;
@@ -41,6 +43,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use self::ahead::Next;
 use self::damage::Damage;
 use self::group::{Group, Parts, Step};
 pub use self::when::OrderError;
@@ -102,6 +105,8 @@ pub(crate) struct Writeback<E: Env> {
     phase: Phase,
     redo_channel: Option<<E::Backing as Backing>::Channel>,
     group: Option<Group>,
+    /// The group behind it, if that is journaled meanwhile.
+    next: Option<Next>,
     parts: Parts,
     completions: Vec<Completion>,
     /// Blocks of the disk that were read, by the number they were asked for.
@@ -129,6 +134,7 @@ impl<E: Env> Writeback<E> {
             channel: None,
             redo_channel: None,
             group: None,
+            next: None,
             parts: Parts::default(),
             phase: Phase::Idle,
             completions: Vec::new(),
@@ -175,12 +181,20 @@ impl<E: Env> Writeback<E> {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => self.begin(),
             Phase::Gathered(round, ticket) => self.records_durable(round, ticket),
-            Phase::Writing(round) => self.write(round),
+            Phase::Writing(round) => self.beside(|worker| worker.write(round)),
             Phase::Group(round, step) => self.step_group(round, step),
-            Phase::Flushing(round) => self.flush_done(round),
+            Phase::Flushing(round) => self.beside(|worker| worker.flush_done(round)),
             Phase::Failing(failure) => self.abort(failure),
             Phase::MakingDurable(round, ticket) => self.media_done(round, ticket),
             Phase::MovingTail(round, ticket) => self.tail_done(round, ticket),
+        }
+    }
+
+    /// Goes on with the next group beside the disk's work.
+    fn beside(&mut self, disk: impl FnOnce(&mut Self) -> Progress) -> Progress {
+        match (self.step_ahead(), disk(self)) {
+            (Progress::Did, _) => Progress::Did,
+            (_, progress) => progress,
         }
     }
 
@@ -334,7 +348,7 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::Writing(round);
                 return Progress::Waiting;
             }
-            let op = self.next_op(&mut plan, &mut round.damage);
+            let op = self.next_op(&mut plan, &mut round.damage, self.applies_group());
             drop(plan);
             let op = match op {
                 Ok(Some(op)) => op,
@@ -350,7 +364,7 @@ impl<E: Env> Writeback<E> {
             self.phase = Phase::Writing(round);
             return Progress::Waiting;
         }
-        if mutated(Mutant::TailBeforeFlush) {
+        if mutated(Mutant::TailBeforeFlush) || self.next.is_some() && mutated(Mutant::NextCommittedEarly) {
             return self.flushed(round);
         }
         self.submit(Op::Flush);
@@ -538,13 +552,13 @@ impl<E: Env> Writeback<E> {
         self.settle(round.epoch, &mut plan);
         core.tail.store(round.epoch, Ordering::SeqCst);
         core.pacer.end_round(true);
-        plan.clear();
+        plan.advance();
         drop(plan);
         self.note_age(round.epoch);
         cache.housekeeper.raise();
         self.forget_parts();
         self.recovered();
-        Progress::Did
+        self.go_on()
     }
 
     /// A round has succeeded.

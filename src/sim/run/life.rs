@@ -47,6 +47,7 @@ impl Run {
         let bytes_per_s = if self.scenario.is_scrubbed { 1 << 30 } else { 0 };
         let machine = self.machine.as_ref().expect("a life has a machine");
         machine.served.iter().for_each(|s| s.volume.set_on_backing_error(policy, 0));
+        machine.served.iter().for_each(|s| s.volume.set_group_bytes(self.scenario.group_bytes));
         machine.cache.set_scrub(ScrubOptions { bytes_per_s, interval_ms: 0 });
         let text = format!("life begins: {:?}, faults {faults:?}", self.styles);
         self.note(|| text);
@@ -209,6 +210,7 @@ impl Run {
             self.stats.misses += c.read_miss_sectors;
             self.stats.writeback_errors += c.writeback_errors;
             self.stats.groups += c.groups;
+            self.stats.groups_ahead += c.groups_ahead;
             self.stats.space_waits += c.space_waits;
             self.stats.disk_retries += c.disk_retries;
             self.stats.scrubbed += c.scrubbed_sectors;

@@ -7,7 +7,8 @@
 //!    after it never;
 //! 4. write the group to the disk, from the cache, and flush the disk (steps 3 and 4 of a round);
 //! 5. *void*: the header that says idle, and a flush: before the tail moves, and before anything else
-//!    is written to the area or the disk.
+//!    is written to the disk. Where the next group lies in the area already its *commit* stands in for
+//!    that (`ahead.rs`).
 //!
 //! Laws:
 //! - Groups never go back: what is on the disk beyond the tail is left out of the next one, also when
@@ -33,6 +34,7 @@ use super::super::super::scan::WalkError;
 use super::super::super::stripes::lock;
 use super::super::Progress;
 use super::damage::Damage;
+use super::share::Share;
 use super::{Phase, Round, Writeback, cut};
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::mutant::{Mutant, mutated};
@@ -61,6 +63,12 @@ pub(super) enum Step {
     Committed,
     /// The group is applied from the area.
     Replay,
+    /// It is on the disk, and the next one is on its way to the area.
+    Follow,
+    /// The header that commits the next one is written: to be flushed.
+    FlushFollower,
+    /// It is durable.
+    Followed,
     /// The area is to be voided.
     Void,
     /// The header that does so is written: to be flushed.
@@ -78,6 +86,8 @@ pub(super) enum Fate {
     Unknown,
     /// It is committed.
     Committed,
+    /// It is on the disk, flushed, and may still say that it is committed.
+    Applied,
 }
 
 /// A group under way.
@@ -96,6 +106,12 @@ pub(super) struct Group {
     pub(super) stage: Option<AlignedBuf>,
     pub(super) fill: usize,
     pub(super) at: u64,
+    /// The half of the area that it lies in; `None` for all of it.
+    pub(super) half: Option<u64>,
+    /// Whether more waits behind it, and nobody has looked at that yet.
+    pub(super) has_rest: bool,
+    /// Bytes of space that it settles.
+    pub(super) settles: u64,
     /// When it was closed.
     pub(super) time_ms: u64,
     /// The version at which it ends inside an epoch.
@@ -109,13 +125,39 @@ pub(super) struct Group {
     pub(super) replay: Option<Replay>,
 }
 
+/// Behind what a group comes.
+pub(super) struct Behind {
+    /// Everything up to this (epoch, version) is on the disk, or will be.
+    pub upto: Option<(u64, u64)>,
+    /// The tail by then.
+    pub tail: u64,
+    /// The half of the area that is free for it; `None` for all of it.
+    pub half: Option<u64>,
+}
+
+/// What was gathered for a group.
+pub(super) struct Gathered {
+    pub epoch: u64,
+    /// `None` where nothing is to be written.
+    pub group: Option<Group>,
+    /// Bytes to be written, and bytes of space that this settles.
+    pub bytes: u64,
+    pub settles: u64,
+}
+
+impl Gathered {
+    fn nothing(epoch: u64) -> Gathered {
+        Gathered { epoch, group: None, bytes: 0, settles: 0 }
+    }
+}
+
 /// How far beyond the tail the disk is.
 #[derive(Default)]
 pub(super) struct Parts {
     /// Everything up to this (epoch, version) is there.
-    upto: Option<(u64, u64)>,
+    pub(super) upto: Option<(u64, u64)>,
     /// What of it is not, for it is lost.
-    damage: Damage,
+    pub(super) damage: Damage,
     /// Whether an earlier life has written it, and nobody knows what was lost of it.
     is_restored: bool,
 }
@@ -125,17 +167,36 @@ impl<E: Env> Writeback<E> {
         self.volume.redo.as_deref().expect("a volume in grouped order has a redo area")
     }
 
-    /// Takes as many closed epochs as the area holds.
+    /// Takes as many closed epochs as there is room for.
     pub(super) fn gather_grouped(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
+        let tail = self.volume.core.tail.load(Ordering::SeqCst);
+        let behind = Behind { upto: self.parts.upto, tail, half: None };
+        let Some(gathered) = self.gather_behind(plan, &behind)? else { return Ok(None) };
+        let Gathered { epoch, group, bytes, settles } = gathered;
+        self.volume.begin_pace(bytes, Some(settles), !plan.todo.is_empty());
+        // Kept until another group has ended: this one may be given up.
+        let round = Round { damage: self.parts.damage.clone(), ..Round::empty(epoch) };
+        if !group.as_ref().is_some_and(|g| g.part.is_none() && mutated(Mutant::GroupNotJournaled)) {
+            self.group = group;
+        }
+        Ok(Some(round))
+    }
+
+    /// What comes behind the last group in the order of (epoch, version).
+    pub(super) fn gather_behind(
+        &mut self,
+        plan: &mut Plan,
+        behind: &Behind,
+    ) -> Result<Option<Gathered>, WalkError> {
         let core = self.volume.core.clone();
+        let is_first = behind.half.is_none();
         core.raise_epoch();
         let mut dirty = lock(&core.dirty);
         // Before the look: what is committed after it belongs to an epoch above this one.
         let closed = core.closed_epoch();
-        let tail = core.tail.load(Ordering::SeqCst);
         match self.lowest_epoch(&mut dirty)? {
             Some(epoch) if epoch <= closed => {}
-            None if closed > tail => return Ok(Some(Round::empty(closed))),
+            None if closed > behind.tail && is_first => return Ok(Some(Gathered::nothing(closed))),
             _ => return Ok(None),
         }
         let mut keys = Vec::new();
@@ -143,26 +204,28 @@ impl<E: Env> Writeback<E> {
             self.consume(*id, cursor.clone(), closed, &mut keys)?;
         }
         self.order(&mut keys);
-        let done = self.parts.upto;
-        let earlier = keys.drain(..keys.partition_point(|(k, _)| Some((k.epoch, k.version)) <= done));
+        let done = keys.partition_point(|(k, _)| Some((k.epoch, k.version)) <= behind.upto);
         let mut there = ExtentMap::new();
-        for (key, id) in earlier {
+        for (key, id) in keys.drain(..done).filter(|(k, _)| k.epoch > behind.tail) {
             let place = self.volume.cache.media.place(id, &key, true);
             there.insert(Extent { range: key.range(), place }, &mut Vec::new());
         }
         plan.earlier.extend(there.iter());
-        let (mut newest, mut fit) = self.fit(&keys);
+        let Some(Share { mut newest, mut fit, room, half }) = self.share(&keys, behind.half) else {
+            return Ok(None);
+        };
+        let has_rest = fit < keys.len();
         let mut epoch = closed;
         let mut part = None;
         if let Some((key, _)) = keys.get(fit) {
             epoch = key.epoch - 1;
-            if epoch > tail && keys.first().is_some_and(|(k, _)| k.epoch <= epoch) {
+            if epoch > behind.tail && keys.first().is_some_and(|(k, _)| k.epoch <= epoch) {
                 fit = keys.partition_point(|(k, _)| k.epoch <= epoch);
-                newest = self.fit(&keys[..fit]).0;
+                newest = self.newest_of(&keys[..fit]);
             } else {
-                // The area is larger than any key: at least one fits.
+                // There is room for any key: at least one fits.
                 part = keys[..fit].last().map(|(k, _)| (k.epoch, k.version));
-                epoch = tail;
+                epoch = behind.tail;
             }
         }
         if part.is_none() {
@@ -176,13 +239,9 @@ impl<E: Env> Writeback<E> {
         newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
         let payload = |k: &Key| if k.kind.has_payload() { k.range().len * 512 } else { 0 };
         let settles: u64 = keys[..fit].iter().map(|(k, _)| payload(k)).sum();
+        let settles = settles + settles / 16;
         let sectors: u64 = plan.todo.iter().filter(|e| !e.place.zero).map(|e| e.range.len).sum();
-        self.volume.begin_pace(sectors * 512, Some(settles + settles / 16), !plan.todo.is_empty());
-        let damage = std::mem::take(&mut self.parts.damage);
-        if plan.todo.is_empty() || part.is_none() && mutated(Mutant::GroupNotJournaled) {
-            return Ok(Some(Round { damage, ..Round::empty(epoch) }));
-        }
-        self.group = Some(Group {
+        let group = Group {
             fate: Fate::Open,
             entries: Vec::new(),
             firsts: Vec::new(),
@@ -192,7 +251,10 @@ impl<E: Env> Writeback<E> {
             sent: 0,
             stage: None,
             fill: 0,
-            at: self.redo().body(),
+            at: room.at,
+            half,
+            has_rest,
+            settles,
             time_ms: self.volume.cache.clock.unix_ms(),
             part,
             epoch,
@@ -200,49 +262,9 @@ impl<E: Env> Writeback<E> {
             samples: Vec::new(),
             header: None,
             replay: None,
-        });
-        Ok(Some(Round { damage, ..Round::empty(epoch) }))
-    }
-
-    /// The newest of as many keys, from the first on, as the area holds, and how many these are.
-    fn fit(&self, keys: &[(Key, u32)]) -> (ExtentMap, usize) {
-        let redo = self.redo();
-        let (block, entry) = (redo.block, RedoEntry::SIZE as u64);
-        let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
-        let extent = |(key, id): &(Key, u32)| Extent {
-            range: key.range(),
-            place: self.volume.cache.media.place(*id, key, true),
         };
-        let needed = |map: &ExtentMap| map.iter().map(|e| payload(&e) + entry).sum::<u64>();
-        let mut newest = ExtentMap::new();
-        let mut replaced = Vec::new();
-        // What is overwritten or trimmed later need not fit.
-        for key in keys {
-            replaced.clear();
-            newest.insert(extent(key), &mut replaced);
-        }
-        if needed(&newest) <= redo.capacity() {
-            return (newest, keys.len());
-        }
-        newest = ExtentMap::new();
-        // At least what is needed: pieces that were replaced are taken off, rounded down.
-        let mut need = 0u64;
-        for (i, key) in keys.iter().enumerate() {
-            let extent = extent(key);
-            let more = payload(&extent) + 2 * (entry + block);
-            if need + more > redo.capacity() {
-                need = needed(&newest);
-                if need + more > redo.capacity() {
-                    return (newest, i);
-                }
-            }
-            replaced.clear();
-            newest.insert(extent, &mut replaced);
-            let gone =
-                replaced.iter().map(|e| if e.place.zero { 0 } else { e.range.len * 512 / block * block });
-            need = (need + more).saturating_sub(gone.sum());
-        }
-        (newest, keys.len())
+        let group = Some(group).filter(|_| !plan.todo.is_empty());
+        Ok(Some(Gathered { epoch, group, bytes: sectors * 512, settles }))
     }
 
     /// Finds out what is lost of what an earlier life has written: damaged payload was left out of its
@@ -250,7 +272,7 @@ impl<E: Env> Writeback<E> {
     pub(super) fn check_restored(&mut self, plan: &Plan, damage: &mut Damage) -> Result<(), Failure> {
         // Before anything is taken off the plan. What was damaged in an earlier group may be newer here.
         damage.heal(plan);
-        if !std::mem::take(&mut self.parts.is_restored) {
+        if !self.parts.is_restored {
             return Ok(());
         }
         for extent in &plan.earlier {
@@ -287,9 +309,10 @@ impl<E: Env> Writeback<E> {
         let is_own =
             header.incarnation == core.incarnation && header.cache_uuid == self.volume.cache.media.uuid;
         let tail = core.tail.load(Ordering::SeqCst);
+        // A part may also be found beyond a tail that had not followed the group before it yet.
         let upto = match is_own && !mutated(Mutant::PartsForgotten) {
+            true if header.epoch >= tail && header.is_part => Some((header.part_epoch, header.part_version)),
             true if header.epoch > tail => Some((header.epoch, u64::MAX)),
-            true if header.epoch == tail && header.is_part => Some((header.part_epoch, header.part_version)),
             _ => None,
         };
         self.parts = Parts { upto, is_restored: upto.is_some(), ..Parts::default() };
@@ -309,7 +332,7 @@ impl<E: Env> Writeback<E> {
         let group = self.group.as_mut().expect("the caller looked");
         let round = Round { damage: group.damage.clone(), ..Round::empty(group.epoch) };
         let step = match group.fate {
-            Fate::Open | Fate::Unknown => Step::Void,
+            Fate::Open | Fate::Unknown | Fate::Applied => Step::Void,
             Fate::Committed => {
                 let bytes = group.sectors * 512;
                 group.replay = Some(Replay::new(group.entries.clone(), block));
@@ -323,8 +346,9 @@ impl<E: Env> Writeback<E> {
 
     /// What a failed round leaves of its group and its plan.
     pub(super) fn keep_group(&mut self, plan: &mut Plan) {
+        self.keep_next(plan);
         match self.group.as_ref().map(|g| g.fate) {
-            Some(Fate::Committed) => {
+            Some(Fate::Committed | Fate::Applied) => {
                 // All of it will be on the disk, whatever of it is now.
                 let rest = plan.todo.drain(..);
                 plan.written.extend(rest);
@@ -380,8 +404,10 @@ impl<E: Env> Writeback<E> {
 
     /// One step of a group.
     pub(super) fn step_group(&mut self, round: Round, step: Step) -> Progress {
-        if step == Step::Replay {
-            return self.replay(round);
+        match step {
+            Step::Replay => return self.replay(round),
+            Step::Follow => return self.follow(round),
+            _ => {}
         }
         if let Err(failure) = self.redo_reap().and_then(|()| self.reap()) {
             return self.abort(failure);
@@ -400,7 +426,10 @@ impl<E: Env> Writeback<E> {
             return Progress::Waiting;
         }
         match step {
-            Step::Journal | Step::Table | Step::Replay => unreachable!("handled above"),
+            Step::Journal | Step::Table | Step::Replay | Step::Follow => unreachable!("handled above"),
+            Step::FlushFollower if mutated(Mutant::NextUnflushed) => self.followed(round),
+            Step::FlushFollower => self.send(round, Op::Flush, Step::Followed),
+            Step::Followed => self.followed(round),
             Step::Body => {
                 self.take_samples();
                 if mutated(Mutant::GroupBodyUnflushed) {
@@ -422,7 +451,7 @@ impl<E: Env> Writeback<E> {
         }
     }
 
-    fn send(&mut self, round: Round, op: Op, next: Step) -> Progress {
+    pub(super) fn send(&mut self, round: Round, op: Op, next: Step) -> Progress {
         self.redo_submit(op);
         self.phase = Phase::Group(round, next);
         Progress::Waiting
@@ -492,20 +521,25 @@ impl<E: Env> Writeback<E> {
             self.group = None;
             return self.flushed_ungrouped(round);
         }
-        self.phase = Phase::Group(round, Step::Void);
+        self.group.as_mut().expect("a group is under way").fate = Fate::Applied;
+        self.phase = Phase::Group(round, Step::Follow);
         Progress::Did
     }
 
     /// The area is idle.
-    fn voided(&mut self, mut round: Round) -> Progress {
-        let group = self.group.take().expect("a group is under way");
-        let header = group.header.expect("it was being voided");
-        self.redo().note(header);
+    fn voided(&mut self, round: Round) -> Progress {
+        let mut group = self.group.take().expect("a group is under way");
+        self.redo().note(group.header.take().expect("it was being voided"));
         if group.fate == Fate::Unknown {
             // It went over the copy that may have said *committed*: the other one is older.
             self.phase = Phase::Idle;
             return Progress::Did;
         }
+        self.group_ended(round, &group)
+    }
+
+    /// A group is on the disk, and the area says so, or that it holds the next one.
+    pub(super) fn group_ended(&mut self, mut round: Round, group: &Group) -> Progress {
         add(&self.volume.core.tally.groups, 1);
         match group.part {
             None => {
@@ -516,11 +550,10 @@ impl<E: Env> Writeback<E> {
             Some(upto) => {
                 let damage = std::mem::take(&mut round.damage);
                 self.parts = Parts { upto: Some(upto), damage, is_restored: false };
-                lock(&self.volume.core.plan).clear();
+                lock(&self.volume.core.plan).advance();
                 self.volume.core.pacer.end_round(true);
                 self.recovered();
-                self.phase = Phase::Idle;
-                Progress::Did
+                self.go_on()
             }
         }
     }
