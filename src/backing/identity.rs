@@ -203,6 +203,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn disks_are_apart_only_where_the_kernel_shows_that_they_are() {
+        let number = |folder: &PathBuf| {
+            let text = fs::read_to_string(folder.join("dev")).ok()?;
+            let (major, minor) = text.trim().split_once(':')?;
+            Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))
+        };
+        let folders = |of: &str| fs::read_dir(of).into_iter().flatten().flatten().map(|e| e.path());
+        let is_plain = |folder: &PathBuf| {
+            !folder.join("loop").exists()
+                && fs::read_dir(folder.join("slaves")).is_ok_and(|mut below| below.next().is_none())
+        };
+        let disks: Vec<PathBuf> = folders("/sys/block").filter(is_plain).collect();
+        let nowhere = libc::makedev(0, 45);
+        for disk in &disks {
+            let dev = number(disk).expect("a disk has a number");
+            assert!(share_device(dev, dev) && share_device(dev, nowhere) && share_device(nowhere, dev));
+            for other in disks.iter().filter(|other| *other != disk) {
+                let other = number(other).expect("a disk has a number");
+                assert!(!share_device(dev, other), "{} and {other}", disk.display());
+            }
+            let parts = folders(disk.to_str().expect("a plain name"));
+            for part in parts.filter(|part| part.join("partition").exists()) {
+                assert!(share_device(dev, number(&part).expect("a partition has a number")));
+            }
+        }
+    }
+
+    #[test]
     fn written_and_discarded_sectors_are_read_from_the_kernels_line() {
         let line = "  446  12  26504  53   59  20   3192   7  0   80  63   5  0  1024  2   8  1\n";
         assert_eq!(sectors_written(line), Some(3192 + 1024));

@@ -128,6 +128,8 @@ pub(crate) struct Redo<B: Backing> {
     size: u64,
     /// Smallest unit of I/O on it in bytes.
     pub block: u64,
+    /// Whether neither it nor the volume's disk waits for what is done to the other.
+    pub is_apart: bool,
     head: Mutex<Head>,
 }
 
@@ -159,7 +161,13 @@ impl<B: Backing> Redo<B> {
             None if is_blank => Head { newest: RedoHeader::default(), next: 0 },
             None => return Err(RedoError::NotOurs { path: path() }),
         };
-        Ok(Redo { size, block: u64::from(geometry.logical_block), head: Mutex::new(head), disk })
+        let block = u64::from(geometry.logical_block);
+        Ok(Redo { size, block, is_apart: false, head: Mutex::new(head), disk })
+    }
+
+    /// The same area, once it is known whether it shares a device with its volume's disk.
+    pub fn beside(self, disk: &B) -> Redo<B> {
+        Redo { is_apart: !self.disk.shares_device_with(disk), ..self }
     }
 
     /// All of it for one group.

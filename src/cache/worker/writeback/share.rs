@@ -14,7 +14,6 @@ use super::super::super::env::Env;
 use super::super::super::index::{Extent, ExtentMap};
 use super::super::super::redo::Room;
 use super::Writeback;
-use crate::backing::Backing;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{Key, RedoEntry};
 use crate::sync::atomic::Ordering;
@@ -100,7 +99,7 @@ impl<E: Env> Writeback<E> {
     /// Bytes that one group takes if others follow it; `None` where they do not go side by side.
     fn bytes_of_one(&self, needed: u64, keys: usize) -> Option<u64> {
         match self.volume.wishes.group_bytes.load(Ordering::Relaxed) {
-            0 if !self.is_waited_for() || self.redo().disk.shares_device_with(&self.volume.backing) => None,
+            0 if !self.redo().is_apart || !self.is_waited_for() => None,
             0 => {
                 let most = if keys > MANY_KEYS { GROUPS_OF_MANY_KEYS } else { GROUPS_MOST };
                 Some(BYTES_LEAST.max(needed / most))
