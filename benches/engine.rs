@@ -119,6 +119,7 @@ impl Bench {
                 sidecar: None,
                 accept_loss: false,
                 allow_volatile: true,
+                group: None,
             })
             .expect("attaches");
         let workers = Workers::spawn(&cache, std::slice::from_ref(&volume)).expect("threads");

@@ -115,6 +115,7 @@ fn attach(cache: &Arc<Cache<Host>>, dir: &Path, scale: &Scale) -> Arc<Volume<Hos
             sidecar: None,
             reads: Default::default(),
             allow_volatile: true,
+            group: None,
         })
         .expect("attaches")
 }

@@ -143,6 +143,7 @@ fn command(host: &Host, vmm: Vmm, disk: &Disk, append: &str, console: &Path) -> 
             append,
             vcpus: 1,
             memory_mib: 128,
+            spare_mib: 0,
             disks: std::slice::from_ref(disk),
             nvdimm: None,
             console,
@@ -164,7 +165,7 @@ fn command(host: &Host, vmm: Vmm, disk: &Disk, append: &str, console: &Path) -> 
 }
 
 /// The built image; each process builds its own, in a fraction of a second.
-fn image() -> &'static Path {
+pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("cloud-hypervisor/guest/build.sh");

@@ -26,9 +26,11 @@ use crate::qemu::{self, Disk, Machine, Nvdimm};
 #[derive(Debug, Clone)]
 pub struct GuestOptions {
     script: String,
+    is_whole: bool,
     disks: Vec<Disk>,
     vcpus: u32,
     memory_mib: u32,
+    spare_mib: u32,
     nvdimm: Option<Nvdimm>,
     files: Vec<(String, u32, Vec<u8>)>,
     fio: bool,
@@ -48,15 +50,22 @@ impl GuestOptions {
     pub fn new(script: impl Into<String>) -> Self {
         Self {
             script: script.into(),
+            is_whole: false,
             disks: Vec::new(),
             vcpus: 1,
             memory_mib: 512,
+            spare_mib: 0,
             nvdimm: None,
             files: Vec::new(),
             fio: false,
             incoming: None,
             timeout: DEADLINE,
         }
+    }
+
+    /// A guest whose `script` is all there is: it runs in a shell and a root of its own.
+    pub fn whole(script: impl Into<String>) -> Self {
+        Self { is_whole: true, ..Self::new(script) }
     }
 
     /// Goes on with the state that [`Guest::migrate`] has left in `file`, instead of booting.
@@ -80,6 +89,12 @@ impl GuestOptions {
     /// Sets the memory.
     pub fn memory_mib(mut self, memory_mib: u32) -> Self {
         self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Leaves room for so much memory more, for [`Guest::plug_memory`].
+    pub fn spare_mib(mut self, spare_mib: u32) -> Self {
+        self.spare_mib = spare_mib;
         self
     }
 
@@ -189,6 +204,7 @@ impl Guest {
             append: "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off no_timer_check",
             vcpus: options.vcpus,
             memory_mib: options.memory_mib,
+            spare_mib: options.spare_mib,
             disks: &options.disks,
             nvdimm: options.nvdimm.as_ref(),
             console: &console,
@@ -318,6 +334,21 @@ impl Guest {
         monitor.await_migration("cancelled", self.deadline);
     }
 
+    /// Plugs so much memory in while the guest runs; it decides what it uses it for.
+    ///
+    /// # Panics
+    ///
+    /// When QEMU refuses.
+    pub fn plug_memory(&self, mib: u32) {
+        let mut monitor = self.monitor();
+        let size = u64::from(mib) << 20;
+        let memory = format!(
+            "{{\"qom-type\": \"memory-backend-memfd\", \"id\": \"more\", \"size\": {size}, \"share\": true}}"
+        );
+        monitor.execute("object-add", &memory);
+        monitor.execute("device_add", "{\"driver\": \"pc-dimm\", \"id\": \"dimm\", \"memdev\": \"more\"}");
+    }
+
     fn monitor(&self) -> Monitor {
         Monitor::connect(&self.files.path().join(MONITOR))
     }
@@ -430,7 +461,8 @@ fn write_initramfs(host: &Host, options: &GuestOptions, path: &PathBuf) -> io::R
         io::copy(&mut File::open(&host.initramfs_fio)?, &mut out)?;
     }
     let mut archive = Archive::new(out);
-    let script = format!(". /lib/guest.sh\n{}", options.script);
+    let words = if options.is_whole { "" } else { ". /lib/guest.sh\n" };
+    let script = format!("{words}{}", options.script);
     archive.file("script", 0o644, script.as_bytes())?;
     for (path, permissions, contents) in &options.files {
         archive.file(path, *permissions, contents)?;

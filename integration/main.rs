@@ -22,7 +22,9 @@ mod scenarios {
 
     mod bare;
     mod demo;
+    mod guide;
     mod harness;
+    mod hot;
     mod inside;
     mod survival;
     mod traffic;

@@ -1,4 +1,4 @@
-//! QEMU's monitor (QMP): one JSON object a line, as far as migrations need it.
+//! QEMU's monitor (QMP): one JSON object a line, as far as migrations and hot-plugged memory need it.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;

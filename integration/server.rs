@@ -56,6 +56,7 @@ pub struct Storage {
     queues: u16,
     packed: bool,
     order: &'static str,
+    control: bool,
 }
 
 impl Storage {
@@ -66,7 +67,16 @@ impl Storage {
             .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
             .expect("a directory for the disk");
         let sockets = tempfile::Builder::new().prefix("pcache-").tempdir().expect("a directory for sockets");
-        let storage = Self { program, files, sockets, cache_mib, queues: 1, packed: false, order: "strict" };
+        let storage = Self {
+            program,
+            files,
+            sockets,
+            cache_mib,
+            queues: 1,
+            packed: false,
+            order: "strict",
+            control: false,
+        };
         let image = File::create(storage.backing()).expect("create the backing image");
         image.set_len(backing_mib << 20).expect("size the backing image");
         storage
@@ -90,6 +100,12 @@ impl Storage {
         self
     }
 
+    /// With a control socket, for [`Storage::ask`].
+    pub fn controlled(mut self) -> Self {
+        self.control = true;
+        self
+    }
+
     /// The slow side's image.
     pub fn backing(&self) -> PathBuf {
         self.files.path().join("backing.img")
@@ -102,6 +118,21 @@ impl Storage {
 
     fn socket(&self) -> PathBuf {
         self.sockets.path().join("disk.sock")
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        self.sockets.path().join("control.sock")
+    }
+
+    /// Runs a verb that speaks to the server, and returns what it says.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub fn ask(&self, words: &[&str]) -> String {
+        let output = verb(words, &[("--control", self.control_socket())]);
+        assert!(output.status.success(), "{words:?}: {}", describe(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// The disk as a guest attaches it while a server runs.
@@ -163,6 +194,9 @@ impl Storage {
                 command.arg(format!("--cache-size={}MiB", self.cache_mib));
                 command.arg("--backing").arg(self.backing());
                 command.arg(format!("--queues={}", self.queues)).arg(format!("--order={}", self.order));
+                if self.control {
+                    command.arg("--control").arg(self.control_socket());
+                }
                 command
             }
             Program::StorageDaemon => storage_daemon(&self.backing(), &self.socket(), self.queues),

@@ -68,6 +68,8 @@ pub struct Machine<'a> {
     pub vcpus: u32,
     /// Memory.
     pub memory_mib: u32,
+    /// Memory that can be plugged in later.
+    pub spare_mib: u32,
     /// In the order in which the guest names them: vda, vdb, …
     pub disks: &'a [Disk],
     /// Persistent memory, pmem0.
@@ -127,7 +129,11 @@ fn memory(command: &mut Command, machine: &Machine) {
     let size = machine.memory_mib;
     command.args(["-object", &format!("memory-backend-memfd,id=ram,size={size}M,share=on")]);
     let Some(nvdimm) = machine.nvdimm else {
-        command.args(["-machine", "q35,memory-backend=ram", "-m", &format!("{size}M")]);
+        let more = match machine.spare_mib {
+            0 => String::new(),
+            spare => format!(",slots=2,maxmem={}M", size + spare),
+        };
+        command.args(["-machine", "q35,memory-backend=ram", "-m", &format!("{size}M{more}")]);
         return;
     };
     let maxmem = size + nvdimm.size_mib;

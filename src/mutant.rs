@@ -66,6 +66,14 @@ mutants! {
     PartsForgotten 7 "a start writes the parts of an epoch again that are on the disk already",
     RedoBelievedUnflushed 8 "a start believes a header of the redo area that is not durable",
     RedoLeftUnapplied 7 "a start leaves the group in the redo area where it is",
+    // Consistency groups.
+    EpochNotShared 7 "the volumes of a consistency group count epochs each by itself",
+    MemberGoesAhead 7 "a volume writes an epoch back before its group has the one before",
+    JointDecidedByOne 7 "one volume's part of a joint group is committed, and the group counts",
+    JointPartBelieved 7 "a start applies a part of a joint group that others have not committed",
+    DiscardedCountsApplied 7 "a part of a joint group that is given up counts as applied",
+    MemberForgotten 7 "a start does not wait for members that are not attached yet",
+    EpochOutgrowsArea 7 "an epoch of a joint group may be larger than a redo area",
     // Epochs and FLUSH.
     EpochNotRaisedAtFlush 7 "a FLUSH does not end the epoch",
     EpochNotRaisedAtWrite 7 "without a write cache, a write does not end the epoch",
@@ -143,6 +151,8 @@ mutants! {
     DroppedCleanCounts 4 "clean data that the operator has dropped comes back",
     SidecarUnannounced 3 "the sidecar says a generation that the cache has not announced",
     WrongDiskAccepted 10 "an attach takes any disk of the right size",
+    GrownUnannounced 3 "a disk is grown before the cache says that it will be",
+    GrownUnnoted 2 "a guest may write to the new part of a disk whose size the cache has not noted",
     DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Recovery.
     OldestWins 2 "recovery lets the oldest version win",

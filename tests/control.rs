@@ -54,6 +54,76 @@ fn every_verb_is_obeyed_under_load_and_no_byte_is_wrong() {
     site.stop();
 }
 
+/// What a verb may add to the longest batch of requests of the same run without it.
+const STALL_MAX: Duration = Duration::from_millis(100);
+/// Tries of each verb. A stall that the verb makes is there every time; one of a busy host is not.
+const TRIES: usize = 6;
+
+#[test]
+fn no_verb_stalls_a_guest() {
+    let site = Site::new(&["a", "b"]);
+    let cache = site.path("cache.img");
+    let (socket, disk) = (site.path("c.sock"), site.path("c.img"));
+    let attach =
+        ["attach", "--name", "c", "--socket", &socket, "--backing", &disk, "--backing-size", "64MiB"];
+    let mut load = Load::begin(&site, "a", Mix::default());
+    let mut stalls = Vec::new();
+    for words in [
+        &["status", "a"][..],
+        &["list"],
+        &["stats", "--reset"],
+        &["explain", "a"],
+        &["top", "--count", "2", "--interval", "0.1"],
+        &["reload"],
+        &["flush", "a"],
+        &["drain", "--cache", &cache],
+        &attach,
+        &["detach", "c", "--drain"],
+        &["set", "a", "--max-lag-s", "30", "--max-dirty", "32MiB"],
+        &["set", "a", "--order", "relaxed"],
+        &["set", "a", "--order", "strict"],
+        &["set", "a", "--cache-mode", "writethrough"],
+        &["set", "a", "--cache-mode", "writeback"],
+        &["checkpoint", "a", "--exec", "true"],
+    ] {
+        // What cannot be repeated as it is has its opposite in between.
+        let again: &[&str] = match words[0] {
+            "attach" => &["detach", "c", "--drain"],
+            "detach" => &attach,
+            "set" if words.contains(&"--order") => &["set", "a", "--order", "strict"],
+            "set" if words.contains(&"--cache-mode") => &["set", "a", "--cache-mode", "writeback"],
+            _ => &[],
+        };
+        let mut seen = Vec::new();
+        for number in 0..TRIES {
+            if number > 0 && !again.is_empty() {
+                site.verb(again).succeeds();
+            }
+            load.take_longest();
+            let begun = Instant::now();
+            assert!(site.verb(words).is_success(), "{words:?}");
+            // Time for what the verb has begun to be felt, and as much without it.
+            load = load.go_on_for(Duration::from_millis(100));
+            let took = begun.elapsed();
+            let with = load.take_longest();
+            load = load.go_on_for(took);
+            let without = load.take_longest();
+            seen.push((with, without));
+            if with <= without + STALL_MAX {
+                break;
+            }
+        }
+        println!("{}: {seen:?} with and without", words.join(" "));
+        if seen.iter().all(|(with, without)| *with > *without + STALL_MAX) {
+            stalls.push(words.join(" "));
+        }
+    }
+    let mut traffic = load.end();
+    traffic.verify(0..traffic.model.sectors());
+    assert!(stalls.is_empty(), "{stalls:?}");
+    site.stop();
+}
+
 #[test]
 fn a_mode_changes_while_a_guest_writes_and_the_disk_has_what_it_should() {
     for order in ["strict", "relaxed"] {
@@ -500,6 +570,65 @@ fn metrics_are_well_formed_and_add_up() {
     let series = |name: &str| samples[&format!("pcache_volume_{name}{{cache=\"pmem\",volume=\"a\"}}")];
     assert_eq!((series("dirty_bytes"), series("written_back_bytes_total")), (0.0, 64.0 * 16384.0));
     drop(client);
+    site.stop();
+}
+
+/// Processor time that a process has used.
+fn used(pid: u64) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+    let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
+    let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
+    // USER_HZ is 100 wherever Linux runs.
+    Duration::from_millis(ticks * 10)
+}
+
+#[test]
+fn eight_volumes_are_scraped_within_five_milliseconds() {
+    let names: Vec<String> = (1..=7).map(|number| format!("vm{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    // And `spare` makes eight.
+    let site = Site::new(&names);
+    for name in names.iter().chain(&["spare"]) {
+        let mut client = Client::connect(&site.socket(name), ClientOptions::default());
+        for at in 0..64 {
+            client.execute(&Request::write(at * 64, vec![at as u8; 4096]));
+            client.execute(&Request::read(at * 64, 4096));
+            client.execute(&Request::read(MIB / 512 * 32 + at * 64, 4096));
+            client.execute(&Request::flush());
+        }
+        site.verb(&["flush", name]).succeeds();
+    }
+    let scrape = || site.http("GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").1;
+    let page = scrape();
+    let samples = control_support::parse_metrics(&page);
+    let bucket = "pcache_volume_stage_seconds_bucket{cache=\"pmem\",volume=\"vm1\",stage=\"read_hit\",le=";
+    let mut bounds: Vec<(f64, f64)> = samples
+        .iter()
+        .filter_map(|(name, count)| {
+            let bound = name.strip_prefix(bucket)?.trim_matches(['"', '}']).parse().ok()?;
+            Some((bound, *count))
+        })
+        .collect();
+    bounds.sort_by(|one, other| one.0.total_cmp(&other.0));
+    assert!(bounds.len() > 20 && bounds.is_sorted_by_key(|(_, count)| *count), "{bounds:?}");
+    let count = bucket.replace("_bucket", "_count").replace(",le=", "}");
+    assert_eq!(bounds.last().map(|(_, count)| *count), samples.get(&count).copied(), "+Inf is all of them");
+    assert!(page.matches("_count{").count() >= 8 * 6, "{page}");
+
+    let (pid, rounds) = (site.pid(), 100);
+    let before = used(pid);
+    let mut times: Vec<Duration> = (0..rounds)
+        .map(|_| {
+            let begun = Instant::now();
+            scrape();
+            begun.elapsed()
+        })
+        .collect();
+    let each = (used(pid) - before) / rounds;
+    times.sort_unstable();
+    let (best, median) = (times[0], times[times.len() / 2]);
+    println!("{} bytes; best {best:?}, median {median:?}, {each:?} of processor time each", page.len());
+    assert!(best < Duration::from_millis(5) && each < Duration::from_millis(5), "{best:?}, {each:?}");
     site.stop();
 }
 

@@ -159,6 +159,7 @@ impl World {
                 sidecar: None,
                 reads: Default::default(),
                 allow_volatile: true,
+                group: None,
             })
             .expect("attaches");
         let queue = VolumeDisk(volume.clone()).open_queue(0, Waker::default()).expect("a queue");

@@ -11,6 +11,8 @@
 mod damage;
 #[path = "crash/groups.rs"]
 mod groups;
+#[path = "crash/growth.rs"]
+mod growth;
 #[path = "crash/lost.rs"]
 mod lost;
 #[path = "crash/pairs.rs"]
@@ -21,6 +23,8 @@ mod regressions;
 mod relocation;
 #[path = "crash/shares.rs"]
 mod shares;
+#[path = "crash/together.rs"]
+mod together;
 #[path = "crash/unsynced.rs"]
 mod unsynced;
 

@@ -150,6 +150,7 @@ fn attach_with(
             sidecar: None,
             accept_loss: false,
             allow_volatile: true,
+            group: None,
         })
         .expect("the volume attaches")
 }

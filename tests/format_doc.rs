@@ -129,6 +129,7 @@ fn every_constant_has_the_value_it_says() {
         ("GC_PERCENT_MAX", format::GC_PERCENT_MAX.into()),
         ("GC_PERCENT_UNSET", format::GC_PERCENT_UNSET.into()),
         ("REDO_VERSION", format::REDO_VERSION.into()),
+        ("REDO_MEMBERS_MAX", format::REDO_MEMBERS_MAX as u64),
         ("REDO_SAMPLES_MAX", format::REDO_SAMPLES_MAX as u64),
     ];
     assert_eq!(pairs("constant"), expected(&values.map(|(name, value)| (name, value.to_string()))));

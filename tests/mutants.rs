@@ -10,6 +10,8 @@
 mod document;
 #[path = "mutants/failing.rs"]
 mod failing;
+#[path = "crash/growth.rs"]
+mod growth;
 #[path = "mutants/instruments.rs"]
 mod instruments;
 #[path = "crash/pairs.rs"]

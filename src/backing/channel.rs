@@ -78,7 +78,7 @@ impl DiskChannel {
             Op::Zero { offset, len, .. } => (*offset, *len),
             Op::Flush => return,
         };
-        let geometry = &self.core.geometry;
+        let geometry = self.core.geometry();
         let block = u64::from(geometry.logical_block);
         assert!(
             len > 0 && (offset | len).is_multiple_of(block),
@@ -129,7 +129,7 @@ impl Channel for DiskChannel {
         self.in_flight += 1;
         let core = &self.core;
         match (&op, &mut self.ring) {
-            (Op::Write { .. } | Op::Zero { .. }, _) if core.geometry.read_only => {
+            (Op::Write { .. } | Op::Zero { .. }, _) if core.geometry().read_only => {
                 let result = Err(io::ErrorKind::ReadOnlyFilesystem.into());
                 self.inbox.push(Completion { token, op, result });
             }

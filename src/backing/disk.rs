@@ -12,6 +12,7 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -89,10 +90,20 @@ pub(super) struct Core {
     /// Before `file`: joining the helpers needs nothing of it.
     pub(super) pool: Pool,
     pub(super) file: Arc<DiskFile>,
-    pub(super) geometry: BackingGeometry,
+    /// As it was opened; see [`Core::geometry`].
+    opened: BackingGeometry,
+    /// Bytes, never fewer than before.
+    size: AtomicU64,
     pub(super) engine: Engine,
     /// Whether the log already says that this host has no io_uring for us.
     pub(super) told_no_ring: Once,
+}
+
+impl Core {
+    /// What the disk is like now.
+    pub(super) fn geometry(&self) -> BackingGeometry {
+        BackingGeometry { size: self.size.load(Ordering::Acquire), ..self.opened }
+    }
 }
 
 /// An open raw image or block device.
@@ -166,7 +177,8 @@ impl Disk {
         let core = Core {
             pool: Pool::default(),
             file: Arc::new(file),
-            geometry,
+            opened: geometry,
+            size: AtomicU64::new(geometry.size),
             engine: options.engine,
             told_no_ring: Once::new(),
         };
@@ -191,7 +203,7 @@ impl Disk {
         let path = || self.path.clone();
         let fail = |source| DiskChanged::Io { path: path(), source };
         let now = geometry::size(self.core.file.file()).map_err(fail)?;
-        let opened = self.core.geometry.size;
+        let opened = self.core.geometry().size;
         if now < opened {
             return Err(DiskChanged::Shrunk { path: path(), opened, now });
         }
@@ -223,7 +235,33 @@ impl Backing for Disk {
     type Channel = DiskChannel;
 
     fn geometry(&self) -> BackingGeometry {
-        self.core.geometry
+        self.core.geometry()
+    }
+
+    fn measure(&self) -> io::Result<u64> {
+        geometry::size(self.core.file.file())
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        let unit = u64::from(self.core.file.align()).max(self.core.opened.logical_block.into());
+        if !size.is_multiple_of(unit) {
+            // A last block that is only partly there could not be written without growing the file.
+            let why = format!("{size} bytes are not a multiple of the {unit} that its I/O is made of");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let file = self.core.file.file();
+        let found = geometry::size(file)?;
+        if found < size && self.kind == BackingKind::File {
+            file.set_len(size)?;
+        } else if found != size {
+            let why = format!("it has {found} bytes and not {size}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        if self.kind == BackingKind::File {
+            file.sync_all()?;
+        }
+        self.core.size.fetch_max(size, Ordering::AcqRel);
+        Ok(())
     }
 
     fn identity(&self) -> BackingIdentity {
@@ -238,7 +276,7 @@ impl Backing for Disk {
         let path = self.path.to_string_lossy().into_owned();
         BackingIdentity {
             kind: self.kind,
-            size: self.core.geometry.size,
+            size: self.core.geometry().size,
             device,
             inode,
             stable,
@@ -256,7 +294,7 @@ impl Backing for Disk {
     }
 
     fn fingerprint(&self, seed: u64) -> io::Result<u64> {
-        sample::fingerprint(&self.core.file, self.core.geometry.size, seed)
+        sample::fingerprint(&self.core.file, self.core.geometry().size, seed)
     }
 
     fn traces(&self, durable: bool) -> io::Result<Traces> {
@@ -265,7 +303,7 @@ impl Backing for Disk {
             BackingKind::File if !self.has_times => Ok(Traces::default()),
             BackingKind::File => {
                 let file = self.core.file.file();
-                if durable && !self.core.geometry.read_only {
+                if durable && !self.core.opened.read_only {
                     // Not `fdatasync`: that leaves the times behind.
                     file.sync_all()?;
                 }
@@ -300,7 +338,7 @@ impl Backing for Disk {
 
 impl fmt::Debug for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Disk").field("path", &self.path).field("geometry", &self.core.geometry).finish()
+        f.debug_struct("Disk").field("path", &self.path).field("geometry", &self.core.geometry()).finish()
     }
 }
 

@@ -41,7 +41,7 @@ pub use identity::Traces;
 
 use crate::wake::Waker;
 
-/// What the disk is like. Constant while it is open.
+/// What the disk is like. Constant while it is open, but for a size that [`Backing::grow`] has raised.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BackingGeometry {
     /// Size in bytes, a multiple of `logical_block`.
@@ -197,6 +197,25 @@ pub trait Backing: Send + Sync + 'static {
     /// It could not be removed.
     fn remove_sidecar(&self) -> std::io::Result<()> {
         Ok(())
+    }
+
+    /// Bytes that are there now: what [`Backing::grow`] would find. Blocking.
+    ///
+    /// # Errors
+    /// The disk could not be asked.
+    fn measure(&self) -> std::io::Result<u64> {
+        Ok(self.geometry().size)
+    }
+
+    /// Makes the disk `size` bytes large: gives a regular file that is shorter so many zeros more, and
+    /// takes note of what else has grown. From then on operations up to there are allowed, also on
+    /// channels that are open. Durable on return. Blocking.
+    ///
+    /// # Errors
+    /// The disk has not this size and cannot be given it; its size counts as before.
+    fn grow(&self, size: u64) -> std::io::Result<()> {
+        let _ = size;
+        Err(std::io::ErrorKind::Unsupported.into())
     }
 
     /// Opens a way to do I/O for one thread. Completions signal `waker`.

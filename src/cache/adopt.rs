@@ -123,7 +123,7 @@ impl<E: Env> Cache<E> {
         let change = |d: &mut VolumeDescriptor| {
             note_identity(d, &identity);
             note_rest(d, (seed, fingerprint), &traces);
-            d.sectors = found / 512;
+            (d.sectors, d.next_sectors) = (found / 512, 0);
             if how.drop_clean {
                 d.clean_from_version = clean_from;
             }

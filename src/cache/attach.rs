@@ -21,6 +21,7 @@ pub use self::error::AttachError;
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
 use super::judge::{judge_identity, judge_new, judge_options};
+use super::membership::Membership;
 use super::mismatch::Mismatch;
 use super::pair::{has_sidecar, note_identity, note_use};
 use super::segments::State;
@@ -28,6 +29,7 @@ use super::stream::Stream;
 use super::stripes::lock;
 use super::syncer::Outcome;
 use super::volume::{Mode, Order, QueueShared, ReadPolicy, Volume, VolumeCore};
+use super::worker::verdict;
 use crate::backing::{Backing, BackingIdentity, Channel, Op};
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{DiscardPolicy, Tail, VolumeDescriptor, VolumeState, pad, pad_cut, unpad};
@@ -76,6 +78,8 @@ pub struct AttachOptions<E: Env> {
     pub accept_loss: bool,
     /// Serve write-back from media that does not survive the host.
     pub allow_volatile: bool,
+    /// The consistency group it is to be in: with the cache lost, all its disks stand at one point.
+    pub group: Option<String>,
 }
 
 impl AttachError {
@@ -158,7 +162,8 @@ impl<E: Env> Cache<E> {
                 core.damaged.store(false, Ordering::Relaxed);
             }
         }
-        let redo = self.open_redo(core, options)?;
+        let membership = self.begin_membership(core, options)?;
+        let redo = self.open_redo(core, options, membership)?;
         core.accepts_loss.store(options.accept_loss, Ordering::Relaxed);
         if options.accept_loss {
             self.forget_lost(core)?;
@@ -189,7 +194,7 @@ impl<E: Env> Cache<E> {
         }
         let geometry = options.backing.geometry();
         let config = DiskConfig {
-            sectors: descriptor.sectors,
+            sectors: identity.size / 512,
             block_size: block,
             physical_block_size: geometry.physical_block.max(block),
             optimal_io_size: geometry.optimal_io,
@@ -219,6 +224,8 @@ impl<E: Env> Cache<E> {
         let wanted = if options.read_only { has_one } else { options.sidecar.unwrap_or(has_one) };
         let note = |d: &mut VolumeDescriptor| {
             note_use(d, identity, &traces, self.clock.unix_ms());
+            // It may have been growing when its last life ended.
+            (d.sectors, d.next_sectors) = (identity.size / 512, 0);
             d.damaged = core.damaged.load(Ordering::Relaxed);
             // A group that was there has been applied.
             if let Some(redo) = &options.redo {
@@ -243,7 +250,9 @@ impl<E: Env> Cache<E> {
             // Its area is lost, and with it what the order promises.
             volume.set_order(Order::Relaxed);
         }
-        if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins || groups_begin {
+        // Older data of its own would come to stand beside the others' newer.
+        let joins = membership == Membership::Joins && !core.is_clean();
+        if (bypass_begins && !mutated(Mutant::BypassUndrained)) || strict_begins || groups_begin || joins {
             volume.drain_here(&mut |_| {})?;
         }
         let lost_sectors = volume.counters().lost_sectors;
@@ -262,6 +271,15 @@ impl<E: Env> Cache<E> {
             d.serial = serial;
             d.block_size = block;
         })?;
+        if let (Membership::Joins, Some(group)) = (membership, &options.group) {
+            self.join_group(core, group)?;
+        }
+        if let (Some(redo), true) = (&volume.redo, options.order == Order::Grouped && core.group().is_some())
+        {
+            let share = self.epoch_share(redo, block, options.queues)?;
+            volume.epoch_share.store(share, Ordering::SeqCst);
+        }
+        self.end_membership(&volume, membership != Membership::AsItIs);
         Ok(volume)
     }
 
@@ -416,12 +434,16 @@ impl<E: Env> Cache<E> {
         if volume.core.facts.left_behind() > 0 {
             return Err(of_disk(std::io::Error::other("operations left to it may still change it")));
         }
-        if let Some(redo) = volume.redo.as_ref().filter(|_| lock(&volume.core.descriptor).0.redo_open) {
+        let is_open = lock(&volume.core.descriptor).0.redo_open;
+        if let Some(redo) = volume.redo.as_ref().filter(|_| is_open)
+            // What may not count stays as it is.
+            && (!redo.is_committed() || verdict(&volume.core, &redo.header()) == Some(true))
+        {
             redo.settle(&*volume.backing)?;
         }
         if mutated(Mutant::DirtyDroppedAtDetach) {
             let copy = lock(&volume.core.tail_page).1;
-            self.write_tail(&volume.core, copy, volume.core.epoch.load(Ordering::SeqCst))?;
+            self.write_tail(&volume.core, copy, volume.core.epoch())?;
         }
         if !volume.backing.geometry().read_only && !mutated(Mutant::DetachUnflushed) {
             // Else a power cut after this takes from the disk what the fingerprint has seen, and the
@@ -429,6 +451,7 @@ impl<E: Env> Cache<E> {
             flush(&*volume.backing).map_err(of_disk)?;
         }
         self.note_rest(volume)?;
+        *lock(&volume.core.area) = None;
         volume.core.attached.store(false, Ordering::SeqCst);
         Ok(())
     }
@@ -437,6 +460,7 @@ impl<E: Env> Cache<E> {
     /// kill, and the next attach takes it as it finds it. For a disk that does not answer or fails
     /// [`Cache::detach`]. No queue may be open and no worker may serve the volume.
     pub fn abandon(&self, volume: &Volume<E>) {
+        *lock(&volume.core.area) = None;
         volume.core.attached.store(false, Ordering::SeqCst);
     }
 

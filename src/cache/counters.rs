@@ -57,6 +57,8 @@ counters! {
     flushes,
     /// DISCARD and WRITE_ZEROES requests.
     discards,
+    /// Sectors discarded or zeroed by the guest.
+    discard_sectors,
     /// Requests that ended in an error.
     errors,
     /// Times a write waited because the space fills up faster than the disk takes it.
@@ -81,6 +83,16 @@ counters! {
     space_waits,
     /// Checksum mismatches and poison met.
     checksum_errors,
+    /// Sectors that became dirty: written, discarded or zeroed in the cache, and not yet on the disk.
+    dirtied_sectors,
+    /// Dirty sectors that became clean because the backing disk has them.
+    cleaned_sectors,
+    /// Dirty sectors that were written anew before they became clean.
+    coalesced_sectors,
+    /// Dirty sectors that were discarded or zeroed before they became clean.
+    discarded_dirty_sectors,
+    /// Dirty sectors given up because the cache has damaged them.
+    lost_dirty_sectors,
     /// Sectors written back to the backing disk.
     written_back_sectors,
     /// Writes sent to the backing disk by write-back.

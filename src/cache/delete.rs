@@ -64,6 +64,7 @@ impl<E: Env> Cache<E> {
         self.finish_delete(core)?;
         // From here on nobody finds it: what its segments hold is nobody's.
         write(&self.volumes).remove(&core.incarnation);
+        core.leave();
         for stream in core.all_streams() {
             self.close_segment(&mut lock(stream));
         }

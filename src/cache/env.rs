@@ -31,6 +31,12 @@ pub trait Clock: Send + Sync + 'static {
         self.now_ms() * 1000
     }
 
+    /// Nanoseconds since the same moment, to measure by and to decide nothing by: looking at it changes
+    /// nothing, not even where time goes on by being looked at.
+    fn now_ns(&self) -> u64 {
+        self.now_us() * 1000
+    }
+
     /// Milliseconds since 1970, for what is written to the media.
     fn unix_ms(&self) -> u64;
 }
@@ -52,6 +58,11 @@ impl Clock for SystemClock {
 
     fn now_us(&self) -> u64 {
         u64::try_from(self.0.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn now_ns(&self) -> u64 {
+        let elapsed = self.0.elapsed();
+        elapsed.as_secs() * 1_000_000_000 + u64::from(elapsed.subsec_nanos())
     }
 
     fn unix_ms(&self) -> u64 {

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::env::{Clock, Env};
 use super::ghost;
-use super::volume::Volume;
+use super::volume::{Order, Volume, VolumeCore};
 use super::worker::DrainProgress;
 use crate::backing::{Backing, Channel, Op};
 use crate::sync::thread;
@@ -50,6 +50,36 @@ pub enum FlushError {
     Failed(String),
 }
 
+/// How far write-back is since a moment.
+///
+/// What counts is what has become clean, and not what was written: in order strict that is more, since what
+/// was written anew meanwhile goes to the disk as well, and a drain would seem done long before it is. In
+/// order grouped everything is written twice, first to the redo area, and each is half of the way.
+pub(crate) struct WritebackProgress {
+    is_journaled: bool,
+    total_bytes: u64,
+    before: u64,
+    /// Where it was already: what a round wrote in vain is not told as a step back.
+    most: u64,
+}
+
+impl WritebackProgress {
+    /// How far it is now.
+    pub fn now(&mut self, core: &VolumeCore) -> DrainProgress {
+        self.most = self.most.max(self.work(core).saturating_sub(self.before));
+        let total_bytes = self.total_bytes;
+        DrainProgress { total_bytes, dirty_bytes: total_bytes.saturating_sub(self.most) }
+    }
+
+    fn work(&self, core: &VolumeCore) -> u64 {
+        let cleaned = core.tally.cleaned_sectors.load(Ordering::Relaxed) * 512 + core.pacer.under_way();
+        match self.is_journaled {
+            true => (cleaned + core.tally.redo_bytes.load(Ordering::Relaxed)) / 2,
+            false => cleaned,
+        }
+    }
+}
+
 impl<E: Env> Volume<E> {
     /// Waits until the disk has, durably, everything acknowledged before this call. The volume's
     /// worker must run. `progress` is told how far it is about every [`LOOK_INTERVAL`], and may end
@@ -63,16 +93,15 @@ impl<E: Env> Volume<E> {
     ) -> Result<(), FlushError> {
         let core = &self.core;
         core.raise_epoch();
-        let goal = core.stamped.load(Ordering::SeqCst).min(core.epoch.load(Ordering::SeqCst) - 1);
+        let goal = core.stamped.load(Ordering::SeqCst).min(core.epoch() - 1);
         self.wanted.fetch_max(goal, Ordering::SeqCst);
         core.writeback.raise();
-        let total_bytes = core.index.dirty_sectors() * 512;
+        let mut begun = self.begin_progress();
+        let total_bytes = begun.total_bytes;
         let failures_before = self.health().failures;
-        let written_before = self.brought_to_disk();
         loop {
             let is_there = core.tail.load(Ordering::SeqCst) >= goal;
-            let written = self.brought_to_disk().saturating_sub(written_before);
-            let dirty_bytes = if is_there { 0 } else { total_bytes.saturating_sub(written) };
+            let dirty_bytes = if is_there { 0 } else { begun.now(core).dirty_bytes };
             if progress(DrainProgress { total_bytes, dirty_bytes }).is_break() {
                 return Err(FlushError::Interrupted);
             }
@@ -93,9 +122,12 @@ impl<E: Env> Volume<E> {
         }
     }
 
-    /// Bytes that write-back has ever brought to the disk, also of the round under way.
-    fn brought_to_disk(&self) -> u64 {
-        self.core.tally.written_back_sectors.load(Ordering::Relaxed) * 512 + self.core.pacer.under_way()
+    /// How much of what is dirty now has been dealt with since, whenever it is asked again.
+    pub(crate) fn begin_progress(&self) -> WritebackProgress {
+        let is_journaled = self.order() == Order::Grouped;
+        let total_bytes = self.core.index.dirty_sectors() * 512;
+        let begun = WritebackProgress { is_journaled, total_bytes, before: 0, most: 0 };
+        WritebackProgress { before: begun.work(&self.core), ..begun }
     }
 
     /// Flushes the disk. One that does not answer is left to itself if `progress` ends the wait.

@@ -286,6 +286,11 @@ impl VolumeCore {
         {
             health.be(VolumeState::Degraded, since(*first), failure.clone());
         }
+        if health.state == VolumeState::Ok
+            && let Some((health_ms, failure)) = self.judge_awaited(now_ms)
+        {
+            health.be(VolumeState::Degraded, health_ms, failure);
+        }
         let owed = self.owed_ms(now_ms);
         if owed >= self.policy.stall_ms() || self.facts.left_behind() > 0 {
             let cause = format!("the disk has not answered for {} s", owed / 1000);
@@ -316,6 +321,24 @@ impl VolumeCore {
             health.be(VolumeState::Failed, told(VolumeState::Failed), failure);
         }
         health
+    }
+
+    /// For how long write-back has waited for another member of the group, and for whom, if for long.
+    fn judge_awaited(&self, now_ms: u64) -> Option<(u64, Failure)> {
+        let (incarnation, since) = (*lock(&self.awaited))?;
+        let waited = now_ms.saturating_sub(since);
+        let group = self.group().filter(|_| waited >= STALL_MS)?;
+        let fellow = group.members().into_iter().find(|m| m.incarnation == incarnation)?;
+        let (name, group) = (fellow.descriptor_name(), &group.name);
+        let cause = match fellow.attached.load(Ordering::SeqCst) {
+            true => format!("write-back waits for volume `{name}` of the consistency group `{group}`"),
+            false => format!(
+                "write-back waits for volume `{name}` of the consistency group `{group}`, which has dirty data \
+                 and is not attached"
+            ),
+        };
+        let advice = "see to that volume and its disk, or take it out of the group; nothing is lost";
+        Some((waited, Failure { cause, advice, is_of_disk: false }))
     }
 
     /// For how long the disk has owed its oldest answer.

@@ -12,6 +12,7 @@ use super::attach::{AttachError, AttachOptions};
 use super::core::load_media;
 use super::env::Env;
 use super::media::Media;
+use super::membership::judge_group;
 use super::mismatch::Mismatch;
 use super::pair::{has_sidecar, judge_sidecar, look};
 use super::volume::Mode;
@@ -63,6 +64,7 @@ pub(super) fn judge_options<E: Env>(
     if options.name.is_empty() || options.name.len() > 64 || !options.name.chars().all(good) {
         return Err(AttachError::BadName(options.name.clone()));
     }
+    judge_group(options)?;
     let geometry = options.backing.geometry();
     if geometry.read_only && !options.read_only {
         return Err(AttachError::ReadOnlyDisk(options.backing.identity().path));
@@ -101,7 +103,8 @@ pub(super) fn judge_identity<B: Backing>(
     options: &AttachOptions<impl Env>,
 ) -> Result<(), AttachError> {
     let (name, path) = (options.name.clone(), identity.path.clone());
-    if identity.size / 512 != descriptor.sectors {
+    // One that was growing has either size.
+    if ![descriptor.sectors, descriptor.next_sectors].contains(&(identity.size / 512)) {
         let expected = descriptor.sectors * 512;
         return Err(AttachError::SizeDiffers { name, path, expected, found: identity.size });
     }

@@ -21,6 +21,7 @@ use std::sync::atomic::Ordering;
 
 use super::attach::AttachError;
 use super::core::Cache;
+use super::counters;
 use super::env::{Clock, Env};
 use super::index::{Extent, Place};
 use super::queue::HitError;
@@ -163,6 +164,7 @@ impl<E: Env> Cache<E> {
         for extent in extents {
             core.index.replace_if(*extent, Place::LOST, &mut removed);
         }
+        count_lost(core, &removed);
         self.mark_dead(&removed);
     }
 
@@ -170,6 +172,7 @@ impl<E: Env> Cache<E> {
     pub(super) fn forget(&self, core: &VolumeCore, extent: Extent) {
         let mut removed = Vec::new();
         core.index.remove_if(extent, &mut removed);
+        count_lost(core, &removed);
         self.mark_dead(&removed);
     }
 
@@ -220,6 +223,11 @@ impl<E: Env> Volume<E> {
 /// Whether a list is too long for a tail page.
 pub(super) fn is_too_long(list: &[LostRange]) -> bool {
     list.len() > LOST_MAX
+}
+
+fn count_lost(core: &VolumeCore, removed: &[Extent]) {
+    let dirty: u64 = removed.iter().filter(|extent| extent.place.dirty).map(|extent| extent.range.len).sum();
+    counters::add(&core.tally.lost_dirty_sectors, dirty);
 }
 
 #[cfg(test)]

@@ -99,7 +99,7 @@ impl<E: Env> Volume<E> {
     }
 
     /// How the guest sees it.
-    pub fn disk_config(&self) -> &crate::volume::DiskConfig {
-        &self.config
+    pub fn disk_config(&self) -> crate::volume::DiskConfig {
+        crate::volume::DiskConfig { sectors: self.sectors(), ..self.config.clone() }
     }
 }

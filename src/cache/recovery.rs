@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use self::rebuild::Keys;
+use super::consistency::{ConsistencyGroup, Epochs};
 use super::core::{Cache, OpenError, write};
 use super::env::{Clock, Env};
 use super::lost;
@@ -33,7 +34,9 @@ use super::segments::State;
 use super::stripes::lock;
 use super::volume::VolumeCore;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{Key, SegmentState, SummaryHeader, Tail, VolumeDescriptor, VolumeState, encode_summary};
+use crate::onmedia::{
+    Key, SegmentState, SummaryHeader, Tail, Uuid, VolumeDescriptor, VolumeState, encode_summary,
+};
 use crate::pmem::Pmem;
 
 /// What recovery found.
@@ -107,11 +110,27 @@ pub(super) fn recover<E: Env>(cache: &mut Cache<E>) -> Result<RecoveryReport, Op
         report.dirty_bytes += volume.index.dirty_sectors() * 512;
         report.cached_bytes += volume.index.mapped_sectors() * 512;
     }
+    gather_groups(volumes.values());
     report.volumes = volumes.len();
     report.scan_us = scanned_us - began_us;
     report.build_us = cache.clock.now_us() - scanned_us;
     *write(&cache.volumes) = volumes;
     Ok(report)
+}
+
+/// Makes the volumes of each consistency group count by one counter, above all that any of them used.
+fn gather_groups<'a>(volumes: impl Iterator<Item = &'a Arc<VolumeCore>>) {
+    let mut groups: BTreeMap<Uuid, Arc<Epochs>> = BTreeMap::new();
+    for volume in volumes {
+        let descriptor = lock(&volume.descriptor).0.clone();
+        let uuid = descriptor.group_uuid;
+        if uuid == Uuid::default() {
+            continue;
+        }
+        let group = || ConsistencyGroup::new(uuid, descriptor.group_text().into_owned());
+        let epochs = groups.entry(uuid).or_insert_with(|| Arc::new(Epochs::new(1, Some(group()))));
+        volume.join(epochs);
+    }
 }
 
 /// Puts the segments, ascending, on the lists they belong to.
@@ -202,7 +221,7 @@ fn load_volumes<E: Env>(cache: &Cache<E>, report: &mut RecoveryReport) -> Volume
                 // Also where no segment is left to say what was used: an epoch at or below the
                 // tail would count as clean.
                 if !mutated(Mutant::EpochRestartsBelowTail) {
-                    volume.epoch.store(tail.epoch + 1, Ordering::Relaxed);
+                    volume.counting.epochs().raise_to(tail.epoch + 1);
                 }
                 if !mutated(Mutant::VersionsRestart) {
                     volume.version.fetch_max(tail.version_floor, Ordering::Relaxed);

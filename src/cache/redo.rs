@@ -19,9 +19,10 @@
 //!   `recover-backing` does, if disk and area belong together: the header's samples tell.
 //! - What cannot be read back of a committed group is an error, never half a group.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use super::replay::{DEPTH, Replay, ReplayError};
 use super::stripes::lock;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::mutant::{Mutant, mutated};
@@ -30,11 +31,8 @@ use crate::onmedia::{
     payload_checksum,
 };
 use crate::sync::Mutex;
-use crate::units::SectorRange;
 use crate::wake::Waker;
 
-/// Operations in flight while a group is applied from here.
-const DEPTH: u32 = 32;
 /// Longest payload of an entry in bytes.
 pub(crate) const PAYLOAD_MAX: u64 = 1 << 20;
 /// Longest zeroing of an entry in sectors.
@@ -86,6 +84,18 @@ pub enum RedoError {
         /// What does not match.
         what: &'static str,
     },
+    /// A group of several disks, and one of them is not given.
+    #[error(
+        "the redo area `{path}` holds the part of one disk in a group of {members}, and what counts is known \
+         only from all of them: give all of their disks, or apply this part by itself with --alone (its \
+         disk and the others then do not stand at one point)"
+    )]
+    NotAll {
+        /// Where it is.
+        path: String,
+        /// How many disks.
+        members: usize,
+    },
     /// A committed group cannot be read.
     #[error("the redo area `{path}` holds a group that is damaged: {what}")]
     Damaged {
@@ -131,6 +141,8 @@ pub(crate) struct Redo<B: Backing> {
     /// Whether neither it nor the volume's disk waits for what is done to the other.
     pub is_apart: bool,
     head: Mutex<Head>,
+    /// The entries of the group that it held when it was opened, where that may not be decided.
+    pending: OnceLock<Vec<RedoEntry>>,
 }
 
 impl<B: Backing> Redo<B> {
@@ -161,8 +173,14 @@ impl<B: Backing> Redo<B> {
             None if is_blank => Head { newest: RedoHeader::default(), next: 0 },
             None => return Err(RedoError::NotOurs { path: path() }),
         };
-        let block = u64::from(geometry.logical_block);
-        Ok(Redo { size, block, is_apart: false, head: Mutex::new(head), disk })
+        Ok(Redo {
+            size,
+            block: u64::from(geometry.logical_block),
+            is_apart: false,
+            head: Mutex::new(head),
+            pending: OnceLock::new(),
+            disk,
+        })
     }
 
     /// The same area, once it is known whether it shares a device with its volume's disk.
@@ -186,8 +204,13 @@ impl<B: Backing> Redo<B> {
         lock(&self.head).next as u64
     }
 
+    /// Bytes that payload and table of a group may take that has all of it.
+    pub fn capacity(&self) -> u64 {
+        self.whole().capacity
+    }
+
     /// Where payload begins.
-    fn body(&self) -> u64 {
+    pub fn body(&self) -> u64 {
         PAGE as u64
     }
 
@@ -222,7 +245,7 @@ impl<B: Backing> Redo<B> {
         lock(&self.head).newest.state == RedoState::Committed
     }
 
-    fn path(&self) -> String {
+    pub fn path(&self) -> String {
         self.disk.identity().path
     }
 
@@ -244,6 +267,30 @@ impl<B: Backing> Redo<B> {
         self.update(|h| h.state = RedoState::Idle)
     }
 
+    /// The update that takes back a group that does not count, for another volume's part of it was never
+    /// committed: the disk is where it was before.
+    pub fn discard(&self) -> (RedoHeader, Op) {
+        self.update(|h| {
+            (h.state, h.is_part) = (RedoState::Idle, false);
+            if !mutated(Mutant::DiscardedCountsApplied) {
+                h.epoch = h.base_epoch;
+            }
+        })
+    }
+
+    /// Reads the group it holds, which may not count yet.
+    pub fn keep_pending(&self) -> Result<(), RedoError> {
+        let entries = self.table()?;
+        self.verify(&entries)?;
+        self.pending.get_or_init(|| entries);
+        Ok(())
+    }
+
+    /// What [`Redo::keep_pending`] has read.
+    pub fn pending(&self) -> Vec<RedoEntry> {
+        self.pending.get().cloned().unwrap_or_default()
+    }
+
     /// A header is durable.
     pub fn note(&self, header: RedoHeader) {
         let mut head = lock(&self.head);
@@ -261,7 +308,7 @@ impl<B: Backing> Redo<B> {
             "it is another cache's"
         } else if (header.volume_uuid, header.incarnation) != (owner.volume_uuid, owner.incarnation) {
             "it is another volume's"
-        } else if header.backing_size != owner.backing_size {
+        } else if header.backing_size > owner.backing_size {
             "it is for a disk of another size"
         } else if is_old {
             "it is older than the cache"
@@ -433,18 +480,44 @@ pub fn recover_backing<B: Backing>(
     if !redo.is_committed() {
         return Ok(None);
     }
-    let header = redo.header();
-    let foreign = |what| Err(RedoError::Foreign { path: redo.path(), what });
-    if header.backing_size != disk.geometry().size {
-        return foreign("the disk has another size");
+    let members = redo.header().members.len();
+    if members > 1 {
+        return Err(RedoError::NotAll { path: redo.path(), members });
     }
-    if !redo.strangers(disk)?.is_empty() && !force {
-        return foreign("the disk is not as the group found it: another, or written to since");
+    redo.check_disk(disk, force)?;
+    redo.finish(disk).map(Some)
+}
+
+impl<B: Backing> Redo<B> {
+    /// Whether the group it holds can be brought to `disk`: reads only.
+    pub(super) fn check_disk(&self, disk: &B, force: bool) -> Result<(), RedoError> {
+        let foreign = |what| Err(RedoError::Foreign { path: self.path(), what });
+        // It may have grown since.
+        if self.header().backing_size > disk.geometry().size {
+            return foreign("the disk has another size");
+        }
+        if !self.strangers(disk)?.is_empty() && !force {
+            return foreign("the disk is not as the group found it: another, or written to since");
+        }
+        self.verify(&self.table()?)
     }
-    let entries = redo.table()?;
-    redo.verify(&entries)?;
-    let sectors = redo.apply(disk)?;
-    Ok(Some(Recovered { sectors, time_ms: header.time_ms }))
+
+    /// Brings the group it holds to `disk`.
+    pub(super) fn finish(&self, disk: &B) -> Result<Recovered, RedoError> {
+        let time_ms = self.header().time_ms;
+        let sectors = self.apply(disk)?;
+        Ok(Recovered { sectors, time_ms })
+    }
+
+    /// Takes back a group that does not count. Blocking.
+    pub(super) fn take_back(&self) -> Result<(), RedoError> {
+        let io = |error| RedoError::Io { path: self.path(), error };
+        let mut channel = self.disk.channel(&Waker::default(), 1).map_err(io)?;
+        let (header, op) = self.discard();
+        run(&mut channel, op).and_then(|_| run(&mut channel, Op::Flush)).map_err(io)?;
+        self.note(header);
+        Ok(())
+    }
 }
 
 /// What is read of a disk for a sample.
@@ -485,68 +558,6 @@ pub(crate) fn run<C: Channel>(channel: &mut C, op: Op) -> std::io::Result<Op> {
     }
     let Completion { op, result, .. } = done.remove(0);
     result.map(|()| op)
-}
-
-/// Why a group could not be applied.
-#[derive(Debug)]
-pub(crate) enum ReplayError {
-    Redo(std::io::Error),
-    Disk(std::io::Error),
-    Damaged(SectorRange),
-}
-
-/// Applies a group from its area: reads, compares, writes.
-pub(crate) struct Replay {
-    entries: Vec<RedoEntry>,
-    next: usize,
-    block: u64,
-    done: Vec<Completion>,
-}
-
-impl Replay {
-    pub fn new(entries: Vec<RedoEntry>, block: u64) -> Replay {
-        Replay { entries, next: 0, block, done: Vec::new() }
-    }
-
-    /// Goes on as far as it can without waiting. True when everything is written; flushing is the
-    /// caller's. After an error nothing more is begun; what is in flight is the caller's to await.
-    pub fn step<C: Channel>(&mut self, redo: &mut C, disk: &mut C) -> Result<bool, ReplayError> {
-        let mut done = std::mem::take(&mut self.done);
-        disk.reap(&mut done);
-        for completion in done.drain(..) {
-            completion.result.map_err(ReplayError::Disk)?;
-        }
-        redo.reap(&mut done);
-        for completion in done.drain(..) {
-            completion.result.map_err(ReplayError::Redo)?;
-            let Op::Read { mut buf, .. } = completion.op else { continue };
-            let entry = &self.entries[completion.token as usize];
-            buf.set_len((entry.range.len * 512) as usize);
-            if payload_checksum(&buf) != entry.crc {
-                return Err(ReplayError::Damaged(entry.range));
-            }
-            let op = Op::Write { offset: entry.range.start * 512, buf };
-            assert!(disk.submit(completion.token, op).is_ok(), "fewer than the depth are in flight");
-        }
-        while let Some(entry) = self.entries.get(self.next)
-            && redo.in_flight() + disk.in_flight() < DEPTH as usize
-        {
-            let (token, offset, len) = (self.next as u64, entry.range.start * 512, entry.range.len * 512);
-            let submitted = match entry.kind {
-                RedoKind::Data => {
-                    let buf = AlignedBuf::new(len.next_multiple_of(self.block) as usize);
-                    redo.submit(token, Op::Read { offset: entry.at, buf })
-                }
-                kind => disk.submit(token, Op::Zero { offset, len, unmap: kind == RedoKind::Unmap }),
-            };
-            assert!(submitted.is_ok(), "fewer than the depth are in flight");
-            self.next += 1;
-        }
-        redo.kick();
-        disk.kick();
-        self.done = done;
-        Ok(self.next == self.entries.len() && redo.in_flight() + disk.in_flight() == 0)
-    }
 }
 
 /// Places of a disk outside a group, and inside it, by which the disk is known again.

@@ -8,6 +8,7 @@
 //!   the index no longer shows).
 //! - A mode that writes into the cache begins with a flushed disk: from then on FLUSH does not reach
 //!   the disk, and what was acknowledged around the cache would never become durable.
+//! - A mode that writes around the cache ends the volume's membership of a consistency group.
 //! - The descriptor says the new mode before the first write of a mode that writes around the cache,
 //!   and after the last of such a one: a start in between drains, which is always right.
 //! - Guests wait only while writes are held: [`HOLD_MAX`] at most, then they go on in the old mode
@@ -141,6 +142,10 @@ impl<E: Env> Volume<E> {
         let lost_sectors = self.counters().lost_sectors;
         if mode.bypasses() && lost_sectors > 0 {
             return Err(SwitchError::Lost(lost_sectors));
+        }
+        if begins_to_bypass {
+            // What goes to the disk at once would be ahead of the others.
+            self.cache.leave_group(&self.core)?;
         }
         self.cache.update_descriptor(&self.core, |descriptor| descriptor.mode = mode)?;
         self.set_mode(mode);

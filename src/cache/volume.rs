@@ -6,12 +6,14 @@
 //! Laws of the epochs:
 //! - A record's epoch is read after its queue announced it and read again the same
 //!   ([`VolumeCore::announce`]), so a FLUSH that raises the epoch afterwards sees the announcement.
-//! - Epoch e is closed when the counter is above it and no queue announces a number ≤ e.
+//! - Epoch e is closed when the counter is above it and no queue announces a number ≤ e. The counter,
+//!   and the queues that count, are those of all members of a consistency group (`consistency.rs`).
 //! - The tail is a closed epoch; it moves with a flushed disk and durable media in hand.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
+use super::consistency::{Counting, Epochs};
 use super::core::{Cache, Signal};
 use super::counters::{Counters, Tally};
 use super::env::Env;
@@ -19,6 +21,7 @@ use super::failing::{Alarm, Policy};
 use super::grown::Grown;
 use super::health::{Facts, Owed};
 use super::index::{Extent, Index, REGION_SECTORS};
+use super::latency::{Histogram, Latencies, Stage};
 use super::pacing::{Pacer, Purse};
 use super::pair::Kept;
 use super::plan::Plan;
@@ -31,7 +34,7 @@ use super::stripes::{Stripes, lock};
 use super::worker::Wishes;
 use crate::backing::Backing;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{Key, LostRange, VolumeDescriptor};
+use crate::onmedia::{Key, LostRange, Uuid, VolumeDescriptor};
 pub use crate::onmedia::{Mode, Order};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use crate::sync::{Mutex, thread};
@@ -91,6 +94,8 @@ pub(crate) struct QueueShared {
     pub waker: Mutex<Waker>,
     pub purse: Purse,
     pub tally: Tally,
+    /// How long what it does takes.
+    pub latencies: Latencies,
     /// What the disk owes it.
     pub owed: Owed,
     /// When it wants to be woken whatever happens.
@@ -107,6 +112,7 @@ impl QueueShared {
             waker: Mutex::default(),
             purse: Purse::default(),
             tally: Tally::default(),
+            latencies: Latencies::default(),
             owed: Owed::default(),
             alarm: Alarm::default(),
         }
@@ -153,6 +159,7 @@ fn index_shards(sectors: u64) -> usize {
 /// A volume without its disk.
 pub(crate) struct VolumeCore {
     pub incarnation: u64,
+    pub uuid: Uuid,
     pub slot: u32,
     /// The descriptor, and the copy its next update goes to.
     pub descriptor: Mutex<(VolumeDescriptor, usize)>,
@@ -162,8 +169,16 @@ pub(crate) struct VolumeCore {
     pub stripes: Stripes,
     /// Next version to draw.
     pub version: AtomicU64,
-    /// The epoch commits are stamped with now.
-    pub epoch: AtomicU64,
+    /// By what it counts epochs.
+    pub counting: Counting,
+    /// Whether it is a member of the group whose counter that is.
+    pub is_member: AtomicBool,
+    /// Everything of it up to this epoch is on the disk, flushed: at least the tail, and not durable.
+    pub settled: AtomicU64,
+    /// Of a member in `grouped` order that is attached, the epoch that its redo area names.
+    pub area: Mutex<Option<u64>>,
+    /// The member of its group that write-back waits for, by incarnation, and since when, in clock ms.
+    pub awaited: Mutex<Option<(u64, u64)>>,
     /// Highest epoch stamped on a dirty record.
     pub stamped: AtomicU64,
     /// Highest epoch wholly on the disk, durably so.
@@ -191,6 +206,8 @@ pub(crate) struct VolumeCore {
     pub attached: AtomicBool,
     /// Counts of the workers.
     pub tally: Tally,
+    /// How long what they do takes.
+    pub latencies: Latencies,
     /// What its state is judged by.
     pub facts: Facts,
     /// The order whose needs relocation honours, by its code.
@@ -214,13 +231,18 @@ impl VolumeCore {
     pub fn new(descriptor: VolumeDescriptor, next: usize, segments: usize) -> Self {
         Self {
             incarnation: descriptor.incarnation,
+            uuid: descriptor.uuid,
             slot: descriptor.slot,
             damaged: AtomicBool::new(descriptor.damaged),
             tail_page: Mutex::new((0, 0)),
             index: Index::new(index_shards(descriptor.sectors)),
             stripes: Stripes::new(descriptor.sectors),
             version: AtomicU64::new(1),
-            epoch: AtomicU64::new(1),
+            counting: Counting::new(Arc::new(Epochs::new(1, None))),
+            is_member: AtomicBool::new(false),
+            settled: AtomicU64::new(0),
+            area: Mutex::default(),
+            awaited: Mutex::default(),
             stamped: AtomicU64::new(0),
             tail: AtomicU64::new(0),
             dirty: Mutex::default(),
@@ -236,6 +258,7 @@ impl VolumeCore {
             pacer: Pacer::default(),
             attached: AtomicBool::new(false),
             tally: Tally::default(),
+            latencies: Latencies::default(),
             facts: Facts::default(),
             kept_for: AtomicU8::new(descriptor.order as u8),
             recovered_tail: Mutex::default(),
@@ -250,11 +273,11 @@ impl VolumeCore {
 
     /// Announces that queue `q` commits, and returns the epoch it commits in.
     pub fn announce(&self, q: u16) -> u64 {
-        let shared = self.queue(q);
-        let mut epoch = self.epoch.load(Ordering::SeqCst);
+        let (shared, epochs) = (self.queue(q), self.counting.epochs());
+        let mut epoch = epochs.now();
         loop {
             shared.stamp.store(epoch, Ordering::SeqCst);
-            let again = self.epoch.load(Ordering::SeqCst);
+            let again = epochs.now();
             if again == epoch {
                 if mutated(Mutant::FlushClosesOneQueue) && q > 0 {
                     return (epoch - 1).max(1);
@@ -270,25 +293,38 @@ impl VolumeCore {
         self.queue(q).stamp.store(u64::MAX, Ordering::Release);
     }
 
-    /// Begins a new epoch if anything was stamped with the present one. What completed before this
-    /// call is in an epoch below the new one.
-    pub fn raise_epoch(&self) {
-        let now = self.epoch.load(Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        if self.stamped.load(Ordering::SeqCst) >= now {
-            // Losing the race means that somebody else has raised it since: as good.
-            _ = self.epoch.compare_exchange(now, now + 1, Ordering::SeqCst, Ordering::SeqCst);
+    /// The epoch commits are stamped with now.
+    pub fn epoch(&self) -> u64 {
+        self.counting.epochs().now()
+    }
+
+    /// A dirty record is about to be stamped with `epoch`, which its queue announces.
+    pub fn stamp(&self, epoch: u64) {
+        if self.stamped.load(Ordering::SeqCst) < epoch {
+            self.stamped.fetch_max(epoch, Ordering::SeqCst);
         }
+        self.counting.epochs().stamp(epoch);
+    }
+
+    /// Begins a new epoch if anything was stamped with the present one. What completed before this
+    /// call is in an epoch below the new one: also of the other members of its group.
+    pub fn raise_epoch(&self) {
+        self.counting.epochs().raise();
     }
 
     /// The highest epoch that no record can be added to any more.
     pub fn closed_epoch(&self) -> u64 {
-        let mut closed = self.epoch.load(Ordering::SeqCst) - u64::from(!mutated(Mutant::OpenEpochTaken));
-        for shared in self.queues.iter() {
-            let stamp = shared.stamp.load(Ordering::SeqCst);
-            closed = closed.min(stamp.saturating_sub(1));
+        let closed = self.epoch() - u64::from(!mutated(Mutant::OpenEpochTaken));
+        match self.group() {
+            None => self.lowest_announced(closed),
+            Some(group) => group.members().iter().fold(closed, |low, member| member.lowest_announced(low)),
         }
-        closed
+    }
+
+    /// `closed`, or what is below the lowest epoch that any queue announces.
+    fn lowest_announced(&self, closed: u64) -> u64 {
+        let stamps = self.queues.iter().map(|shared| shared.stamp.load(Ordering::SeqCst));
+        stamps.fold(closed, |closed, stamp| closed.min(stamp.saturating_sub(1)))
     }
 
     /// The volume's name.
@@ -347,6 +383,14 @@ impl VolumeCore {
         }
     }
 
+    /// How long the stages of its requests have taken, in the order of [`Stage::ALL`].
+    pub fn latencies(&self) -> Vec<Histogram> {
+        let mut sums = vec![Histogram::default(); Stage::ALL.len()];
+        self.latencies.add_to(&mut sums);
+        self.queues.iter().for_each(|shared| shared.latencies.add_to(&mut sums));
+        sums
+    }
+
     /// Whether everything acknowledged is on the disk.
     pub fn is_clean(&self) -> bool {
         self.tail.load(Ordering::SeqCst) >= self.stamped.load(Ordering::SeqCst)
@@ -361,7 +405,7 @@ impl VolumeCore {
         sum.dirty_bytes = self.index.dirty_sectors() * 512;
         sum.lost_sectors = super::lost::sectors(&lock(&self.lost));
         sum.cached_bytes = self.index.mapped_sectors() * 512;
-        sum.epoch = self.epoch.load(Ordering::Relaxed);
+        sum.epoch = self.epoch();
         sum.tail_epoch = self.tail.load(Ordering::Relaxed);
         sum
     }
@@ -377,7 +421,12 @@ pub struct Volume<E: Env> {
     pub(crate) backing: Arc<E::Backing>,
     /// Where groups lie before they are on the disk.
     pub(crate) redo: Option<Arc<Redo<E::Backing>>>,
+    /// As it was attached; how large it is now is in `sectors`.
     pub(crate) config: DiskConfig,
+    /// Sectors that guests may use: only ever more (`enlarge.rs`).
+    pub(super) sectors: AtomicU64,
+    /// Held by who makes it larger.
+    pub(super) growing: Mutex<()>,
     pub(crate) name: String,
     mode: AtomicU8,
     order: AtomicU8,
@@ -385,6 +434,8 @@ pub struct Volume<E: Env> {
     /// Whether discards give space back on the disk.
     pub(crate) pass_discard: bool,
     pub(crate) reads: ReadPolicy,
+    /// What one queue may put into an epoch, in bytes of the redo area; 0 for no limit.
+    pub(crate) epoch_share: AtomicU64,
     write_cache: AtomicBool,
     /// Asks write-back to bring everything to the disk.
     pub(crate) draining: AtomicBool,
@@ -416,6 +467,8 @@ impl<E: Env> Volume<E> {
             core,
             backing,
             redo,
+            sectors: AtomicU64::new(config.sectors),
+            growing: Mutex::default(),
             config,
             name,
             mode: AtomicU8::new(mode as u8),
@@ -423,6 +476,7 @@ impl<E: Env> Volume<E> {
             data_crc,
             pass_discard,
             reads,
+            epoch_share: AtomicU64::new(0),
             write_cache: AtomicBool::new(true),
             draining: AtomicBool::new(false),
             wishes: Wishes::default(),
@@ -489,6 +543,11 @@ impl<E: Env> Volume<E> {
         }
     }
 
+    /// How long the stages of its requests have taken, in the order of [`Stage::ALL`].
+    pub fn latencies(&self) -> Vec<Histogram> {
+        self.core.latencies()
+    }
+
     /// Whether everything acknowledged is on the disk.
     pub fn is_clean(&self) -> bool {
         self.core.is_clean()
@@ -508,7 +567,7 @@ impl<E: Env> Disk for VolumeDisk<E> {
     type Queue<B: Buffer> = Queue<E, B>;
 
     fn config(&self) -> DiskConfig {
-        self.0.config.clone()
+        self.0.disk_config()
     }
 
     fn write_cache(&self) -> bool {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order};
+use super::config::{Admission, BackingFormat, ControlConfig, Discard, Mode, OnBackingError, Order, Sandbox};
 use super::online::args::*;
 use super::value::{self, Name, Serial, SocketPath, ValueError};
 
@@ -75,6 +75,8 @@ pub enum Verb {
     Flush(VolumeVerbArgs),
     /// Change how a volume is cached and written back, while it is used
     Set(SetArgs),
+    /// Make a volume larger while it is used; its VM sees it without a restart
+    Resize(ResizeArgs),
     /// Bring everything acknowledged so far to the disk and keep that still, for a snapshot of it
     Checkpoint(CheckpointArgs),
     /// Show counters and rates
@@ -111,6 +113,9 @@ pub struct ServeArgs {
     /// Open a damaged volume for writing: what the cache lost stays lost
     #[arg(long, value_name = "VOLUME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub accept_loss: Vec<String>,
+    /// What the process gives up before it serves: files and system calls [default: auto]
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub sandbox: Option<Sandbox>,
     /// Least important events to log: one line each, on standard error
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info)]
     pub log_level: LogLevel,

@@ -4,6 +4,7 @@
 //! both end in `Config::new`, which refuses what does not fit together, so nobody after it asks
 //! again. The only look at the file system is to see through two names of one thing.
 
+mod confine;
 mod error;
 
 use std::collections::HashMap;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 
+pub use self::confine::{Confinement, Sandbox};
 pub use self::error::ConfigError;
 use super::cli::ServeArgs;
 use super::suggest;
@@ -292,6 +294,7 @@ pub struct Config {
     volumes: Vec<VolumeConfig>,
     control: Option<ControlConfig>,
     state_dir: Option<PathBuf>,
+    confinement: Confinement,
 }
 
 impl Config {
@@ -358,7 +361,7 @@ impl Config {
         for index in consents_for("accept-loss", &consents.accept_loss, &volumes)? {
             volumes[index].accept_loss = true;
         }
-        Ok(Self { caches, volumes, control: None, state_dir: None })
+        Ok(Self { caches, volumes, control: None, state_dir: None, confinement: Confinement::default() })
     }
 
     /// The configuration that a command line without `--config` describes.
@@ -421,6 +424,7 @@ impl Config {
         let mut config = Self::controlled(vec![cache], vec![config], &consents, args.control.config())?;
         let by_default = args.cache.cache.is_none() || volume.backing.is_none();
         config.state_dir = state.0.filter(|_| by_default);
+        config.confine(args.sandbox, Vec::new());
         Ok(config)
     }
 

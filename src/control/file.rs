@@ -11,7 +11,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::config::{
-    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Consents, ControlConfig,
+    BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Confinement, Consents, ControlConfig,
     DEFAULT_SCRUB_INTERVAL_H, DEFAULT_SCRUB_MIB_S, Endpoint, VolumeConfig,
 };
 use super::suggest;
@@ -125,9 +125,11 @@ pub fn parse(path: &Path, text: &str, consents: &Consents) -> Result<Config, Fil
         let (line, column) = position(text, span.start);
         FileError::At { path: path.into(), line, column, what: Box::new(what) }
     };
-    let (caches, volumes, control) = sections(text).map_err(at)?;
-    Config::controlled(caches, volumes, consents, control)
-        .map_err(|source| FileError::Together { path: path.into(), source: Box::new(source) })
+    let Sections { caches, volumes, control, confinement } = sections(text).map_err(at)?;
+    let mut config = Config::controlled(caches, volumes, consents, control)
+        .map_err(|source| FileError::Together { path: path.into(), source: Box::new(source) })?;
+    config.confine(Some(confinement.sandbox), confinement.paths);
+    Ok(config)
 }
 
 /// What is wrong, and where in the text.
@@ -149,7 +151,12 @@ fn table(text: &str) -> Result<Spanned<DeTable<'_>>, Fault> {
     })
 }
 
-type Sections = (Vec<CacheConfig>, Vec<VolumeConfig>, Option<ControlConfig>);
+struct Sections {
+    caches: Vec<CacheConfig>,
+    volumes: Vec<VolumeConfig>,
+    control: Option<ControlConfig>,
+    confinement: Confinement,
+}
 
 fn sections(text: &str) -> Result<Sections, Fault> {
     let document = table(text)?;
@@ -157,6 +164,8 @@ fn sections(text: &str) -> Result<Sections, Fault> {
     let caches = top.sections("cache", "[[cache]]")?;
     let volumes = top.sections("volume", "[[volume]]")?;
     let control = top.section("control", "[control]")?;
+    let sandbox = top.text("sandbox", value::choice)?.unwrap_or_default();
+    let paths = top.texts("sandbox_paths", value::path)?;
     top.finish()?;
     let control = control.map(control_of).transpose()?;
     let caches = caches.into_iter().map(cache).collect::<Result<Vec<_>, _>>()?;
@@ -165,7 +174,7 @@ fn sections(text: &str) -> Result<Sections, Fault> {
     }
     let volumes =
         volumes.into_iter().map(|section| volume(section, &caches)).collect::<Result<Vec<_>, _>>()?;
-    Ok((caches, volumes, control))
+    Ok(Sections { caches, volumes, control, confinement: Confinement { sandbox, paths } })
 }
 
 fn control_of(mut section: Section<'_>) -> Result<ControlConfig, Fault> {
@@ -344,6 +353,24 @@ impl<'a> Section<'a> {
     ) -> Result<Option<T>, Fault> {
         let Some((text, span)) = self.located(key)? else { return Ok(None) };
         parse(text).map(Some).map_err(|source| Fault(span, Complaint::Value { key, source }))
+    }
+
+    /// A list of strings.
+    fn texts<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, ValueError>,
+    ) -> Result<Vec<T>, Fault> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let list = value.get_ref().as_array();
+        let list = list.ok_or_else(|| wrong_type(key, value, "a list of strings"))?;
+        list.iter()
+            .map(|item| {
+                let text = item.get_ref().as_str();
+                let text = text.ok_or_else(|| wrong_type(key, item, "a list of strings"))?;
+                parse(text).map_err(|source| Fault(item.span(), Complaint::Value { key, source }))
+            })
+            .collect()
     }
 
     /// A string with a unit. A bare number is refused: nobody counts the digits of 4294967296.

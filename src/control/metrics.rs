@@ -6,9 +6,11 @@
 //! with an atomic of their own beside the one that is there.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use super::daemon::windows::is_gauge;
 use super::daemon::{Daemon, OpenCache, Served};
+use crate::cache::latency::{Stage, bucket_end_ns};
 use crate::cache::{Counters, VolumeState};
 
 /// States of a volume, for the series that has one value per state.
@@ -115,6 +117,7 @@ fn volumes(page: &mut Page, daemon: &Daemon) {
             page.sample("pcache_volume_state", &labels, f64::from(u8::from(known == state)));
         }
     }
+    latencies(page, &served, &cache_of);
     type Look = fn(&Served) -> f64;
     let looks: [(&str, &str, Look); 4] = [
         ("size_bytes", "Size of the disk that the VM sees", |served| {
@@ -136,6 +139,38 @@ fn volumes(page: &mut Page, daemon: &Daemon) {
         for served in &served {
             let labels = [("cache", cache_of(served)), ("volume", served.config.name.as_str())];
             page.sample(&name, &labels, look(served));
+        }
+    }
+}
+
+/// Bounds of the buckets told to Prometheus are powers of two: every `METRIC_SUBS`th of the engine's.
+const METRIC_SUBS: usize = 8;
+
+/// One histogram with a series per stage, of stages that have a sample. Sampled: the counts are not those
+/// of the requests, which have counters of their own.
+fn latencies<'a>(page: &mut Page, served: &'a [Arc<Served>], cache_of: &dyn Fn(&'a Served) -> &'a str) {
+    let name = "pcache_volume_stage_seconds";
+    page.family(name, "histogram", "How long a stage of requests takes, of a sample of them");
+    for served in served {
+        let (cache, volume) = (cache_of(served), served.config.name.as_str());
+        for (stage, histogram) in Stage::ALL.iter().zip(served.volume.latencies()) {
+            let samples = histogram.samples();
+            if samples == 0 {
+                continue;
+            }
+            let labels = format!("cache=\"{cache}\",volume=\"{volume}\",stage=\"{}\"", stage.name());
+            let mut below = 0;
+            for (bucket, count) in histogram.counts.iter().enumerate() {
+                below += count;
+                // From the first microsecond on: below nothing is told apart by anybody.
+                if bucket % METRIC_SUBS == 0 && bucket >= 2 * METRIC_SUBS {
+                    let bound = bucket_end_ns(bucket) as f64 / 1e9;
+                    page.line(format_args!("{name}_bucket{{{labels},le=\"{bound}\"}} {below}"));
+                }
+            }
+            page.line(format_args!("{name}_bucket{{{labels},le=\"+Inf\"}} {samples}"));
+            let seconds = histogram.sum_ns as f64 / 1e9;
+            page.line(format_args!("{name}_sum{{{labels}}} {seconds}\n{name}_count{{{labels}}} {samples}"));
         }
     }
 }

@@ -6,8 +6,10 @@
 //!  verbs (a cache that nobody serves)                     └─ metrics
 //! ```
 
+pub mod activation;
 pub mod announce;
 pub mod api;
+mod calls;
 mod check_config;
 pub mod cli;
 pub mod config;
@@ -17,9 +19,11 @@ pub mod file;
 mod generate;
 pub mod log;
 mod metrics;
+pub mod notify;
 pub mod online;
 mod progress;
 pub mod run;
+pub mod sandbox;
 pub mod serve;
 pub mod signals;
 pub mod socket;

@@ -3,11 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::activation::ActivationError;
 use super::cli::{Cli, ServeArgs, Verb};
 use super::config::{self, CacheConfig, Config, ConfigError, Consents, VolumeConfig};
 use super::exit::{Exit, complain};
 use super::file::{self, FileError};
 use super::online::OnlineError;
+use super::sandbox::SandboxError;
 use super::serve::serve;
 use super::socket::SocketError;
 use super::value::Name;
@@ -31,6 +33,12 @@ pub enum RunError {
     /// The socket cannot be had.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// What the service manager passed cannot be used.
+    #[error(transparent)]
+    Activation(#[from] ActivationError),
+    /// The process is to be confined, and is not.
+    #[error("sandbox: {0}; `--sandbox auto` serves without")]
+    Sandbox(#[from] SandboxError),
     /// The cache's image cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -166,6 +174,7 @@ fn serve_config(args: &ServeArgs) -> Result<Config, RunError> {
             };
             let mut config = file::load(path, &consents)?;
             config.set_control(args.control.config());
+            config.confine(args.sandbox, Vec::new());
             Ok(config)
         }
         None => Ok(Config::from_args(args, state_dir())?),

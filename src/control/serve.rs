@@ -1,13 +1,14 @@
 //! The life of a server, step by step; each step is undone by what it returned being dropped.
 //!
 //! 1. block the signals, before there is a second thread; until step 5 one to stop simply ends the
-//!    process, since recovery and a drain may take long and can be repeated;
+//!    process, since recovery and a drain may take long and can be repeated; give up the files that are
+//!    nobody's business;
 //! 2. claim every endpoint: what is in use is found before anything is opened for writing;
 //! 3. open the backing disks, then the caches, making what may be made;
 //! 4. attach the volumes, start the workers;
 //! 5. open the sockets, that of the control API last: from here on front ends come, and what was
 //!    made stays;
-//! 6. say so, and wait;
+//! 6. give up what is not needed any more (`sandbox`), say so, and wait;
 //! 7. stop in the opposite order: control API and its jobs, front ends, counters, workers, volumes,
 //!    caches.
 //!
@@ -19,19 +20,24 @@
 //! is what a kill is, and that is safe at any instruction. Either way the kernel keeps the disk's lock
 //! until what was under way has ended, so a successor never overtakes it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use super::activation;
 use super::announce::{self, CacheLine, VolumeLine};
 use super::api;
-use super::config::{Admission, CacheConfig, Config, Discard, Mode, OnBackingError, Order, VolumeConfig};
+use super::config::{
+    Admission, CacheConfig, Config, Discard, Endpoint, Mode, OnBackingError, Order, Sandbox, VolumeConfig,
+};
 use super::daemon::{Daemon, DaemonError, OpenCache, Served};
 use super::exit::{Exit, sentence};
 use super::log;
+use super::notify::Notifier;
 use super::run::{RunError, of_cache};
+use super::sandbox;
 use super::signals::{Event, Signals};
-use super::socket::Claimed;
+use super::socket::{Claimed, same_path};
 use super::sys;
 use crate::backing::{Backing, Disk};
 use crate::cache::{
@@ -53,7 +59,14 @@ const STOP_MAX: Duration = Duration::from_secs(20);
 /// # Errors
 /// What kept it from starting; nothing is left behind. Or what failed on the way.
 pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
+    let named = config.volumes().iter().filter_map(|volume| match &volume.endpoint {
+        Endpoint::Inherited(fd) => Some(*fd),
+        Endpoint::Socket { .. } => None,
+    });
+    let passed = activation::take(&named.collect::<Vec<_>>())?;
+    let mut notifier = Notifier::from_env();
     let mut signals = Signals::block().map_err(RunError::os("waiting for signals"))?;
+    confine_paths(config, file)?;
     let starting = signals.end_while_starting().map_err(RunError::os("waiting for signals"))?;
     if let Err(error) = sys::raise_descriptor_limit() {
         tracing::warn!(%error, "the limit of open files stays: many queues may not fit it");
@@ -79,11 +92,17 @@ pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
         // Those that serve already must end before their volumes do.
         Err(error) => return daemon.stop_front_ends().and(Err(error)),
     };
+    if let Err(error) = confine_calls(config) {
+        return daemon.stop_front_ends().and(Err(error));
+    }
     created.keep();
     announce::print(&announcement(&daemon, &served));
     drop(served);
+    warn_of_unused(&passed, config);
+    notifier.ready(&daemon);
 
-    let ended = wait(&mut signals, &daemon);
+    let ended = wait(&mut signals, &daemon, &mut notifier);
+    notifier.stopping();
     signals.unblock();
     bound_the_stop(&daemon);
     drop(api);
@@ -92,6 +111,34 @@ pub fn serve(config: &Config, file: Option<&Path>) -> Result<Exit, RunError> {
     show_counters(&daemon);
     let closed = if daemon.close() { Exit::Done } else { Exit::Unanswered };
     ended.and(served.map(|()| closed))
+}
+
+/// What the process gives up before there is a second thread: most of the file system.
+fn confine_paths(config: &Config, file: Option<&Path>) -> Result<(), RunError> {
+    let how = config.confinement().sandbox;
+    if how == Sandbox::Off {
+        return Ok(());
+    }
+    match sandbox::confine_paths(config, file) {
+        Ok(what) => tracing::info!("sandbox: {what}"),
+        Err(error) if how == Sandbox::Strict => return Err(error.into()),
+        Err(error) => tracing::warn!("sandbox: files are not restricted: {error}"),
+    }
+    Ok(())
+}
+
+/// What it gives up once everything works: most system calls.
+fn confine_calls(config: &Config) -> Result<(), RunError> {
+    let how = config.confinement().sandbox;
+    if how == Sandbox::Off {
+        return Ok(());
+    }
+    match sandbox::confine_calls() {
+        Ok(()) => tracing::info!("sandbox: system calls by seccomp"),
+        Err(error) if how == Sandbox::Strict => return Err(error.into()),
+        Err(error) => tracing::warn!("sandbox: system calls are not restricted: {error}"),
+    }
+    Ok(())
 }
 
 /// Ends the process when the stop takes too long. Where the kernel refuses the thread, a second
@@ -269,6 +316,7 @@ pub(super) fn attach_options(
         sidecar: config.sidecar,
         accept_loss: config.accept_loss,
         allow_volatile: cache.allow_volatile,
+        group: None,
     }
 }
 
@@ -299,19 +347,42 @@ fn announcement(daemon: &Daemon, served: &[Arc<Served>]) -> String {
     announce::text(&caches, &volumes)
 }
 
-fn wait(signals: &mut Signals, daemon: &Arc<Daemon>) -> Result<Exit, RunError> {
+/// A socket that is passed and has no volume is a mistake in a unit or in the file; an attach may mend it.
+fn warn_of_unused(passed: &[PathBuf], config: &Config) {
+    let volumes = config.volumes().iter().filter_map(|volume| match &volume.endpoint {
+        Endpoint::Socket { path, .. } => Some(path.as_path()),
+        Endpoint::Inherited(_) => None,
+    });
+    let control = config.control().map(|control| control.socket.as_path());
+    let wanted: Vec<&Path> = volumes.chain(control).collect();
+    for path in passed.iter().filter(|path| !wanted.iter().any(|wanted| same_path(path, wanted))) {
+        tracing::warn!(
+            "socket {} was passed by the service manager and is nobody's: who connects there waits for an attach",
+            path.display()
+        );
+    }
+}
+
+fn wait(signals: &mut Signals, daemon: &Arc<Daemon>, notifier: &mut Notifier) -> Result<Exit, RunError> {
     loop {
-        match signals.wait().map_err(RunError::os("waiting for signals"))? {
+        let event = signals.wait(notifier.interval()).map_err(RunError::os("waiting for signals"))?;
+        notifier.alive(daemon);
+        match event {
             Event::ShowCounters => show_counters(daemon),
-            Event::Reload => match daemon.reload() {
-                Ok(report) => report.lines().iter().for_each(|line| log::asked_for(line)),
-                // Nothing to read: then it is what it is elsewhere, the end of the terminal.
-                Err(DaemonError::NoFile) => {
-                    tracing::info!("stopping: SIGHUP");
-                    return Ok(Exit::Done);
+            Event::Quiet => {}
+            Event::Reload => {
+                notifier.reloading();
+                match daemon.reload() {
+                    Ok(report) => report.lines().iter().for_each(|line| log::asked_for(line)),
+                    // Nothing to read: then it is what it is elsewhere, the end of the terminal.
+                    Err(DaemonError::NoFile) => {
+                        tracing::info!("stopping: SIGHUP");
+                        return Ok(Exit::Done);
+                    }
+                    Err(error) => tracing::error!("reload: {}", sentence(&error)),
                 }
-                Err(error) => tracing::error!("reload: {}", sentence(&error)),
-            },
+                notifier.ready(daemon);
+            }
             Event::Stop(signal) => {
                 tracing::info!("stopping: {signal}");
                 return Ok(Exit::Done);

@@ -12,6 +12,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -32,6 +33,8 @@ pub enum Event {
     Reload,
     /// Every server ended by itself.
     AllEnded,
+    /// Nothing, for as long as was asked.
+    Quiet,
 }
 
 /// The wait of the main thread.
@@ -39,6 +42,13 @@ pub struct Signals {
     signals: File,
     watched: Watched,
     ended: Arc<Ended>,
+}
+
+/// What came first.
+enum Seen {
+    Signal(libc::c_int),
+    Event,
+    Nothing,
 }
 
 /// Signals, or an event that makes waiting for them pointless.
@@ -57,20 +67,27 @@ impl Watched {
         Ok(Self { signals, event, epoll })
     }
 
-    /// Sleeps until a signal comes, and returns its number; `None` for the event.
-    fn next(&self) -> io::Result<Option<libc::c_int>> {
+    /// Sleeps until a signal comes, or for `longest`.
+    fn next(&self, longest: Option<Duration>) -> io::Result<Seen> {
+        let until = longest.map(|longest| Instant::now() + longest);
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
         loop {
             match (&self.signals).read_exact(&mut info) {
                 // `ssi_signo` is the structure's first field (signalfd(2)).
-                Ok(()) => return Ok(Some(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))),
+                Ok(()) => return Ok(Seen::Signal(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
             if self.event.read().is_ok() {
-                return Ok(None);
+                return Ok(Seen::Event);
             }
-            match self.epoll.wait(-1, &mut [EpollEvent::default(); 2]) {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(Seen::Nothing);
+            }
+            // Rounded up, or the last millisecond would be spent awake.
+            let left = left.map_or(-1, |left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
+            match self.epoll.wait(left, &mut [EpollEvent::default(); 2]) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
             }
@@ -156,7 +173,7 @@ impl Signals {
         let watched = Watched::new(self.signals.try_clone()?, begun.try_clone()?)?;
         let watch = std::thread::Builder::new().name("pcache-start".into()).spawn(move || {
             // A watch that fails leaves the signal for the main thread: late, but not lost.
-            while let Ok(Some(number)) = watched.next() {
+            while let Ok(Seen::Signal(number)) = watched.next(None) {
                 if number != libc::SIGUSR1 && number != libc::SIGHUP {
                     tracing::info!("stopped while starting");
                     std::process::exit(0);
@@ -167,17 +184,21 @@ impl Signals {
         Ok(Starting { begun, watch: Some(watch) })
     }
 
-    /// Sleeps until something happens.
+    /// Sleeps until something happens, or for `longest`.
     ///
     /// # Errors
     /// The wait itself failed.
-    pub fn wait(&mut self) -> io::Result<Event> {
-        Ok(match self.watched.next()? {
-            None => Event::AllEnded,
-            Some(libc::SIGTERM) => Event::Stop("SIGTERM"),
-            Some(libc::SIGINT) => Event::Stop("SIGINT"),
-            Some(libc::SIGHUP) => Event::Reload,
-            Some(_) => Event::ShowCounters,
+    pub fn wait(&mut self, longest: Option<Duration>) -> io::Result<Event> {
+        let number = match self.watched.next(longest)? {
+            Seen::Signal(number) => number,
+            Seen::Event => return Ok(Event::AllEnded),
+            Seen::Nothing => return Ok(Event::Quiet),
+        };
+        Ok(match number {
+            libc::SIGTERM => Event::Stop("SIGTERM"),
+            libc::SIGINT => Event::Stop("SIGINT"),
+            libc::SIGHUP => Event::Reload,
+            _ => Event::ShowCounters,
         })
     }
 
@@ -201,9 +222,18 @@ mod tests {
         let mut signals = Signals::of(&[]).unwrap();
         let (first, second) = (signals.servers().running(), signals.servers().running());
         drop(first);
-        let waiter = std::thread::spawn(move || signals.wait().unwrap());
+        let waiter = std::thread::spawn(move || signals.wait(None).unwrap());
         drop(second);
         assert_eq!(waiter.join().unwrap(), Event::AllEnded);
+    }
+
+    #[test]
+    fn a_wait_without_anything_to_wait_for_ends_in_its_time() {
+        let mut signals = Signals::of(&[]).unwrap();
+        let _running = signals.servers().running();
+        let begun = Instant::now();
+        assert_eq!(signals.wait(Some(Duration::from_millis(30))).unwrap(), Event::Quiet);
+        assert!(begun.elapsed() >= Duration::from_millis(30));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use super::activation;
 use super::config::Endpoint;
 use super::sys;
 use super::value::{SOCKET_PATH_LEN_MAX, SocketPath};
@@ -89,6 +90,8 @@ pub enum Claimed {
     Path(Claim),
     /// An inherited socket.
     Inherited(OwnedFd),
+    /// One that the service manager listens at, and keeps.
+    Activated(UnixListener),
 }
 
 impl Claimed {
@@ -102,6 +105,14 @@ impl Claimed {
                 .map(Claimed::Inherited)
                 .map_err(|source| SocketError::Inherited { fd: *fd, source }),
             Endpoint::Socket { path, mode, group } => {
+                let passed = activation::at(path.as_path()).map_err(|source| SocketError::Io {
+                    path: path.clone(),
+                    step: "taking it over from the service manager",
+                    source,
+                })?;
+                if let Some(listener) = passed {
+                    return Ok(Claimed::Activated(listener));
+                }
                 let group = group.as_deref().map(|group| group_number(path, group)).transpose()?;
                 Claim::new(path, *mode, group).map(Claimed::Path)
             }
@@ -117,6 +128,7 @@ impl Claimed {
             Claimed::Path(claim) => {
                 claim.bind().map(|(listener, bound)| (Incoming::Listener(listener), Some(bound)))
             }
+            Claimed::Activated(listener) => Ok((Incoming::Listener(listener), None)),
             Claimed::Inherited(fd) => {
                 let number = fd.as_raw_fd();
                 let listening = sys::is_listening(fd.as_fd())
@@ -129,6 +141,12 @@ impl Claimed {
             }
         }
     }
+}
+
+/// Whether two paths name one socket: by their text, or by what is there.
+pub fn same_path(one: &Path, other: &Path) -> bool {
+    let identity = |path| fs::symlink_metadata(path).map(|about| (about.dev(), about.ino())).ok();
+    one == other || identity(one).is_some_and(|found| identity(other) == Some(found))
 }
 
 /// The right to a path.

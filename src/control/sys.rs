@@ -24,6 +24,15 @@ pub fn own_uid() -> u32 {
     unsafe { libc::geteuid() }
 }
 
+/// Microseconds on the clock that service managers compare times by (`CLOCK_MONOTONIC`).
+#[expect(unsafe_code, reason = "the standard library keeps its clock's value to itself")]
+pub fn monotonic_us() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a whole structure for the call to fill, and outlives it; this clock is always there.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1000
+}
+
 /// The supplementary groups of the process at the other end of a connected Unix socket, as they were
 /// when it connected.
 ///

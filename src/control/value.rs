@@ -16,8 +16,8 @@ use crate::units::Bytes;
 
 /// Longest path of a Unix socket in bytes: `sun_path` holds 108 and the last is the NUL.
 pub const SOCKET_PATH_LEN_MAX: usize = 107;
-/// Longest name of a volume or a cache in bytes; the media keeps 64, the last of them zero.
-pub const NAME_LEN_MAX: usize = 63;
+/// Longest name of a volume or a cache in bytes: what the media keeps.
+pub const NAME_LEN_MAX: usize = 64;
 /// Bytes of GET_ID's answer (virtio 1.3 §5.2.6).
 pub const SERIAL_LEN_MAX: usize = 20;
 /// Most queues a volume may offer: what QEMU's automatic count can ask for, and then some.
@@ -80,9 +80,7 @@ pub enum ValueError {
     #[error("`{0}` is not a block size: 512 or 4096")]
     BlockSize(String),
     /// Not usable as a name.
-    #[error(
-        "`{0}` is not a name: 1 to 63 letters, digits, `.`, `_` or `-`, beginning with a letter or digit"
-    )]
+    #[error("`{0}` is not a name: 1 to 64 small letters, digits, `_` or `-`, and no `-` at its begin")]
     Name(String),
     /// Not usable as a serial.
     #[error("`{0}` is not a serial: 1 to 20 printable ASCII characters")]
@@ -377,7 +375,9 @@ impl fmt::Display for SocketPath {
     }
 }
 
-/// The name of a cache or a volume: safe in file names, log lines and VMM options alike.
+/// The name of a cache or a volume, `[a-z0-9_-]{1,64}`: safe in file names, unit names, log lines, labels
+/// of metrics, paths of the API and options of VMMs alike. None begins with `-`: a verb would take it for
+/// an option.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Name(String);
 
@@ -392,9 +392,9 @@ impl FromStr for Name {
     type Err = ValueError;
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-        let first = text.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
-        if !first || text.len() > NAME_LEN_MAX || !text.bytes().all(plain) {
+        let is_plain = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
+        let is_long_enough = !text.is_empty() && text.len() <= NAME_LEN_MAX;
+        if !is_long_enough || text.starts_with('-') || !text.bytes().all(is_plain) {
             return Err(ValueError::Name(text.into()));
         }
         Ok(Self(text.into()))
@@ -570,10 +570,10 @@ mod tests {
 
     #[test]
     fn a_name_is_safe_wherever_it_is_shown() {
-        for text in ["disk0", "vm-1.root", "0", &"a".repeat(63)] {
+        for text in ["disk0", "vm-1_root", "0", "_", &"a".repeat(64)] {
             assert!(text.parse::<Name>().is_ok(), "{text}");
         }
-        for text in ["", "-a", ".a", "a b", "a/b", "a,b", "ä", "a=b", &"a".repeat(64)] {
+        for text in ["", "-a", ".a", "a.b", "A", "a b", "a/b", "a,b", "ä", "a=b", &"a".repeat(65)] {
             assert!(text.parse::<Name>().is_err(), "{text}");
         }
     }

@@ -384,6 +384,7 @@ impl Machine {
                 sidecar: None,
                 accept_loss: choices.accept_loss,
                 allow_volatile: false,
+                group: None,
             };
             match cache.attach(options) {
                 Ok(volume) => {

@@ -41,6 +41,10 @@ impl Clock for PlainClock {
         self.0.fetch_add(5000, Ordering::Relaxed)
     }
 
+    fn now_ns(&self) -> u64 {
+        self.0.load(Ordering::Relaxed) * 1_000_000
+    }
+
     fn unix_ms(&self) -> u64 {
         1_700_000_000_000 + self.now_ms()
     }

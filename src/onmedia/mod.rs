@@ -51,7 +51,8 @@ pub use record::{
     decode_record_into, encode_record, record_len,
 };
 pub use redo::{
-    REDO_MAGIC, REDO_SAMPLES_MAX, REDO_VERSION, RedoEntry, RedoHeader, RedoKind, RedoSample, RedoState,
+    REDO_MAGIC, REDO_MEMBERS_MAX, REDO_SAMPLES_MAX, REDO_VERSION, RedoEntry, RedoHeader, RedoKind,
+    RedoSample, RedoState,
 };
 pub use segment::{SEGMENT_MAGIC, SegmentHeader, SegmentKind, SegmentState};
 pub use sidecar::{SIDECAR_MAGIC, Sidecar};

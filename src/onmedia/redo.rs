@@ -19,8 +19,11 @@ pub const REDO_MAGIC: u64 = u64::from_le_bytes(*b"PCVHREDO");
 pub const REDO_VERSION: u32 = 1;
 /// Most samples in a redo header.
 pub const REDO_SAMPLES_MAX: usize = 16;
+/// Most volumes of a consistency group that a redo header names.
+pub const REDO_MEMBERS_MAX: usize = 32;
 
 const CRC: usize = offset_of(RawHeader::FIELDS, "crc");
+const MEMBER_BYTES: usize = REDO_MEMBERS_MAX * size_of::<Uuid>();
 const SAMPLE_BYTES: usize = REDO_SAMPLES_MAX * RedoSample::SIZE;
 const HEADER: Judge = Judge("RedoHeader");
 const ENTRY: Judge = Judge("RedoEntry");
@@ -97,6 +100,10 @@ layout! {
         120 part_epoch: u64,
         128 part_version: u64,
         136 samples: [u8; SAMPLE_BYTES],
+        2048 group_uuid: Uuid,
+        2064 base_epoch: u64,
+        2072 member_count: u32,
+        2080 members: [u8; MEMBER_BYTES],
     }
 }
 
@@ -133,6 +140,12 @@ pub struct RedoHeader {
     pub table_crc: u32,
     /// By what the disk is recognised; at most [`REDO_SAMPLES_MAX`].
     pub samples: Vec<RedoSample>,
+    /// The consistency group that it is written for; zero for none. Counts also when idle.
+    pub group_uuid: Uuid,
+    /// Of a member of that group, the tail if the group is not applied.
+    pub base_epoch: u64,
+    /// The volumes that take part: it counts only with theirs. At most [`REDO_MEMBERS_MAX`].
+    pub members: Vec<Uuid>,
 }
 
 impl RedoHeader {
@@ -149,6 +162,9 @@ impl RedoHeader {
             let RedoSample { sector, before, after } = *sample;
             RawSample { sector, before, after }.put(out);
         }
+        assert!(self.members.len() <= REDO_MEMBERS_MAX, "the header has room for {REDO_MEMBERS_MAX} members");
+        let mut members = [0; MEMBER_BYTES];
+        members.as_chunks_mut().0.iter_mut().zip(&self.members).for_each(|(out, uuid)| *out = *uuid);
         let raw = RawHeader {
             version: REDO_VERSION,
             sequence: self.sequence,
@@ -167,6 +183,10 @@ impl RedoHeader {
             part_epoch: self.part_epoch,
             part_version: self.part_version,
             samples,
+            group_uuid: self.group_uuid,
+            base_epoch: self.base_epoch,
+            member_count: self.members.len() as u32,
+            members,
         };
         let mut page = [0; PAGE];
         raw.put(&mut page);
@@ -190,6 +210,8 @@ impl RedoHeader {
         HEADER.counter("epoch", raw.epoch)?;
         HEADER.counter("part_epoch", raw.part_epoch)?;
         HEADER.counter("part_version", raw.part_version)?;
+        HEADER.counter("base_epoch", raw.base_epoch)?;
+        HEADER.at_most("member_count", REDO_MEMBERS_MAX as u64, raw.member_count.into())?;
         HEADER.multiple_of("table", 512, raw.table)?;
         HEADER.at_most("table", VOLUME_SECTORS_MAX * 512, raw.table)?;
         HEADER.at_most("backing_size", VOLUME_SECTORS_MAX * 512, raw.backing_size)?;
@@ -216,6 +238,9 @@ impl RedoHeader {
             entries: raw.entries,
             table_crc: raw.table_crc,
             samples: samples.collect::<Result<_, Corruption>>()?,
+            group_uuid: raw.group_uuid,
+            base_epoch: raw.base_epoch,
+            members: raw.members.as_chunks().0[..raw.member_count as usize].to_vec(),
         })
     }
 }
@@ -317,6 +342,9 @@ mod tests {
                 RedoSample { sector: 8, before: 1, after: 2 },
                 RedoSample { sector: 9, before: 3, after: 3 },
             ],
+            group_uuid: [0x33; 16],
+            base_epoch: 70,
+            members: vec![[0x22; 16], [0x44; 16]],
         }
     }
 

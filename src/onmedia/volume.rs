@@ -163,6 +163,12 @@ layout! {
         1128 disk_written: u64,
         /// The kernel's boot identity when that was so.
         1136 disk_boot: [u8; 16],
+        /// The consistency group it is a member of; zero for none.
+        1408 group_uuid: Uuid,
+        /// That group's name, as text.
+        1424 group_name: [u8; 64],
+        /// The size in sectors that it is growing to; 0 while it is not.
+        1488 next_sectors: u64,
         /// Where its redo area was found: a hint, empty without one.
         1536 redo_path: [u8; 512],
     }
@@ -187,6 +193,11 @@ impl VolumeDescriptor {
     /// Where its redo area was found, if it has one.
     pub fn redo_path_text(&self) -> Cow<'_, str> {
         String::from_utf8_lossy(unpad(&self.redo_path))
+    }
+
+    /// The name of the consistency group it is a member of, empty without one.
+    pub fn group_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(unpad(&self.group_name))
     }
 
     /// Its page.
@@ -227,6 +238,7 @@ impl VolumeDescriptor {
         DESCRIPTOR.counter("clean_from_version", self.clean_from_version)?;
         DESCRIPTOR.at_least("sectors", 1, self.sectors)?;
         DESCRIPTOR.at_most("sectors", VOLUME_SECTORS_MAX, self.sectors)?;
+        DESCRIPTOR.at_most("next_sectors", VOLUME_SECTORS_MAX, self.next_sectors)?;
         let block = self.block_size;
         let block_good = block.is_power_of_two() && (512..=4096).contains(&block);
         let block_rule = Expected::Text("a power of two from 512 to 4096");
@@ -288,6 +300,9 @@ impl Default for VolumeDescriptor {
             disk_attachment: 0,
             disk_written: 0,
             disk_boot: [0; 16],
+            group_uuid: [0; 16],
+            group_name: [0; 64],
+            next_sectors: 0,
         }
     }
 }
@@ -445,6 +460,9 @@ mod tests {
             disk_attachment: 19,
             disk_written: 20,
             disk_boot: [0x44; 16],
+            group_uuid: [0x55; 16],
+            group_name: pad("vm").unwrap(),
+            next_sectors: 0,
         }
     }
 
@@ -533,6 +551,7 @@ mod tests {
             ("incarnation", VolumeDescriptor { incarnation: 0, ..volume() }),
             ("sectors", VolumeDescriptor { sectors: 0, ..volume() }),
             ("sectors", VolumeDescriptor { sectors: VOLUME_SECTORS_MAX + 1, ..volume() }),
+            ("next_sectors", VolumeDescriptor { next_sectors: VOLUME_SECTORS_MAX + 1, ..volume() }),
             ("block_size", VolumeDescriptor { block_size: 0, ..volume() }),
             ("block_size", VolumeDescriptor { block_size: 1536, ..volume() }),
             ("block_size", VolumeDescriptor { block_size: 8192, ..volume() }),
@@ -583,6 +602,14 @@ mod tests {
         let encode = |tail: &Tail| tail.encode().to_vec();
         let decode = |bytes: &[u8]| Tail::decode(bytes, &CACHE, 5);
         assert_total_behind_check(0x5343, &tail().encode(), check, encode, decode);
+    }
+
+    #[test]
+    fn a_size_that_is_announced_is_read_back() {
+        let growing = VolumeDescriptor { next_sectors: 21, ..volume() };
+        let page = growing.encode();
+        assert_eq!(page[1488..1496], 21u64.to_le_bytes());
+        assert_eq!(VolumeDescriptor::decode(&page, &CACHE, 3), Ok(growing));
     }
 
     #[test]

@@ -72,6 +72,14 @@ impl Backing for SimBacking {
         Ok(values.iter().fold(0xcbf2_9ce4_8422_2325, mix))
     }
 
+    fn grow(&self, size: u64) -> io::Result<()> {
+        self.world.with(|w| {
+            w.event(Event::DiskWrite);
+            w.disks[self.disk].grow(size / BYTES as u64);
+        });
+        Ok(())
+    }
+
     fn can_have_sidecar(&self) -> bool {
         true
     }

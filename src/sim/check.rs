@@ -6,17 +6,20 @@ use std::sync::Arc;
 use super::backing::SimBacking;
 use super::books::{self, Dirty};
 use super::disk::{DiskState, DiskSurvival};
+use super::joint::JointOracle;
 use super::machine::{Machine, Style};
 use super::memory::{Memory, Survival};
 use super::oracle::{Oracle, Recoverable};
 use super::rng::Rng;
 use super::stats::Stats;
-use super::world::{Snapshot, World};
-use crate::cache::{Mode, Order, recover_backing};
+use super::world::{Snapshot, State, World};
+use crate::cache::{Member, Mode, Order, recover_backing, recover_group};
 
 /// What the images of one instant are judged by.
 pub(super) struct Instant<'a> {
     pub oracles: &'a [Oracle],
+    /// The model of all of them as one, where they are a consistency group.
+    pub joint: Option<&'a JointOracle>,
     pub styles: &'a [Style],
     pub queues: u16,
     /// Of each volume: what it may show after a daemon's death, and after the host's.
@@ -26,9 +29,14 @@ pub(super) struct Instant<'a> {
 }
 
 impl<'a> Instant<'a> {
-    pub fn new(oracles: &'a [Oracle], styles: &'a [Style], queues: u16) -> Instant<'a> {
+    pub fn new(
+        oracles: &'a [Oracle],
+        joint: Option<&'a JointOracle>,
+        styles: &'a [Style],
+        queues: u16,
+    ) -> Instant<'a> {
         let disks_alone = RefCell::new(vec![Vec::new(); oracles.len()]);
-        Instant { oracles, styles, queues, recoverable: Default::default(), disks_alone }
+        Instant { oracles, joint, styles, queues, recoverable: Default::default(), disks_alone }
     }
 
     fn recoverable(&self, host: bool) -> &[Recoverable] {
@@ -105,6 +113,9 @@ impl Judge<'_> {
 
     /// With the cache lost, each ordered disk is a legal older state of its volume.
     fn disks_alone(&self, image: &Snapshot, rng: &mut Rng, stats: &mut Stats) -> Result<(), String> {
+        if let Some(joint) = self.at.joint {
+            return self.disks_together(image, joint, rng, stats);
+        }
         let mut judged = self.at.disks_alone.borrow_mut();
         for (volume, (oracle, disk)) in self.at.oracles.iter().zip(&image.disks).enumerate() {
             let style = self.at.styles[volume];
@@ -126,6 +137,52 @@ impl Judge<'_> {
                     values.clone_into(&mut judged[volume]);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// With the cache lost, the disks of a consistency group stand at one point, whatever befalls who
+    /// recovers them; each is a legal older state of its volume.
+    fn disks_together(
+        &self,
+        image: &Snapshot,
+        joint: &JointOracle,
+        rng: &mut Rng,
+        stats: &mut Stats,
+    ) -> Result<(), String> {
+        let volumes = self.at.oracles.len();
+        stats.disks_together += 1;
+        let has_areas = image.disks.len() > volumes && !image.disks[volumes..].iter().all(|d| d.is_blank());
+        let disks = image.disks.clone();
+        let mut images = vec![Snapshot { what: "recover-backing", memory: Memory::nothing(), disks }];
+        let mut is_first = true;
+        while let Some(image) = images.pop() {
+            let world = World::new(image, rng.next());
+            if has_areas {
+                if is_first && rng.chance(1, 4) {
+                    world.with(|w| (w.cuts.rate, w.cuts.count_max) = (4, 2));
+                }
+                let disks: Vec<_> = (0..volumes).map(|number| SimBacking::new(&world, number)).collect();
+                let redo = |number| Arc::new(SimBacking::new(&world, volumes + number));
+                let members = disks.iter().enumerate().map(|(n, disk)| Member { redo: redo(n), disk });
+                let members: Vec<_> = members.collect();
+                let done = recover_group(&members, false, false)
+                    .map_err(|e| format!("a group of volumes, cache lost: {e}"))?;
+                for (_, cut) in world.take_cuts() {
+                    images.push(cut.host_crash(&Survival::Nothing, disk_survival(rng), rng).0);
+                }
+                stats.joint_images += u64::from(done.iter().flatten().count() > 1);
+            }
+            is_first = false;
+            let values =
+                |w: &mut State| w.disks[..volumes].iter().map(|d| d.durable_values().to_vec()).collect();
+            let values: Vec<Vec<u64>> = world.with(values);
+            for (volume, (oracle, values)) in self.at.oracles.iter().zip(&values).enumerate() {
+                oracle.judge_disk_alone(values).map_err(|e| format!("volume {volume}, cache lost: {e}"))?;
+            }
+            joint
+                .judge_disks_alone(&values.concat())
+                .map_err(|e| format!("a group of volumes, cache lost: {e}"))?;
         }
         Ok(())
     }

@@ -67,6 +67,8 @@ pub struct DiskState {
     pub owes_error: bool,
     /// What stands beside it; durable as soon as it is stored.
     pub sidecar: Option<Vec<u8>>,
+    /// The consistency group that its volume is served in.
+    pub group: Option<String>,
     durable: Vec<u64>,
     volatile: BTreeMap<u64, Vec<Version>>,
     flying: BTreeMap<u64, Flying>,
@@ -83,6 +85,7 @@ impl DiskState {
             book: None,
             owes_error: false,
             sidecar: None,
+            group: None,
             durable: content,
             volatile: BTreeMap::new(),
             flying: BTreeMap::new(),
@@ -94,6 +97,11 @@ impl DiskState {
     /// The same under another name.
     pub fn named(self, identity: u64) -> DiskState {
         DiskState { identity, ..self }
+    }
+
+    /// The same, its volume served in a consistency group.
+    pub fn in_group(self, name: &str) -> DiskState {
+        DiskState { group: Some(name.to_owned()), ..self }
     }
 
     /// A blank disk of any bytes.
@@ -270,6 +278,11 @@ impl DiskState {
         let mut content = self.values();
         content.resize(sectors as usize, 0);
         DiskState { identity: self.identity, book: self.book.clone(), ..DiskState::new(content) }
+    }
+
+    /// Gives it so many sectors more; durable at once.
+    pub(super) fn grow(&mut self, sectors: u64) {
+        self.durable.resize(sectors as usize, 0);
     }
 
     /// The daemon dies with writes in flight; they end before anybody else may open the disk.

@@ -299,5 +299,6 @@ fn attach_options(
         sidecar: None,
         accept_loss: false,
         allow_volatile: false,
+        group: world.with(|w| w.disks[number].group.clone()),
     }
 }

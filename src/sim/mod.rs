@@ -8,6 +8,7 @@
 //!  run      random requests and worker steps from one seed ─► crashes ─► checks ─► next life
 //!  machine  one life of the engine: cache, volumes, queues, workers, all stepped by hand
 //!  oracle   which values every sector may show, now and after a crash; what the disk alone may hold
+//!  joint    the oracle of the volumes of a consistency group, as one
 //!  world    what outlives a daemon: memory (fast side) and disks (slow side), and the snapshots
 //!  loss     the images of one instant: what a host crash leaves of memory that was not durable
 //!  check    the judgement of an image: recovered by the engine, read through it, compared
@@ -27,6 +28,7 @@ mod books;
 mod check;
 mod content;
 mod disk;
+mod joint;
 mod loss;
 mod machine;
 mod memory;

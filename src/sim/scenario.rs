@@ -49,6 +49,8 @@ pub struct Scenario {
     pub waits: bool,
     /// Whether the cache is scrubbed all the time.
     pub is_scrubbed: bool,
+    /// Whether the volumes are one consistency group.
+    pub is_joint: bool,
 }
 
 impl Scenario {
@@ -79,7 +81,7 @@ impl Scenario {
         let plain = Style { order: rng.pick(&[Order::Strict, Order::Grouped]), ..Style::strict() };
         let styles = (0..volumes).map(|_| if simple { plain } else { Style::random(&mut rng) });
         let styles = styles.collect();
-        Scenario {
+        let mut scenario = Scenario {
             seed,
             class,
             geometry: geometry.expect("within the bounds of a geometry"),
@@ -99,7 +101,14 @@ impl Scenario {
             waits: apart.chance(1, 2),
             is_scrubbed: apart.chance(1, 3),
             group_bytes: apart.pick(&[0, 1, 6 << 10, 20 << 10]),
+            is_joint: false,
+        };
+        if simple && volumes > 1 && apart.chance(2, 3) {
+            scenario.is_joint = true;
+            // An epoch must fit, whatever its queues have put into it.
+            scenario.redo_sectors = 180 + apart.pick(&[0, 60, 400]);
         }
+        scenario
     }
 }
 

@@ -169,6 +169,10 @@ stats! {
     groups,
     /// Of these, groups journaled while the one before went to the disk.
     groups_ahead,
+    /// Images whose disks, those of a consistency group, were compared as one with the cache lost.
+    disks_together,
+    /// Of these, with a part of a group to be applied to more than one of them.
+    joint_images,
 }
 
 impl Stats {

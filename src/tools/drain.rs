@@ -151,5 +151,6 @@ pub(super) fn volume_options(descriptor: &VolumeDescriptor, backing: Arc<Disk>) 
         accept_loss: false,
         reads: Default::default(),
         allow_volatile: true,
+        group: None,
     }
 }

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
@@ -16,9 +16,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 ///
 /// # Errors
 /// `WouldBlock` and `Interrupted` as usual; `ENOBUFS` when more descriptors came than any message
-/// may carry, all of which are closed; `InvalidInput` when one is a socket. No message carries a
-/// socket, and the peer's own end of this connection, held by us, would keep it open after the peer
-/// has gone, so that nobody else would ever be served.
+/// may carry, all of which are closed.
 #[expect(unsafe_code, reason = "descriptors arrive as bare numbers")]
 pub(super) fn receive(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
     let mut numbers: [RawFd; MAX_ATTACHED_FD_ENTRIES] = [-1; MAX_ATTACHED_FD_ENTRIES];
@@ -30,11 +28,27 @@ pub(super) fn receive(stream: &UnixStream, buf: &mut [u8], fds: &mut Vec<OwnedFd
         // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
         fds.push(unsafe { OwnedFd::from_raw_fd(number) });
     }
-    if fds.iter().any(|fd| is_socket(fd.as_fd())) {
-        fds.clear();
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket came as a descriptor"));
-    }
     Ok(bytes)
+}
+
+/// Sends what a socket takes at once. Whoever has the same socket open can make it block; this does not.
+#[expect(unsafe_code, reason = "std has no flags for a send")]
+pub(super) fn send_now(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the kernel reads `bytes.len()` bytes of a slice that is ours for the call; the descriptor
+    // is open.
+    let sent = unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives what a socket has at once, in the same way. Descriptors that come along are closed.
+#[expect(unsafe_code, reason = "std has no flags for a receive")]
+pub(super) fn receive_now(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: the kernel writes at most `bytes.len()` bytes to a slice that is ours alone for the call;
+    // the descriptor is open.
+    let received =
+        unsafe { libc::recv(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) };
+    usize::try_from(received).map_err(|_| io::Error::last_os_error())
 }
 
 /// Whether a write to `fd` may block: its O_NONBLOCK flag is clear.
@@ -47,7 +61,7 @@ pub(super) fn may_block(fd: BorrowedFd<'_>) -> bool {
 
 /// Whether `fd` is a socket.
 #[expect(unsafe_code, reason = "no safe wrapper of fstat for a descriptor of any kind")]
-fn is_socket(fd: BorrowedFd<'_>) -> bool {
+pub(super) fn is_socket(fd: BorrowedFd<'_>) -> bool {
     // SAFETY: all zeros is a valid stat; fstat fills it or fails, and the descriptor is open.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: as above.

@@ -89,12 +89,12 @@ impl Features {
     }
 }
 
-/// Protocol features offered. The back-end channel and device state are added here, each with its
-/// messages in `session`, when they work in full.
+/// Protocol features offered. What is not here is not obeyed: `docs/protocol.md` says why.
 pub(super) fn protocol_offered() -> u64 {
     (Protocol::MQ
         | Protocol::LOG_SHMFD
         | Protocol::REPLY_ACK
+        | Protocol::BACKEND_REQ
         | Protocol::CONFIG
         | Protocol::INFLIGHT_SHMFD
         | Protocol::RESET_DEVICE
@@ -124,6 +124,9 @@ mod tests {
         let known = 1 << 2 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 14;
         let transport = 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32 | 1 << 34;
         assert_eq!(bits & !(known | transport), 0, "{bits:#x}");
-        assert_eq!(protocol_offered(), 1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16);
+        assert_eq!(
+            protocol_offered(),
+            1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16
+        );
     }
 }

@@ -4,26 +4,29 @@
 //! Invariants:
 //! - a message is read whole, header then body, before anything looks at it;
 //! - the descriptors that came with a message are closed with it unless a handler takes them;
+//! - no message carries a socket but the one that hands over the back end's channel: the peer's own end
+//!   of this connection, held by us, would keep it open after the peer has gone, so that nobody else
+//!   would ever be served (`channel` says what becomes of that one);
 //! - waiting never outlasts a stop request, and a peer that stalls in the middle of a message, or
 //!   does not read its answers, loses the connection.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::message::MAX_MSG_SIZE;
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vm_memory::ByteValued;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::fds;
 
-const HEADER_LEN: usize = 12;
-const VERSION: u32 = 1;
-const VERSION_MASK: u32 = 3;
-const FLAG_REPLY: u32 = 1 << 2;
-const FLAG_NEED_REPLY: u32 = 1 << 3;
+pub(super) const HEADER_LEN: usize = 12;
+pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION_MASK: u32 = 3;
+pub(super) const FLAG_REPLY: u32 = 1 << 2;
+pub(super) const FLAG_NEED_REPLY: u32 = 1 << 3;
 
 /// How long a peer may take between the first and the last byte of a message, or to take an answer.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -83,10 +86,14 @@ pub(super) struct Connection {
     stream: UnixStream,
     readable: Epoll,
     writable: Epoll,
+    /// What is waited for between two messages: the above, and whatever else has been added.
+    idle: Epoll,
 }
 
 const TOKEN_PEER: u64 = 0;
 const TOKEN_STOP: u64 = 1;
+/// First of those that are added.
+const TOKEN_MORE: u64 = 2;
 
 impl Connection {
     /// Takes over `stream`; `stop` becomes readable when the server is to end.
@@ -102,7 +109,49 @@ impl Connection {
         let writable = Epoll::new()?;
         writable.ctl(ControlOperation::Add, peer, EpollEvent::new(EventSet::OUT, TOKEN_PEER))?;
         writable.ctl(ControlOperation::Add, stop, EpollEvent::new(EventSet::IN, TOKEN_STOP))?;
-        Ok(Self { stream, readable, writable })
+        let idle = Epoll::new()?;
+        idle.ctl(ControlOperation::Add, peer, EpollEvent::new(EventSet::IN, TOKEN_PEER))?;
+        idle.ctl(ControlOperation::Add, stop, EpollEvent::new(EventSet::IN, TOKEN_STOP))?;
+        Ok(Self { stream, readable, writable, idle })
+    }
+
+    /// Looks out between two messages for `fd` to become readable as well; see [`Connection::look_out`].
+    ///
+    /// # Errors
+    /// The kernel refused a resource.
+    pub fn watch(&self, fd: RawFd, number: u64) -> io::Result<()> {
+        let event = EpollEvent::new(EventSet::IN, TOKEN_MORE + number);
+        Ok(self.idle.ctl(ControlOperation::Add, fd, event)?)
+    }
+
+    /// Ends that. A descriptor that nobody else has open may simply be closed.
+    pub fn unwatch(&self, fd: RawFd) {
+        // It fails where it is not watched, or not open any more.
+        drop(self.idle.ctl(ControlOperation::Delete, fd, EpollEvent::default()));
+    }
+
+    /// Waits until a message begins to arrive, and gives `heard` the number of each watched descriptor
+    /// that becomes readable until then.
+    ///
+    /// # Errors
+    /// Any; the connection is of no further use.
+    pub fn look_out(&self, mut heard: impl FnMut(u64)) -> Result<(), ConnectionError> {
+        loop {
+            let mut events = [EpollEvent::default(); 5];
+            let count = match self.idle.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let tokens = || events[..count].iter().map(EpollEvent::data);
+            tokens().filter_map(|token| token.checked_sub(TOKEN_MORE)).for_each(&mut heard);
+            if tokens().any(|token| token == TOKEN_PEER) {
+                return Ok(());
+            }
+            if tokens().any(|token| token == TOKEN_STOP) {
+                return Err(ConnectionError::Stopped);
+            }
+        }
     }
 
     /// Waits for the next message.
@@ -178,6 +227,12 @@ impl Connection {
                 Ok(0) => return Err(ConnectionError::Framing("cut short")),
                 Ok(count) => {
                     filled += count;
+                    let is_header = buf.len() == HEADER_LEN && deadline.is_none();
+                    if fds.iter().any(|fd| fds::is_socket(fd.as_fd()))
+                        && !(is_header && hands_over_channel(&buf[..filled]))
+                    {
+                        return Err(ConnectionError::Framing("a socket came as a descriptor"));
+                    }
                     deadline = deadline.or_else(|| Some(Instant::now() + MESSAGE_TIMEOUT));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -194,6 +249,12 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// Whether a header is that of a message, without a body, with the socket for the back end's requests.
+fn hands_over_channel(header: &[u8]) -> bool {
+    let code = u32::from(FrontendReq::SET_BACKEND_REQ_FD).to_ne_bytes();
+    header.len() == HEADER_LEN && header[..4] == code && header[8..] == [0; 4]
 }
 
 /// Waits for an event: whether it was the stop request.

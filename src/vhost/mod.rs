@@ -18,6 +18,7 @@
 //! per object, and cost about a hundred nanoseconds per request where a bounds-checked pointer
 //! costs five.
 
+mod channel;
 mod config_space;
 mod copy;
 mod decode;
@@ -39,6 +40,7 @@ mod session;
 mod split;
 mod vring;
 
+pub use channel::Handle;
 #[cfg(feature = "sim")]
 pub use queue::stepper::{QueueStepper, RingSetup};
 pub use server::{Endpoint, Options, Presence, Server, Stopper};

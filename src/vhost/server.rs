@@ -13,8 +13,9 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::channel::Handle;
 use super::message::{Connection, ConnectionError};
-use super::session::{Session, SessionEnd};
+use super::session::{Outside, Session, SessionEnd};
 use crate::pmem::guard;
 use crate::volume::Disk;
 
@@ -102,6 +103,7 @@ pub struct Server<D: Disk> {
     options: Options,
     stop: Stopper,
     presence: Presence,
+    handle: Handle,
     /// What the disk's write cache was before any guest had a say.
     writeback: bool,
 }
@@ -116,7 +118,8 @@ impl<D: Disk> Server<D> {
         guard::install()?;
         let stop = Stopper(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?));
         let writeback = disk.write_cache();
-        Ok(Self { endpoint: endpoint.into(), disk, options, stop, presence: Presence::default(), writeback })
+        let (presence, handle) = (Presence::default(), Handle::new()?);
+        Ok(Self { endpoint: endpoint.into(), disk, options, stop, presence, handle, writeback })
     }
 
     /// What ends this server.
@@ -127,6 +130,11 @@ impl<D: Disk> Server<D> {
     /// Tells whether a front end is connected.
     pub fn presence(&self) -> Presence {
         self.presence.clone()
+    }
+
+    /// By which it is told that the disk's configuration has changed.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
     }
 
     /// Serves until stopped, or until the one connection it was given ends. When it returns, no
@@ -200,10 +208,16 @@ impl<D: Disk> Server<D> {
             }
         };
         tracing::info!(disk = name, "front end connected");
+        let listener = match &self.endpoint {
+            Endpoint::Listener(listener) => Some(listener.as_raw_fd()),
+            Endpoint::Stream(_) => None,
+        };
+        let outside = Outside { changed: self.handle.clone(), listener };
         let session = Session::new(Arc::clone(&self.disk), self.options.clone(), self.writeback);
         self.presence.0.store(true, Ordering::Relaxed);
-        let end = session.serve(&mut connection);
+        let end = session.serve(&mut connection, &outside);
         self.presence.0.store(false, Ordering::Relaxed);
+        self.handle.set_heard(false);
         match end {
             SessionEnd::Connection(ConnectionError::Stopped) => return true,
             SessionEnd::Connection(ConnectionError::Closed) => {

@@ -11,6 +11,7 @@
 //! - a session that ends has stopped its queues and unmapped its memory.
 
 mod areas;
+mod changes;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,6 +25,7 @@ use vhost::vhost_user::message::{
 };
 use vm_memory::ByteValued;
 
+use super::channel::Channel;
 use super::config_space;
 use super::decode::{QUEUE_MASK, Refusal, body, bytes_of, config_message, number, only_fd, spec};
 use super::dirty_log::DirtyLog;
@@ -35,7 +37,9 @@ use super::notify::Notifier;
 use super::ring::RingAddresses;
 use super::server::Options;
 use super::vring::{Kick, RingContext, Vring};
-use crate::volume::Disk;
+use crate::volume::{Disk, DiskConfig};
+
+pub(super) use changes::Outside;
 
 /// Queues a message that carries a descriptor can name.
 const QUEUES_MAX: u16 = 256;
@@ -93,6 +97,14 @@ pub(super) struct Session<D: Disk> {
     writeback: bool,
     /// Whether the driver has chosen it in this session.
     writeback_chosen: bool,
+    /// For what we have to say, if the front end has handed it over.
+    channel: Option<Channel>,
+    /// One that is not used any more and may still be watched.
+    let_go: Option<Channel>,
+    /// The configuration as the front end has last read it.
+    seen: Option<DiskConfig>,
+    /// Whether rings have begun to run since it was compared with that.
+    started: bool,
 }
 
 impl<D: Disk> Session<D> {
@@ -117,12 +129,20 @@ impl<D: Disk> Session<D> {
             status: 0,
             writeback,
             writeback_chosen: false,
+            channel: None,
+            let_go: None,
+            seen: None,
+            started: false,
         }
     }
 
     /// Serves the connection until it ends, then stops every queue.
-    pub fn serve(mut self, connection: &mut Connection) -> SessionEnd {
+    pub fn serve(mut self, connection: &mut Connection, outside: &Outside) -> SessionEnd {
+        outside.changed.take();
         let end = loop {
+            if let Err(error) = self.look_out(connection, outside) {
+                break error.into();
+            }
             let message = match connection.receive() {
                 Ok(message) => message,
                 Err(error) => break error.into(),
@@ -176,6 +196,7 @@ impl<D: Disk> Session<D> {
             | FrontendReq::SET_INFLIGHT_FD
             | FrontendReq::SET_LOG_BASE
             | FrontendReq::SET_LOG_FD
+            | FrontendReq::SET_BACKEND_REQ_FD
             | FrontendReq::ADD_MEM_REG
             // Old front ends send the region's own descriptor along.
             | FrontendReq::REM_MEM_REG => 1,
@@ -203,6 +224,7 @@ impl<D: Disk> Session<D> {
             FrontendReq::REM_MEM_REG => self.rem_mem_reg(&message),
             FrontendReq::SET_LOG_BASE => self.set_log_base(body(&message)?, fds),
             FrontendReq::SET_LOG_FD => self.set_log_fd(fds),
+            FrontendReq::SET_BACKEND_REQ_FD => self.set_channel(fds),
             FrontendReq::SET_VRING_NUM => self.set_vring_num(body(&message)?),
             FrontendReq::SET_VRING_BASE => self.set_vring_base(body(&message)?),
             FrontendReq::SET_VRING_ADDR => self.set_vring_addr(body(&message)?),
@@ -301,7 +323,7 @@ impl<D: Disk> Session<D> {
 
     // The configuration space.
 
-    fn get_config(&self, message: &Message) -> Result<Reply, Refusal> {
+    fn get_config(&mut self, message: &Message) -> Result<Reply, Refusal> {
         self.require(Protocol::CONFIG)?;
         let wanted = config_message(message).and_then(|(header, _)| {
             let range = config_space::range(header.offset, header.size)?;
@@ -309,7 +331,9 @@ impl<D: Disk> Session<D> {
         });
         // An empty answer is how a refusal looks here.
         let Some((header, range)) = wanted else { return Ok(Reply::Body(Vec::new())) };
-        let space = config_space::bytes(&self.disk.config(), self.writeback);
+        let config = self.disk.config();
+        let space = config_space::bytes(&config, self.writeback);
+        self.seen = Some(config);
         let mut body = header.as_slice().to_vec();
         body.extend_from_slice(&space[range]);
         Ok(Reply::Body(body))
@@ -510,7 +534,10 @@ impl<D: Disk> Session<D> {
             inflight: self.inflight.as_ref(),
             poll_max: self.options.poll_max,
         };
-        self.rings[usize::from(index)].start(index, &context)?;
+        let ring = &mut self.rings[usize::from(index)];
+        let was_running = ring.is_running();
+        ring.start(index, &context)?;
+        self.started |= ring.is_running() && !was_running;
         Ok(Reply::Done)
     }
 

@@ -111,6 +111,7 @@ impl ClientOptions {
 
     fn protocol(&self) -> u64 {
         let mut taken = protocol::MQ
+            | protocol::BACKEND_REQ
             | protocol::REPLY_ACK
             | protocol::CONFIG
             | protocol::INFLIGHT_SHMFD

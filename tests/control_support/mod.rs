@@ -309,6 +309,11 @@ impl Load {
         Duration::from_micros(self.longest_us.load(Ordering::Relaxed))
     }
 
+    /// The longest batch since it was last asked. One that is under way counts for the next.
+    pub fn take_longest(&self) -> Duration {
+        Duration::from_micros(self.longest_us.swap(0, Ordering::Relaxed))
+    }
+
     /// Ends it with nothing in flight. Whatever went wrong in it goes wrong here.
     pub fn end(mut self) -> Traffic {
         self.stop.store(true, Ordering::Relaxed);
@@ -352,13 +357,19 @@ pub fn parse_metrics(page: &str) -> HashMap<String, f64> {
         } else if let Some(rest) = line.strip_prefix("# TYPE ") {
             let (name, kind) = rest.split_once(' ').expect("a type has a word");
             assert_eq!(name, family, "the type follows the help");
-            assert!(matches!(kind, "counter" | "gauge"), "{line}");
+            assert!(matches!(kind, "counter" | "gauge" | "histogram"), "{line}");
             assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
             kinds.insert(name.to_owned(), kind.to_owned());
         } else {
             let (series, value) = line.rsplit_once(' ').expect("a sample has a value");
             let name = series.split('{').next().expect("a name");
-            assert_eq!(name, family, "samples follow their type");
+            let is_part = |end: &&str| name.strip_suffix(*end) == Some(family.as_str());
+            let is_of_histogram = kinds.get(&family).is_some_and(|kind| kind == "histogram");
+            let is_its = match is_of_histogram {
+                true => ["_bucket", "_sum", "_count"].iter().any(|end| is_part(&end)),
+                false => name == family,
+            };
+            assert!(is_its, "samples follow their type: {line}");
             let value: f64 = value.parse().expect("a value is a number");
             assert!(value.is_finite() && value >= 0.0, "{line}");
             assert!(samples.insert(series.to_owned(), value).is_none(), "{series} twice");

@@ -3,7 +3,7 @@
 //! by a volume that is not opened, or by a finding that names the segment or volume it was in. What
 //! is drained afterwards is on the disk, and what is not is listed.
 //!
-//! `PCACHE_DAMAGE_FAULTS=n` sets the number of faults (100,000 by default; a million takes a few
+//! `PCACHE_DAMAGE_FAULTS=n` sets the number of faults (100,000 by default; a million takes four
 //! minutes), `PCACHE_DAMAGE_SEED=n` runs the images of that seed alone.
 
 use std::collections::BTreeMap;

@@ -322,6 +322,7 @@ fn open(scene: &Scene, mode: Mode, accept_loss: bool) -> Result<Arc<Volume<SimEn
         sidecar: None,
         accept_loss,
         allow_volatile: false,
+        group: None,
     })
 }
 

@@ -41,6 +41,7 @@ fn attach(world: &Arc<World>, sidecar: Option<bool>) -> Result<Attached, String>
         accept_loss: false,
         reads: Default::default(),
         allow_volatile: false,
+        group: None,
     };
     let volume = cache.attach(options).map_err(|e| e.to_string())?;
     Ok((cache, volume))

@@ -33,6 +33,7 @@ fn options(world: &Arc<World>) -> AttachOptions<SimEnv> {
         sidecar: None,
         accept_loss: false,
         allow_volatile: false,
+        group: None,
     }
 }
 

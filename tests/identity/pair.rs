@@ -131,6 +131,7 @@ impl Scene {
             accept_loss: false,
             reads: Default::default(),
             allow_volatile: false,
+            group: None,
         });
         let volume = volume.map_err(|e| e.to_string())?;
         let queue = VolumeDisk(volume.clone()).open_queue(0, Waker::default()).unwrap();

@@ -96,6 +96,8 @@ pub struct Frontend {
     pub stream: UnixStream,
     pub memory: File,
     pub features: u64,
+    /// Whether acknowledgements were negotiated.
+    pub acks: bool,
 }
 
 impl Frontend {
@@ -107,7 +109,7 @@ impl Frontend {
         let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Self { stream, memory, features: 0 }
+        Self { stream, memory, features: 0, acks: true }
     }
 
     pub fn send(&self, code: u32, flags: u32, body: &[u8], fds: &[RawFd]) -> bool {
@@ -174,7 +176,12 @@ impl Frontend {
         Some(u64::from_ne_bytes(body.try_into().unwrap()))
     }
 
+    /// A request that must be obeyed, as far as the server says whether it was.
     pub fn must(&self, code: u32, body: &[u8], fds: &[RawFd]) {
+        if !self.acks {
+            assert!(self.send(code, 1, body, fds), "message {code}");
+            return;
+        }
         assert_eq!(self.tell(code, body, fds), Some(0), "message {code}");
     }
 
@@ -185,15 +192,27 @@ impl Frontend {
 
     /// Everything up to the rings, as QEMU does it; of the features offered, those in `mask`.
     pub fn negotiate(&mut self, mask: u64) {
+        self.negotiate_with(mask, u64::MAX);
+    }
+
+    /// The same with those protocol features only that are in `protocol` as well.
+    pub fn negotiate_with(&mut self, mask: u64, protocol: u64) {
         let offered = self.ask_u64(GET_FEATURES);
-        let protocol = self.ask_u64(GET_PROTOCOL_FEATURES);
+        let protocol = self.ask_u64(GET_PROTOCOL_FEATURES) & protocol;
         assert!(self.send(SET_PROTOCOL_FEATURES, 1, &u64_body(protocol), &[]));
+        self.acks = protocol & 1 << 3 != 0;
         assert!(self.ask_u64(GET_QUEUE_NUM) >= 1);
         self.must(SET_OWNER, &[], &[]);
         // Its rings are split, and it keeps no dirty log.
         self.features = offered & mask & !(1 << 34 | 1 << 26);
         self.must(SET_FEATURES, &u64_body(self.features), &[]);
         self.must(SET_FEATURES, &u64_body(self.features), &[]);
+    }
+
+    /// Sectors of the disk, as the configuration says now.
+    pub fn capacity(&self) -> u64 {
+        let body = self.ask(GET_CONFIG, &config_body(0, 8, &[0; 8]));
+        u64::from_ne_bytes(body[12..20].try_into().unwrap())
     }
 
     pub fn share_memory(&self) {

@@ -25,7 +25,8 @@ fn messages_that_cannot_be_obeyed_are_refused_and_change_nothing() {
     let region = |guest, len| table_body(&[(guest, len, USER, 0)]);
     let cases: &[(&str, u32, Vec<u8>, &[RawFd])] = &[
         ("an unknown request", 77, vec![], &[]),
-        ("a back-end channel that was not offered", SET_BACKEND_REQ_FD, vec![], &[]),
+        ("a back-end channel without a socket", SET_BACKEND_REQ_FD, vec![], &[]),
+        ("a back-end channel that is no socket", SET_BACKEND_REQ_FD, vec![], &one),
         ("features never offered", SET_FEATURES, u64_body(1 << 35), &[]),
         ("protocol features never offered", SET_PROTOCOL_FEATURES, u64_body(1 << 18), &[]),
         ("a body too long", SET_FEATURES, vec![0; 9], &[]),

@@ -5,6 +5,7 @@
 mod disk;
 mod frontend;
 
+mod changes;
 mod hostile;
 mod protocol;
 mod requests;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pcache_vhost::vhost::{Options, Server, Stopper};
+use pcache_vhost::vhost::{self, Options, Server, Stopper};
 
 use disk::{Handle, RamDisk};
 use frontend::{Frontend, PATIENCE};
@@ -32,6 +33,7 @@ fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 struct Running {
     path: PathBuf,
     stopper: Stopper,
+    handle: vhost::Handle,
     thread: Option<JoinHandle<std::io::Result<()>>>,
     disk: Arc<RamDisk>,
     _dir: tempfile::TempDir,
@@ -47,9 +49,9 @@ impl Running {
         let path = dir.path().join("disk.sock");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let server = Server::new(listener, Arc::new(Handle(Arc::clone(&disk))), options).unwrap();
-        let stopper = server.stopper();
+        let (stopper, handle) = (server.stopper(), server.handle());
         let thread = Some(std::thread::spawn(move || server.run()));
-        Self { path, stopper, thread, disk, _dir: dir }
+        Self { path, stopper, handle, thread, disk, _dir: dir }
     }
 
     fn connect(&self) -> Frontend {

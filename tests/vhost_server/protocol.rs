@@ -50,7 +50,7 @@ fn a_connected_socket_is_served_once() {
     let server = Server::new(theirs, std::sync::Arc::new(Handle(disk)), Options::default()).unwrap();
     let thread = std::thread::spawn(move || server.run());
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
-    let frontend = Frontend { stream: ours, memory: memory_file(MEMORY), features: 0 };
+    let frontend = Frontend { stream: ours, memory: memory_file(MEMORY), features: 0, acks: true };
     assert_eq!(frontend.ask_u64(GET_QUEUE_NUM), 4);
     drop(frontend);
     eventually("the server to end", || thread.is_finished());
@@ -460,6 +460,7 @@ fn the_rust_vmm_front_end_drives_a_disk() {
         stream: std::os::unix::net::UnixStream::pair().unwrap().0,
         memory: memory_file(MEMORY),
         features: u64::MAX,
+        acks: true,
     };
     let mut vmm = RustVmm::connect(&server.path, 4).unwrap();
     // Its rings are split, and it keeps no dirty log.

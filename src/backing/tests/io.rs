@@ -366,6 +366,31 @@ fn a_replaced_or_removed_disk_is_noticed_and_a_grown_one_is_the_same() {
 }
 
 #[test]
+fn a_disk_grows_under_open_channels_and_only_to_what_it_is() {
+    for engine in [Engine::Auto, Engine::Threads] {
+        let dir = scratch();
+        let path = image(dir.path(), 1 << 20);
+        let disk = Disk::open(&OpenOptions { engine, ..patient(&path) }).unwrap();
+        let mut channel = disk.channel(&Waker::default(), 4).unwrap();
+        assert!(disk.grow((2 << 20) + 100).is_err(), "not a number of blocks");
+        assert_eq!((disk.measure().unwrap(), disk.geometry().size), (1 << 20, 1 << 20));
+        disk.grow(2 << 20).unwrap();
+        assert_eq!((disk.geometry().size, disk.identity().size), (2 << 20, 2 << 20));
+        assert_eq!(fs::metadata(&path).unwrap().len(), 2 << 20);
+        run(&mut channel, Op::Write { offset: (2 << 20) - 4096, buf: filled(4096, 7) }).1.unwrap();
+        assert!(read(&mut channel, 1 << 20, 4096).unwrap().iter().all(|byte| *byte == 0));
+        // Somebody else has made it longer: that is its size now, and no other.
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4 << 20).unwrap();
+        assert_eq!((disk.measure().unwrap(), disk.geometry().size), (4 << 20, 2 << 20));
+        assert!(disk.grow(3 << 20).is_err());
+        disk.grow(4 << 20).unwrap();
+        assert!(read(&mut channel, (4 << 20) - 4096, 4096).unwrap().iter().all(|byte| *byte == 0));
+        assert_eq!(read(&mut channel, (2 << 20) - 4096, 4096).unwrap()[..], [7; 4096]);
+        disk.still_same().unwrap();
+    }
+}
+
+#[test]
 fn a_read_only_disk_reads_and_refuses_the_rest() {
     for engine in [Engine::Auto, Engine::Threads] {
         let dir = scratch();

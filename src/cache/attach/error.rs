@@ -4,6 +4,7 @@ use super::super::core::OpenError;
 use super::super::mismatch::Mismatch;
 use super::super::redo::RedoError;
 use super::super::worker::DrainError;
+use crate::onmedia::Order;
 use crate::pmem::{MediaClass, MediaError};
 
 /// Why a volume cannot be attached.
@@ -161,6 +162,44 @@ pub enum AttachError {
     /// The redo area cannot be used.
     #[error(transparent)]
     Redo(#[from] RedoError),
+    /// Names of groups are like those of volumes.
+    #[error("`{0}` cannot name a consistency group: use 1 to 64 letters, digits, `.`, `_` or `-`")]
+    BadGroup(String),
+    /// Without an order there is no common point.
+    #[error(
+        "volume `{name}` cannot be in the consistency group `{group}` in relaxed order, or in a mode that \
+         writes around the cache: what reaches its disk has no order then; use writeback with strict or \
+         grouped, or leave the group away"
+    )]
+    GroupUnordered {
+        /// The volume.
+        name: String,
+        /// The group.
+        group: String,
+    },
+    /// All members have one order.
+    #[error(
+        "volume `{name}` cannot be in the consistency group `{group}` in another order than volume \
+         `{fellow}`, which is served in {order}: give all of its volumes one order"
+    )]
+    GroupOrder {
+        /// The volume.
+        name: String,
+        /// The group.
+        group: String,
+        /// A member that is served.
+        fellow: String,
+        /// In what order.
+        order: Order,
+    },
+    /// A redo header names so many.
+    #[error("the consistency group `{group}` has {members} volumes, and no group has more")]
+    GroupFull {
+        /// The group.
+        group: String,
+        /// Its members.
+        members: usize,
+    },
     /// The media failed.
     #[error(transparent)]
     Media(#[from] MediaError),

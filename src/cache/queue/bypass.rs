@@ -16,6 +16,7 @@ use super::super::record::EXTENT_SECTORS_MAX;
 use super::super::stripes::Ticket;
 use super::super::volume::Mode;
 use super::io::Purpose;
+use super::write::Books;
 use super::{Fill, Gathered, Queue, Then};
 use crate::backing::{AlignedBuf, Op};
 use crate::mutant::{Mutant, mutated};
@@ -149,8 +150,11 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             core.index.remove(range, &mut removed);
         }
         self.volume.cache.mark_dead(&removed);
-        self.scratch.replaced = removed;
         let Gathered { kind, is_through, .. } = gathered;
+        let mut books = Books::default();
+        books.note_replaced(kind, &removed);
+        books.close(&self.shared().tally);
+        self.scratch.replaced = removed;
         let (left, failed, written) = (0, false, Vec::new());
         let bypass = Bypass { range, kind, ticket, version, is_through, left, failed, written };
         self.bypass.under_way.insert(slot, bypass);

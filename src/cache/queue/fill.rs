@@ -128,10 +128,10 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         if draft.keys.is_empty() {
             return Some(count);
         }
-        let epoch = core.epoch.load(Ordering::SeqCst);
+        let epoch = core.epoch();
         let is_flushed = !volume.mode().bypasses() || mutated(Mutant::FillOutlivesDiskCache);
         if !is_flushed {
-            core.stamped.fetch_max(epoch, Ordering::SeqCst);
+            core.stamp(epoch);
             volume.note_dirty();
         }
         draft.keys.iter_mut().for_each(|k| k.epoch = if is_flushed { 0 } else { epoch });

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Submitted;
+use super::super::latency::Stage;
 use super::super::stripes::Ticket;
 use super::Queue;
 use super::parked::Parked;
@@ -34,10 +35,35 @@ pub(crate) enum Purpose {
     Late { bypass: Option<u64> },
 }
 
+impl Purpose {
+    /// The request it is part of.
+    fn slot(&self) -> Option<u32> {
+        match *self {
+            Purpose::Miss { slot, .. }
+            | Purpose::Bypass { slot }
+            | Purpose::BypassFlush { slot }
+            | Purpose::Flush { slot } => Some(slot),
+            Purpose::Late { .. } => None,
+        }
+    }
+
+    /// What its time is counted as. That of a late one says how patient we were, not how the disk is.
+    fn stage(&self) -> Option<Stage> {
+        match self {
+            Purpose::Miss { .. } => Some(Stage::DiskRead),
+            Purpose::Bypass { .. } => Some(Stage::DiskWrite),
+            Purpose::BypassFlush { .. } | Purpose::Flush { .. } => Some(Stage::DiskFlush),
+            Purpose::Late { .. } => None,
+        }
+    }
+}
+
 pub(crate) struct Io<E: Env> {
     channel: Option<<E::Backing as Backing>::Channel>,
     /// By token; with the tries that failed before.
     purposes: Vec<Option<(Purpose, u32)>>,
+    /// By token: when it was submitted.
+    since_ns: Vec<u64>,
     free: Vec<u32>,
     /// Not yet accepted by the channel.
     backlog: VecDeque<(u64, Op)>,
@@ -55,6 +81,7 @@ impl<E: Env> Default for Io<E> {
         Self {
             channel: None,
             purposes: Vec::new(),
+            since_ns: Vec::new(),
             free: Vec::new(),
             backlog: VecDeque::new(),
             completions: Vec::new(),
@@ -73,7 +100,7 @@ impl<E: Env> Io<E> {
     /// The channel could not be opened; purpose and operation come back.
     fn submit(
         &mut self,
-        now_ms: u64,
+        now: (u64, u64),
         backing: &Arc<E::Backing>,
         waker: &Waker,
         purpose: Purpose,
@@ -93,10 +120,13 @@ impl<E: Env> Io<E> {
             Some(token) => token,
             None => {
                 self.purposes.push(None);
+                self.since_ns.push(0);
                 (self.purposes.len() - 1) as u32
             }
         };
         self.purposes[token as usize] = Some((purpose, tries));
+        let (now_ms, now_ns) = now;
+        self.since_ns[token as usize] = now_ns;
         self.submitted.begin(token, now_ms);
         self.backlog.push_back((u64::from(token), op));
         self.push_backlog();
@@ -245,8 +275,11 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     /// # Errors
     /// No way to the disk could be opened; purpose and operation come back.
     pub(super) fn submit_try(&mut self, purpose: Purpose, op: Op, tries: u32) -> Result<(), (Purpose, Op)> {
-        let now_ms = self.volume.cache.clock.now_ms();
-        self.io.submit(now_ms, &self.volume.backing, &self.waker, purpose, op, tries)?;
+        let now = (self.volume.cache.clock.now_ms(), self.volume.cache.clock.now_ns());
+        if let Some(slot) = purpose.slot() {
+            self.slots.get(slot).asked_disk = true;
+        }
+        self.io.submit(now, &self.volume.backing, &self.waker, purpose, op, tries)?;
         self.note_owed();
         if self.volume.core.policy.deadline_ms().is_some() && !self.shared().alarm.is_set() {
             self.set_alarm();
@@ -281,8 +314,13 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     pub(super) fn reap(&mut self) {
         let mut completions = self.io.reap();
         let any = !completions.is_empty();
+        let now_ns = if any { self.volume.cache.clock.now_ns() } else { 0 };
         for completion in completions.drain(..) {
             let (purpose, tries) = self.io.purpose(completion.token);
+            if let Some(stage) = purpose.stage() {
+                let since_ns = self.io.since_ns[completion.token as usize];
+                self.shared().latencies.record(stage, now_ns.saturating_sub(since_ns));
+            }
             match &completion.result {
                 Ok(()) => self.io_ended(purpose, completion.op, true),
                 Err(error) => {

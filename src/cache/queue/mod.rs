@@ -27,8 +27,9 @@ pub(crate) use self::read::{HitError, Reader};
 use self::sequential::Sequential;
 use self::write::{Gathered, Scratch};
 use super::counters::add;
-use super::env::Env;
+use super::env::{Clock, Env};
 use super::index::Extent;
+use super::latency::{SAMPLE_EVERY, Stage};
 use super::stripes::lock;
 use super::syncer::{Durable, Outcome};
 use super::volume::{QueueShared, Volume};
@@ -44,6 +45,10 @@ pub(crate) struct Active<B> {
     /// Disk operations it still waits for, plus one while it is being taken apart.
     pub left: u32,
     pub failed: bool,
+    /// Whether it has asked the disk for something.
+    pub asked_disk: bool,
+    /// When it was submitted, of one that is timed; else 0.
+    pub since_ns: u64,
 }
 
 /// Requests under way by slot; slots are reused, so nothing is allocated in a steady state.
@@ -55,7 +60,7 @@ pub(crate) struct Slots<B> {
 
 impl<B> Slots<B> {
     fn insert(&mut self, request: Request<B>) -> u32 {
-        let active = Some(Active { request, left: 0, failed: false });
+        let active = Some(Active { request, left: 0, failed: false, asked_disk: false, since_ns: 0 });
         self.used += 1;
         if let Some(slot) = self.free.pop() {
             self.slots[slot as usize] = active;
@@ -106,6 +111,10 @@ pub struct Queue<E: Env, B: Buffer> {
     sequential: Sequential,
     done: Vec<Done<B>>,
     inside: bool,
+    /// Requests until the next that is timed.
+    until_sample: u32,
+    /// Whether a write that is timed is gathered.
+    has_sample_gathered: bool,
 }
 
 impl<E: Env, B: Buffer> Queue<E, B> {
@@ -115,6 +124,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             return Err(std::io::Error::other(format!("queue {index} is in use")));
         }
         *lock(&shared.waker) = waker.clone();
+        shared.latencies.prepare();
         Ok(Self {
             index,
             waker,
@@ -131,6 +141,8 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             sequential: Sequential::default(),
             done: Vec::new(),
             inside: false,
+            until_sample: 1,
+            has_sample_gathered: false,
             volume,
         })
     }
@@ -161,7 +173,34 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             add(&self.shared().tally.errors, 1);
         }
         let active = self.slots.take(slot);
+        if active.since_ns != 0 {
+            self.timed(&active);
+        }
         self.done.push(Done { tag: active.request.tag, status, data: active.request.data });
+    }
+
+    /// Notes when a request was submitted, of one in so many.
+    fn sample(&mut self, slot: u32) {
+        self.until_sample -= 1;
+        if self.until_sample == 0 {
+            self.until_sample = SAMPLE_EVERY;
+            self.slots.get(slot).since_ns = self.volume.cache.clock.now_ns().max(1);
+        }
+    }
+
+    /// Counts how long a request took.
+    #[cold]
+    fn timed(&self, active: &Active<B>) {
+        let stage = match (active.request.kind, active.asked_disk) {
+            (RequestKind::Read, false) => Stage::ReadHit,
+            (RequestKind::Read, true) => Stage::ReadMiss,
+            (RequestKind::Write, false) => Stage::Write,
+            (RequestKind::Write, true) => Stage::WriteAround,
+            (RequestKind::Discard { .. } | RequestKind::WriteZeroes { .. }, _) => Stage::Discard,
+            (RequestKind::Flush, _) => Stage::Flush,
+        };
+        let now_ns = self.volume.cache.clock.now_ns();
+        self.shared().latencies.record(stage, now_ns.saturating_sub(active.since_ns));
     }
 
     /// One part of a request has ended; completes it when it was the last.
@@ -188,7 +227,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         let end = request.sector.checked_add(sectors)?;
         let block = self.volume.block_sectors();
         let aligned = request.sector.is_multiple_of(block) && sectors.is_multiple_of(block);
-        (sectors > 0 && end <= self.volume.config.sectors && aligned)
+        (sectors > 0 && end <= self.volume.sectors() && aligned)
             .then(|| SectorRange::new(request.sector, sectors))
     }
 
@@ -258,6 +297,7 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         let kind = request.kind;
         let empty = matches!(kind, RequestKind::Read | RequestKind::Write) && request.data.is_empty();
         let slot = self.slots.insert(request);
+        self.sample(slot);
         let range = match (kind, range) {
             (RequestKind::Flush, _) => return self.submit_flush(slot),
             (_, Some(range)) => range,

@@ -7,10 +7,12 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
+use super::super::consistency::redo_need;
 use super::super::core::Cache;
-use super::super::counters::add;
+use super::super::counters::{Tally, add};
 use super::super::env::{Clock, Env};
 use super::super::index::{Extent, REGION_SECTORS};
+use super::super::latency::Stage;
 use super::super::record::{Draft, StoreError};
 use super::super::segments::Class;
 use super::super::stream::{Open, Stamp, Stream};
@@ -38,14 +40,16 @@ pub(crate) struct Gathered {
     failed: bool,
     /// Segments in a row that have refused it.
     refused: u32,
+    /// When it was submitted, of one that is timed; else 0.
+    since_ns: u64,
 }
 
 /// Segments in a row that may refuse a write before it fails: nothing says that the next takes it.
 const REFUSALS_MAX: u32 = 16;
 
 impl Gathered {
-    pub fn new(slot: u32, range: SectorRange, kind: KeyKind, is_through: bool) -> Self {
-        Self { slot, range, kind, is_through, done: 0, staged: 0, failed: false, refused: 0 }
+    fn new(slot: u32, range: SectorRange, kind: KeyKind, is_through: bool, since_ns: u64) -> Self {
+        Self { slot, range, kind, is_through, done: 0, staged: 0, failed: false, refused: 0, since_ns }
     }
 }
 
@@ -54,11 +58,13 @@ pub(crate) struct Scratch {
     pub draft: Draft,
     pub stripes: Vec<u16>,
     pub replaced: Vec<Extent>,
+    /// An epoch, and what this queue has put into it, in bytes of a redo area.
+    spent: (u64, u64),
 }
 
 impl Scratch {
     pub fn new() -> Self {
-        Self { draft: Draft::new(), stripes: Vec::new(), replaced: Vec::new() }
+        Self { draft: Draft::new(), stripes: Vec::new(), replaced: Vec::new(), spent: (0, 0) }
     }
 }
 
@@ -89,10 +95,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             }
             RequestKind::Discard { .. } => {
                 add(&tally.discards, 1);
+                add(&tally.discard_sectors, range.len);
                 KeyKind::Discard
             }
             RequestKind::WriteZeroes { unmap, .. } => {
                 add(&tally.discards, 1);
+                add(&tally.discard_sectors, range.len);
                 if unmap { KeyKind::Discard } else { KeyKind::Zero }
             }
             RequestKind::Read | RequestKind::Flush => unreachable!("handled by submit"),
@@ -102,7 +110,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             // only look it up twice.
             self.volume.core.index.prefetch(range.start);
         }
-        self.gather.push_back(Gathered::new(slot, range, kind, !self.volume.has_write_cache()));
+        let since_ns = self.slots.get(slot).since_ns;
+        self.has_sample_gathered |= since_ns != 0;
+        self.gather.push_back(Gathered::new(slot, range, kind, !self.volume.has_write_cache(), since_ns));
     }
 
     pub(super) fn commit_writes(&mut self) {
@@ -113,6 +123,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 break;
             }
             let allowance = self.volume.core.allowance(self.index);
+            let begun_ns = if self.has_sample_gathered { self.volume.cache.clock.now_ns() } else { 0 };
             let attempt = if allowance == 0 {
                 Attempt::Paced
             } else {
@@ -121,7 +132,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 commit_record(volume, *index, &mut stream, gather, slots, scratch, allowance)
             };
             match attempt {
-                Attempt::Progress => committed = true,
+                Attempt::Progress => {
+                    committed = true;
+                    if begun_ns != 0 {
+                        self.note_begun(begun_ns);
+                    }
+                }
                 Attempt::Paced if self.wait_for_allowance() => {}
                 Attempt::Paced => {
                     if self.volume.core.is_out_of_room() && self.volume.gives_up_on_space() {
@@ -142,6 +158,21 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
         if committed {
             self.volume.note_dirty();
+        }
+    }
+
+    /// Counts how long timed writes had waited when the record was begun that has their first part.
+    #[cold]
+    fn note_begun(&mut self, begun_ns: u64) {
+        let latencies = &self.volume.core.queue(self.index).latencies;
+        self.has_sample_gathered = false;
+        for gathered in self.gather.iter_mut().filter(|gathered| gathered.since_ns != 0) {
+            if gathered.done > 0 || gathered.failed {
+                latencies.record(Stage::WriteWait, begun_ns.saturating_sub(gathered.since_ns));
+                gathered.since_ns = 0;
+            } else {
+                self.has_sample_gathered = true;
+            }
         }
     }
 
@@ -362,17 +393,32 @@ fn stage<E: Env, B: Buffer>(
     Ok(Staged::All)
 }
 
+/// Announces the queue's commit of these keys. Where a group of epochs must end with one, the queue
+/// ends its epoch before it has put more into it than its share of the redo area.
+fn announce<E: Env>(volume: &Volume<E>, q: u16, keys: &[Key], spent: &mut (u64, u64)) -> u64 {
+    let share = volume.epoch_share.load(Ordering::Relaxed);
+    if share == 0 {
+        return volume.core.announce(q);
+    }
+    let need = volume.redo.as_ref().map_or(0, |redo| redo_need(keys, redo.block));
+    if spent.1 + need > share && !mutated(Mutant::EpochOutgrowsArea) {
+        // It is stamped, so the next number is another one.
+        volume.core.raise_epoch();
+    }
+    let epoch = volume.core.announce(q);
+    *spent = (epoch, need + if spent.0 == epoch { spent.1 } else { 0 });
+    epoch
+}
+
 /// Draws versions, persists, publishes. False when the media refused the record: nothing of it
 /// exists.
 fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Scratch) -> bool {
     let (cache, core) = (&volume.cache, &volume.core);
-    let Scratch { draft, stripes, replaced } = scratch;
+    let Scratch { draft, stripes, replaced, spent } = scratch;
     let segment = &cache.segments[open.id as usize];
     let held = core.stripes.hold(draft.keys.iter().map(Key::range), stripes);
-    let epoch = core.announce(q);
-    if core.stamped.load(Ordering::SeqCst) < epoch {
-        core.stamped.fetch_max(epoch, Ordering::SeqCst);
-    }
+    let epoch = announce(volume, q, &draft.keys, spent);
+    core.stamp(epoch);
     let version = core.version.fetch_add(draft.keys.len() as u64, Ordering::Relaxed);
     for (key, version) in draft.keys.iter_mut().zip(version..) {
         key.version = version;
@@ -400,6 +446,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     }
     open.appended(cache.syncer.started());
     segment.max_version.store(version + draft.keys.len() as u64 - 1, Ordering::Relaxed);
+    let mut books = Books::default();
     for key in &draft.keys {
         replaced.clear();
         if key.kind == KeyKind::Data {
@@ -410,6 +457,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
         let mut range = key.range();
         if_mutated(Mutant::NewestOnlyHalfIndexed, || range.len = (range.len - 1).max(1));
         core.index.insert(Extent { range, place }, replaced);
+        books.note(key.kind, range.len, replaced);
         if !mutated(Mutant::ReplacedNotMarkedDead) {
             cache.mark_dead(replaced);
         }
@@ -418,6 +466,44 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     segment.log_low.store(open.log_low, Ordering::Release);
     core.retract(q);
     drop(held);
-    add(&core.queue(q).tally.records, 1);
+    let tally = &core.queue(q).tally;
+    add(&tally.records, 1);
+    books.close(tally);
     true
+}
+
+/// What became dirty, and what was dirty and is replaced: for the counters, which must add up.
+#[derive(Default)]
+pub(super) struct Books {
+    dirtied: u64,
+    coalesced: u64,
+    discarded: u64,
+}
+
+impl Books {
+    /// So many sectors have become dirty, in place of these.
+    fn note(&mut self, kind: KeyKind, sectors: u64, replaced: &[Extent]) {
+        self.dirtied += sectors;
+        self.note_replaced(kind, replaced);
+    }
+
+    /// These were replaced by something that is not dirty itself.
+    pub fn note_replaced(&mut self, kind: KeyKind, replaced: &[Extent]) {
+        let dirty: u64 = replaced.iter().filter(|e| e.place.dirty).map(|e| e.range.len).sum();
+        match kind {
+            KeyKind::Data => self.coalesced += dirty,
+            _ => self.discarded += dirty,
+        }
+    }
+
+    pub fn close(self, tally: &Tally) {
+        add(&tally.dirtied_sectors, self.dirtied);
+        // Most records replace nothing that is dirty.
+        if self.coalesced > 0 {
+            add(&tally.coalesced_sectors, self.coalesced);
+        }
+        if self.discarded > 0 {
+            add(&tally.discarded_dirty_sectors, self.discarded);
+        }
+    }
 }

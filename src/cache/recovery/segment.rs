@@ -202,7 +202,7 @@ fn take_keys<E: Env>(cache: &Cache<E>, id: u32, volume: &VolumeCore, scan: &Scan
     if !mutated(Mutant::VersionsRestart) {
         volume.version.fetch_max(max_version + 1, Ordering::Relaxed);
     }
-    volume.epoch.fetch_max(max_epoch + 1, Ordering::Relaxed);
+    volume.counting.epochs().raise_to(max_epoch + 1);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);
     if !dirty_keys.is_empty() {
         dirty_keys.sort_by_key(|k| (k.epoch, k.version));

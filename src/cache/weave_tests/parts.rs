@@ -36,7 +36,7 @@ fn nothing_is_published_in_an_epoch_that_was_closed_before() {
             thread::spawn(move || {
                 for _ in 0..3 {
                     let epoch = core.announce(q);
-                    core.stamped.fetch_max(epoch, Ordering::SeqCst);
+                    core.stamp(epoch);
                     pause();
                     let closed = closed.load(Relaxed);
                     assert!(epoch > closed, "published in epoch {epoch}, closed was {closed}");
@@ -70,12 +70,12 @@ fn after_a_flush_whatever_had_completed_is_in_an_older_epoch() {
                 thread::spawn(move || {
                     for _ in 0..3 {
                         let epoch = core.announce(q);
-                        core.stamped.fetch_max(epoch, Ordering::SeqCst);
+                        core.stamp(epoch);
                         core.retract(q);
                         // A guest sees a completion in its ring, and with it all that came before.
                         let before = completed.fetch_max(epoch, Ordering::AcqRel).max(epoch);
                         core.raise_epoch();
-                        let now = core.epoch.load(Ordering::SeqCst);
+                        let now = core.epoch();
                         assert!(now > before, "epoch {now} after a flush, {before} had completed");
                     }
                 })

@@ -241,6 +241,7 @@ impl Bench {
                 sidecar: None,
                 accept_loss: false,
                 allow_volatile: false,
+                group: None,
             })
             .unwrap();
         Bench { stage, cache, volume, clock }

@@ -124,6 +124,10 @@ impl<E: Env> Writeback<E> {
             let closed = core.closed_epoch();
             match self.lowest_epoch(&mut dirty)? {
                 Some(epoch) if epoch <= closed => break epoch,
+                Some(epoch) if is_raised => {
+                    self.note_settled((epoch - 1).min(closed));
+                    return Ok(None);
+                }
                 // Nothing is dirty below: the tail may follow the closed epochs.
                 None if closed > core.tail.load(Ordering::SeqCst) => {
                     return Ok(Some(Round::empty(closed)));
@@ -133,6 +137,9 @@ impl<E: Env> Writeback<E> {
             }
             is_raised = true;
         };
+        if !self.may_write(epoch) {
+            return Ok(None);
+        }
         let mut keys = Vec::new();
         for ((_, id), cursor) in dirty.known.range((epoch, 0)..=(epoch, u32::MAX)) {
             let upto = epoch + u64::from(mutated(Mutant::NextEpochAlong));

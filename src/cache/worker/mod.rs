@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 pub(crate) use housekeeper::Housekeeper;
 pub(crate) use retry::delay_within;
 pub use writeback::OrderError;
-pub(crate) use writeback::{Wishes, Writeback};
+pub(crate) use writeback::{Joint, Wishes, Writeback, verdict};
 
 use super::core::Cache;
 use super::env::{Clock, Env};

@@ -125,7 +125,7 @@ impl<E: Env> Relocator<E> {
         let mut found = Vec::new();
         volume.index.lookup(part.range(), &mut found);
         // Read after the look: what was there has no higher epoch.
-        if volume.epoch.load(Ordering::SeqCst) == part.epoch {
+        if volume.epoch() == part.epoch {
             return true;
         }
         let covered: u64 = found.iter().map(|e| e.range.len).sum();

@@ -351,7 +351,7 @@ impl<E: Env> Relocator<E> {
                 let core = &target.volume;
                 let fresh = || key.version = core.version.fetch_add(1, Ordering::SeqCst);
                 if_mutated(Mutant::RelocatedWithNewVersion, fresh);
-                let now = || key.epoch = core.epoch.load(Ordering::SeqCst);
+                let now = || key.epoch = core.epoch();
                 if_mutated(Mutant::RelocatedInNewEpoch, now);
                 sources.push(piece.payload + (key.first - piece.first) as u32);
             }
@@ -390,7 +390,7 @@ impl<E: Env> Relocator<E> {
         let stamp = Stamp {
             incarnation: volume.incarnation,
             start_counter: cache.start_counter,
-            epoch: volume.epoch.load(Ordering::SeqCst),
+            epoch: volume.epoch(),
             time_ms: cache.recent_ms.load(Ordering::Relaxed),
         };
         if let Err(error) = open.persist(&cache.media, segment, draft, &stamp) {

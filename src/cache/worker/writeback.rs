@@ -36,6 +36,8 @@ mod group;
 mod journal;
 mod op;
 mod share;
+mod tail;
+mod together;
 mod when;
 
 use std::collections::VecDeque;
@@ -46,6 +48,7 @@ use std::time::Duration;
 use self::ahead::Next;
 use self::damage::Damage;
 use self::group::{Group, Parts, Step};
+pub(crate) use self::together::{Joint, verdict};
 pub use self::when::OrderError;
 use self::when::When;
 pub(crate) use self::when::Wishes;
@@ -54,6 +57,7 @@ use super::super::env::{Clock, Env};
 use super::super::ghost;
 use super::super::health::Failure;
 use super::super::index::Extent;
+use super::super::latency::Stage;
 use super::super::plan::Plan;
 use super::super::stripes::lock;
 use super::super::syncer::{Durable, Outcome};
@@ -117,6 +121,8 @@ pub(crate) struct Writeback<E: Env> {
     last_error: String,
     retry_at_ms: u64,
     when: When,
+    /// Why this member of a group cannot take part in its round.
+    refusal: Option<Failure>,
 }
 
 impl<E: Env> Writeback<E> {
@@ -145,6 +151,7 @@ impl<E: Env> Writeback<E> {
             last_error: String::new(),
             retry_at_ms: 0,
             when: When::default(),
+            refusal: None,
         }
     }
 
@@ -207,14 +214,15 @@ impl<E: Env> Writeback<E> {
         if now < self.retry_at_ms || self.is_held() || !self.change_order() {
             return Progress::Idle;
         }
-        if core.is_clean() || core.damaged.load(Ordering::Relaxed) || !self.is_time(now) {
+        if core.is_clean() {
+            self.answer_clean();
             return Progress::Idle;
         }
-        if self.channel.is_none() {
-            match self.volume.backing.channel(&Waker::default(), DEPTH) {
-                Ok(channel) => self.channel = Some(channel),
-                Err(error) => return self.fail(Failure::resources(&error)),
-            }
+        if core.damaged.load(Ordering::Relaxed) || !self.is_time(now) {
+            return Progress::Idle;
+        }
+        if let Err(failure) = self.open_channel() {
+            return self.fail(failure);
         }
         let mut plan = lock(&core.plan);
         plan.clear();
@@ -242,7 +250,10 @@ impl<E: Env> Writeback<E> {
                 Progress::Did
             }
             Ok(Some(round)) => self.gathered(round),
-            Ok(None) => Progress::Idle,
+            Ok(None) => match self.refusal.take() {
+                Some(failure) => self.fail(failure),
+                None => Progress::Idle,
+            },
             Err(error) => {
                 // Records of dirty data are gone: only this volume stops.
                 core.damaged.store(true, Ordering::SeqCst);
@@ -252,8 +263,17 @@ impl<E: Env> Writeback<E> {
         }
     }
 
+    fn open_channel(&mut self) -> Result<(), Failure> {
+        if self.channel.is_none() {
+            let channel = self.volume.backing.channel(&Waker::default(), DEPTH);
+            self.channel = Some(channel.map_err(|error| Failure::resources(&error))?);
+        }
+        Ok(())
+    }
+
     fn fail(&mut self, failure: Failure) -> Progress {
         let core = self.volume.core.clone();
+        self.fail_joint();
         self.keep_group(&mut lock(&core.plan));
         let now = self.volume.cache.clock.now_ms();
         let delay = delay_ms(self.failures, self.volume.core.incarnation ^ now);
@@ -375,8 +395,10 @@ impl<E: Env> Writeback<E> {
         Progress::Waiting
     }
 
+    /// Its token is when it was submitted.
     fn submit(&mut self, op: Op) {
-        self.submit_as(0, op);
+        let since_ns = self.volume.cache.clock.now_ns();
+        self.submit_as(since_ns, op);
     }
 
     fn submit_as(&mut self, token: u64, op: Op) {
@@ -424,6 +446,7 @@ impl<E: Env> Writeback<E> {
             self.note_owed();
         }
         let mut result = Ok(());
+        let now_ns = if done.is_empty() { 0 } else { self.volume.cache.clock.now_ns() };
         for completion in done.drain(..) {
             let is_flush = matches!(completion.op, Op::Flush);
             let unseen = if is_flush { Mutant::DiskFlushErrorIgnored } else { Mutant::DiskWriteErrorIgnored };
@@ -434,6 +457,10 @@ impl<E: Env> Writeback<E> {
             }
             if let Op::Write { buf, .. } = &completion.op {
                 self.volume.core.pacer.wrote(buf.len() as u64);
+            }
+            if !matches!(completion.op, Op::Read { .. }) {
+                let stage = if is_flush { Stage::WritebackFlush } else { Stage::WritebackWrite };
+                self.volume.core.latencies.record(stage, now_ns.saturating_sub(completion.token));
             }
             match completion.op {
                 Op::Write { buf, .. } if self.spare.len() < DEPTH as usize => self.spare.push(buf),
@@ -477,95 +504,17 @@ impl<E: Env> Writeback<E> {
         }
     }
 
-    fn flushed_ungrouped(&mut self, mut round: Round) -> Progress {
-        if let Err(error) = self.list_lost(&mut round) {
-            return self.fail(error);
-        }
-        // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
-        // and an older clean copy of those sectors would come back.
-        let cache = self.volume.cache.clone();
-        if mutated(Mutant::TailBeforeLiveness) {
-            return self.media_done(round, cache.syncer.request(&*cache.media.pmem, None));
-        }
-        let ticket = match cache.write_liveness(None) {
-            Ok(ticket) => ticket,
-            Err(error) => {
-                return self.fail(Failure::media(format!("liveness words cannot be written: {error}")));
-            }
-        };
-        self.phase = Phase::MakingDurable(round, ticket);
-        Progress::Did
-    }
-
-    fn media_done(&mut self, mut round: Round, ticket: Durable) -> Progress {
-        let cache = self.volume.cache.clone();
-        match cache.syncer.outcome(ticket) {
-            Outcome::Waiting if mutated(Mutant::TailBeforeLivenessDurable) => {}
-            Outcome::Waiting => {
-                self.phase = Phase::MakingDurable(round, ticket);
-                return Progress::Waiting;
-            }
-            Outcome::Failed => {
-                return self.fail(Failure::media("the cache cannot be made durable".to_owned()));
-            }
-            Outcome::Reached => {}
-        }
-        let core = &self.volume.core;
-        *lock(&core.lost) = round.damage.take_list();
-        let next = lock(&core.tail_page).1;
-        if mutated(Mutant::TailNewestOverwritten) {
-            _ = cache.write_tail(core, 1 - next, round.epoch);
-        }
-        if let Err(error) = cache.write_tail(core, next, round.epoch) {
-            return self.fail(Failure::media(format!("the tail cannot be written: {error}")));
-        }
-        let ticket = cache.syncer.request(&*cache.media.pmem, None);
-        self.phase = Phase::MovingTail(round, ticket);
-        Progress::Did
-    }
-
-    fn tail_done(&mut self, round: Round, ticket: Durable) -> Progress {
-        let cache = self.volume.cache.clone();
-        match cache.syncer.outcome(ticket) {
-            Outcome::Waiting => {
-                self.phase = Phase::MovingTail(round, ticket);
-                return Progress::Waiting;
-            }
-            Outcome::Failed => {
-                return self.fail(Failure::media("the tail cannot be made durable".to_owned()));
-            }
-            Outcome::Reached => {}
-        }
-        let core = &self.volume.core;
-        if let Err(error) = cache.write_tail_again(core, round.epoch) {
-            return self.fail(Failure::media(format!("the tail's other copy cannot be written: {error}")));
-        }
-        let mut written = 0;
-        let mut plan = lock(&core.plan);
-        for extent in plan.written.iter().chain(&plan.earlier) {
-            core.index.mark_clean_if(*extent, true);
-            written += extent.range.len;
-        }
-        add(&core.tally.written_back_sectors, written);
-        self.lose(&round.damage);
-        // Last: from then on reclaim may take the segments, and with them their cursors.
-        self.settle(round.epoch, &mut plan);
-        core.tail.store(round.epoch, Ordering::SeqCst);
-        core.pacer.end_round(true);
-        plan.advance();
-        drop(plan);
-        self.note_age(round.epoch);
-        cache.housekeeper.raise();
-        self.forget_parts();
-        self.recovered();
-        self.go_on()
-    }
-
     /// A round has succeeded.
     fn recovered(&mut self) {
         if std::mem::take(&mut self.failures) > 0 {
             self.volume.core.writeback_recovered();
         }
+    }
+}
+
+impl<E: Env> Drop for Writeback<E> {
+    fn drop(&mut self) {
+        self.leave_joint();
     }
 }
 

@@ -123,6 +123,9 @@ pub struct VolumeStatus {
     pub checkpoint: Option<Checkpoint>,
     /// Sectors that are lost: they answer with an error until they are overwritten.
     pub lost_sectors: u64,
+    /// How long the stages of its requests took in the last minute or so.
+    #[serde(default)]
+    pub latencies: Vec<Latency>,
     /// What it was attached with, or what has been set since.
     pub settings: VolumeSettings,
     /// The nine fields of `dmsetup status` of a dm-pcache target, in their order.
@@ -203,6 +206,36 @@ pub struct VolumeStats {
     /// Rates that forget: each an average in which what is older than its window counts for less
     /// and less.
     pub rates: Vec<Rates>,
+    /// How long the stages of requests take: since the counters began, and over the same windows. Only
+    /// where there was anything to time.
+    #[serde(default)]
+    pub latencies: Vec<Latency>,
+}
+
+/// How long a stage takes, of a sample of the requests.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct Latency {
+    /// The stage: `read_hit`, `read_miss`, `write_wait`, `write`, `write_around`, `discard`, `flush` of
+    /// requests; `disk_read`, `disk_write`, `disk_flush` of what these ask of the disk; `writeback_write`,
+    /// `writeback_flush`.
+    pub stage: String,
+    /// The decaying window; 0 for all since the counters began.
+    pub window_s: u32,
+    /// How many were timed: one request of a queue in 31, and every operation on the disk.
+    pub samples: u64,
+    /// Their mean.
+    pub mean_us: f64,
+    /// Half of them took no longer.
+    pub p50_us: f64,
+    /// 90 % took no longer.
+    pub p90_us: f64,
+    /// 99 % took no longer.
+    pub p99_us: f64,
+    /// 99.9 % took no longer.
+    pub p999_us: f64,
+    /// All took less.
+    pub max_us: f64,
 }
 
 /// Counters and rates of volumes.
@@ -351,6 +384,17 @@ pub struct SetRequest {
     /// Seconds after which a disk that does not answer has failed; 0 for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing_timeout_s: Option<u32>,
+}
+
+/// The size that a volume is to have.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug, Default)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct ResizeRequest {
+    /// Like `20GiB`: a regular file that is shorter grows to it. Without it, the volume becomes as large
+    /// as its disk has become.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
 }
 
 /// A checkpoint to be held.

@@ -16,7 +16,7 @@ macro_rules! schemas {
 fn definitions() -> Map<String, Value> {
     let mut generator = SchemaGenerator::new(SchemaSettings::openapi3());
     schemas!(generator: DaemonStatus, Volumes, VolumeStatus, Stats, VolumeStats, AttachRequest, SetRequest, Job,
-        CheckpointRequest, Checkpoint, Jobs, ReloadReport, Refusal);
+        ResizeRequest, CheckpointRequest, Checkpoint, Jobs, ReloadReport, Refusal);
     generator.take_definitions(true)
 }
 
@@ -35,7 +35,7 @@ fn parameters(route: &Route) -> Vec<Value> {
     let in_path = in_path.map(|name| {
         let schema = match name {
             "job" => json!({ "type": "integer", "minimum": 1 }),
-            _ => json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$" }),
+            _ => json!({ "type": "string", "pattern": "^[a-z0-9_][a-z0-9_-]{0,63}$" }),
         };
         json!({ "name": name, "in": "path", "required": true, "schema": schema })
     });

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 #[cfg(test)]
 use super::model::AttachRequest;
-use super::model::{CheckpointRequest, Jobs, SetRequest, Stats, Volumes};
+use super::model::{CheckpointRequest, Jobs, ResizeRequest, SetRequest, Stats, Volumes};
 use super::{Kind, Refused};
 use crate::control::config::{CacheConfig, VolumeConfig};
 use crate::control::daemon::{Change, Daemon, DaemonError, Dirty, HOLD_DEFAULT_S, HOLD_MAX_S};
@@ -149,6 +149,15 @@ pub const ROUTES: &[Route] = &[
         "The same, before the cache is taken away: says whether anything is dirty afterwards",
         |daemon, call| flush(daemon, call, "drain"),
     ),
+    Route {
+        takes: Body::Json("ResizeRequest"),
+        ..job(
+            "POST",
+            "/v1/volumes/{volume}/resize",
+            "Make a volume larger while it is used, and tell its VM",
+            resize,
+        )
+    },
     Route {
         takes: Body::Json("CheckpointRequest"),
         ..job(
@@ -337,6 +346,16 @@ fn change(request: &SetRequest) -> Result<Change, Refused> {
         true => Err(bad("the body says nothing to change")),
         false => Ok(change),
     }
+}
+
+fn resize(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {
+    let request: ResizeRequest = match call.body {
+        b"" => ResizeRequest::default(),
+        body => serde_json::from_slice(body).map_err(|why| bad(&format!("the body is not this: {why}")))?,
+    };
+    let size = request.size.as_deref().map(value::disk_size).transpose();
+    let size = size.map_err(|why| bad(&format!("`size`: {why}")))?;
+    Ok(Reply::json(202, &daemon.start_resize(call.names[0], size)?))
 }
 
 fn checkpoint(daemon: &Arc<Daemon>, call: &Call<'_>) -> Result<Reply, Refused> {

@@ -38,6 +38,7 @@ use crate::control::run::RunError;
 use crate::control::signals::Running;
 use crate::control::socket::{self, Bound};
 use crate::control::sys;
+use crate::control::value::SocketPath;
 
 /// Connections at a time.
 const CONNECTIONS_MAX: usize = 64;
@@ -63,6 +64,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The right to the control socket, before anybody can connect to it.
 pub struct Claimed {
     socket: socket::Claimed,
+    path: SocketPath,
     metrics: Option<TcpListener>,
 }
 
@@ -79,7 +81,7 @@ impl Claimed {
             .map(TcpListener::bind)
             .transpose()
             .map_err(RunError::os("listening at the address for metrics"))?;
-        Ok(Self { socket, metrics })
+        Ok(Self { socket, path: config.socket.clone(), metrics })
     }
 
     /// Answers from now on.
@@ -91,7 +93,7 @@ impl Claimed {
         let socket::Incoming::Listener(listener) = incoming else {
             unreachable!("a socket that was made at a path listens");
         };
-        let of_group = bound.as_ref().and_then(|bound| std::fs::metadata(bound.path()).ok());
+        let of_group = std::fs::metadata(self.path.as_path()).ok();
         let allowed = Allowed { uid: sys::own_uid(), gid: of_group.map(|about| about.gid()) };
         let (stop, stopped) = oneshot::channel();
         let daemon = Arc::clone(daemon);

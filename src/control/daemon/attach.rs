@@ -20,6 +20,7 @@ use super::super::serve::{attach_options, open_redo, set_wishes};
 use super::super::socket::Claimed;
 use super::front_end::FrontEnd;
 use super::jobs::{Outcome, Task};
+use super::latency::LatencyWindows;
 use super::windows::Windows;
 use super::{Daemon, DaemonError, Entry, OpenCache, Served, lock};
 use crate::cache::{self, DeleteError, FlushError, Volume};
@@ -68,6 +69,7 @@ impl Daemon {
         let cache = &self.caches[config.cache];
         write_back(cache, &config, &volume)?;
         let windows = Mutex::new(Windows::new(Instant::now(), &volume.counters()));
+        let latencies = Mutex::new(LatencyWindows::new(volume.latencies()));
         let name = config.name.to_string();
         let served = Arc::new(Served {
             config,
@@ -77,6 +79,7 @@ impl Daemon {
             switching: Mutex::default(),
             hold: Mutex::default(),
             windows,
+            latencies,
         });
         lock(&self.volumes).insert(name, Entry::Served(Arc::clone(&served)));
         Ok(served)

@@ -12,12 +12,13 @@ use super::super::socket::{Bound, Claimed, Incoming};
 use crate::cache::Volume;
 use crate::cache::volume::VolumeDisk;
 use crate::tools::Host;
-use crate::vhost::{self, Presence, Server, Stopper};
+use crate::vhost::{self, Handle, Presence, Server, Stopper};
 
 /// A front end at work. Dropping it asks it to end and does not wait.
 pub struct FrontEnd {
     stopper: Stopper,
     presence: Presence,
+    handle: Handle,
     thread: Option<JoinHandle<io::Result<()>>>,
     /// Removes the socket.
     _bound: Option<Bound>,
@@ -47,21 +48,27 @@ impl FrontEnd {
         let disk = Arc::new(VolumeDisk(Arc::clone(volume)));
         let start = || {
             let server = Server::new(endpoint, disk, options)?;
-            let (stopper, presence) = (server.stopper(), server.presence());
+            let (stopper, presence, handle) = (server.stopper(), server.presence(), server.handle());
             let name: String = format!("vhost-{}", config.name).chars().take(15).collect();
             let thread = std::thread::Builder::new().name(name).spawn(move || {
                 let _running = running;
                 server.run()
             })?;
-            Ok((stopper, presence, thread))
+            Ok((stopper, presence, handle, thread))
         };
-        let (stopper, presence, thread) = start().map_err(RunError::os("starting the server"))?;
-        Ok(Self { stopper, presence, thread: Some(thread), _bound: bound })
+        let (stopper, presence, handle, thread) = start().map_err(RunError::os("starting the server"))?;
+        Ok(Self { stopper, presence, handle, thread: Some(thread), _bound: bound })
     }
 
     /// Whether a VMM is connected.
     pub fn is_connected(&self) -> bool {
         self.presence.is_connected()
+    }
+
+    /// Has the VMM told that the disk's configuration has changed. Whether one is there that hears it.
+    pub fn config_changed(&self) -> bool {
+        self.handle.config_changed();
+        self.handle.is_heard()
     }
 
     /// Asks it to end: it finishes what is in flight first.

@@ -13,8 +13,10 @@
 
 mod attach;
 mod checkpoint;
+mod enlarge;
 pub mod front_end;
 pub mod jobs;
+pub mod latency;
 mod reload;
 mod set;
 pub mod view;
@@ -28,6 +30,7 @@ use std::time::Instant;
 use self::checkpoint::Hold;
 use self::front_end::FrontEnd;
 use self::jobs::JobTable;
+use self::latency::LatencyWindows;
 use self::windows::Windows;
 use super::config::{CacheConfig, ControlConfig, VolumeConfig};
 use super::run::RunError;
@@ -72,6 +75,8 @@ pub struct Served {
     pub hold: Mutex<Option<Hold>>,
     /// Its rates.
     pub windows: Mutex<Windows>,
+    /// Its latencies.
+    pub latencies: Mutex<LatencyWindows>,
 }
 
 impl Served {
@@ -245,7 +250,10 @@ impl Daemon {
         for served in self.served() {
             served.expire_checkpoint();
             let counters = served.volume.counters();
-            lock(&served.windows).sample(Instant::now(), &counters);
+            let seconds = lock(&served.windows).sample(Instant::now(), &counters);
+            if seconds > 0.0 {
+                lock(&served.latencies).sample(seconds, served.volume.latencies());
+            }
         }
     }
 }

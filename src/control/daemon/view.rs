@@ -13,6 +13,9 @@ use super::{Daemon, Entry, OpenCache, Served, lock};
 use crate::cache::{Mode, Position};
 use crate::onmedia::unpad;
 
+/// The window of the latencies in a status: long enough to have samples, short enough to be about now.
+const STATUS_WINDOW_S: u32 = 60;
+
 impl Daemon {
     /// How the daemon is.
     pub fn view(&self) -> DaemonStatus {
@@ -99,6 +102,7 @@ impl Daemon {
             lag_ms: volume.lag_ms(),
             checkpoint: served.view_checkpoint(),
             lost_sectors: volume.counters().lost_sectors,
+            latencies: lock(&served.latencies).view_window(STATUS_WINDOW_S),
             settings,
             dm_pcache: self.view_dm_pcache(served),
         }
@@ -124,7 +128,8 @@ impl Daemon {
     /// Counters and rates of a volume; with `reset`, counters begin anew afterwards.
     pub fn view_stats(&self, served: &Served, reset: bool) -> VolumeStats {
         let (now, counters) = (Instant::now(), served.volume.counters());
-        let mut windows = lock(&served.windows);
+        let (mut windows, mut latencies) = (lock(&served.windows), lock(&served.latencies));
+        let histograms = served.volume.latencies();
         let text = |(name, value): (&str, u64)| (name.to_owned(), value);
         let stats = VolumeStats {
             volume: served.config.name.to_string(),
@@ -132,9 +137,11 @@ impl Daemon {
             counters: windows.counted(&counters).into_iter().map(text).collect(),
             gauges: counters.fields().into_iter().filter(|(name, _)| is_gauge(name)).map(text).collect(),
             rates: windows.rates(),
+            latencies: latencies.view(&histograms),
         };
         if reset {
             windows.reset(now, &counters);
+            latencies.reset(histograms);
         }
         stats
     }

@@ -61,12 +61,12 @@ impl Windows {
         counted.filter(|(name, _)| !is_gauge(name)).collect()
     }
 
-    /// Takes in what has happened since the last sample.
-    pub fn sample(&mut self, now: Instant, counters: &Counters) {
+    /// Takes in what has happened since the last sample, which was the seconds ago that it returns.
+    pub fn sample(&mut self, now: Instant, counters: &Counters) -> f64 {
         let values = series(counters);
         let seconds = now.saturating_duration_since(self.last.0).as_secs_f64();
         if seconds <= 0.0 {
-            return;
+            return 0.0;
         }
         for (at, window) in WINDOWS_S.into_iter().enumerate() {
             // What is `window` seconds old counts 1/e; the weight of what was never seen is taken out
@@ -79,6 +79,7 @@ impl Windows {
             }
         }
         self.last = (now, values);
+        seconds
     }
 
     /// The averages now.

@@ -129,6 +129,21 @@ pub struct SetArgs {
     pub online: OnlineArgs,
 }
 
+/// Options of `resize`.
+#[derive(Args, Debug)]
+pub struct ResizeArgs {
+    /// The volume
+    #[arg(value_name = "VOLUME")]
+    pub volume: Name,
+    /// Its new size, like 20GiB; a regular file that is shorter grows to it
+    /// [default: the size that its disk has by now]
+    #[arg(value_name = "SIZE", value_parser = value::disk_size)]
+    pub size: Option<u64>,
+    /// The daemon.
+    #[command(flatten)]
+    pub online: OnlineArgs,
+}
+
 /// Options of `checkpoint`.
 #[derive(Args, Debug)]
 pub struct CheckpointArgs {

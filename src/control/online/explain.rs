@@ -7,7 +7,7 @@
 use super::super::api::model::{VolumeStats, VolumeStatus};
 use super::super::exit::Exit;
 use super::args::VolumeVerbArgs;
-use super::status::rate;
+use super::status::{duration, rate};
 use super::{Done, client, say_json};
 use crate::units::Bytes;
 
@@ -17,6 +17,13 @@ const WINDOW_S: u32 = 60;
 const HITS_FEW: f64 = 0.7;
 /// Share of writes that had to wait above which they are said to be held back.
 const WAITS_MANY: f64 = 0.01;
+
+/// What one write in a hundred may take before it is mentioned: a pmem write is a hundredth of it.
+const WRITE_SLOW_US: f64 = 2_000.0;
+/// What one miss in a hundred may take: a disk with heads needs as much.
+const MISS_SLOW_US: f64 = 50_000.0;
+/// What one flush of the disk in a hundred may take.
+const FLUSH_SLOW_US: f64 = 100_000.0;
 
 /// `explain`.
 pub(super) fn explain(args: &VolumeVerbArgs) -> Done {
@@ -43,6 +50,7 @@ fn sentences(status: &VolumeStatus, stats: &VolumeStats) -> Vec<String> {
     about_writes(&mut said, status, stats);
     about_reads(&mut said, status, stats);
     about_mode(&mut said, status);
+    about_latency(&mut said, stats);
     if said.is_empty() {
         said.push("Nothing holds it up: reads come from the cache and writes go into it.".into());
     }
@@ -110,6 +118,33 @@ fn about_mode(said: &mut Vec<String>, status: &VolumeStatus) {
     };
     let mode = &status.summary.mode;
     said.push(format!("It is in mode {mode}: {sentence}. `set --cache-mode writeback` changes that."));
+}
+
+/// Names the stage that takes the time, where something takes longer than a guest should notice.
+fn about_latency(said: &mut Vec<String>, stats: &VolumeStats) {
+    let of = |stage: &str| stats.latencies.iter().find(|row| row.stage == stage && row.window_s == WINDOW_S);
+    let long = |stage: &str, bound_us: f64| of(stage).filter(|row| row.p99_us > bound_us);
+    if let (Some(write), Some(wait)) = (long("write", WRITE_SLOW_US), of("write_wait")) {
+        let (total, waited) = (duration(write.p99_us), duration(wait.p99_us));
+        let share = if wait.p99_us * 2.0 > write.p99_us {
+            "most of it waiting for space or for the pace of the disk"
+        } else {
+            "most of it in the cache's memory: a slow medium, or too few cores"
+        };
+        said.push(format!("One write in a hundred takes longer than {total}, {share} (waiting: {waited})."));
+    }
+    if let (Some(read), Some(disk)) = (long("read_miss", MISS_SLOW_US), of("disk_read")) {
+        let (total, disk) = (duration(read.p99_us), duration(disk.p99_us));
+        said.push(format!(
+            "One read in a hundred that is not cached takes longer than {total}; the disk itself {disk}."
+        ));
+    }
+    if let Some(flush) = long("writeback_flush", FLUSH_SLOW_US) {
+        said.push(format!(
+            "Flushes of the backing disk take up to {}: they bound how fast write-back is in order strict.",
+            duration(flush.p99_us)
+        ));
+    }
 }
 
 fn of_window(stats: &VolumeStats, of: impl Fn(&super::super::api::model::Rates) -> f64) -> f64 {

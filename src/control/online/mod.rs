@@ -15,10 +15,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use self::args::{AttachArgs, DetachArgs, OnlineArgs, SetArgs, StatsArgs};
+use self::args::{AttachArgs, DetachArgs, OnlineArgs, ResizeArgs, SetArgs, StatsArgs};
 use super::announce::{print, word};
 use super::api::client::{Client, ClientError};
-use super::api::model::{AttachRequest, DaemonStatus, Job, ReloadReport, SetRequest, Stats, VolumeStats};
+use super::api::model::{
+    AttachRequest, DaemonStatus, Job, ReloadReport, ResizeRequest, SetRequest, Stats, VolumeStats,
+};
 use super::cli::{DrainArgs, Verb};
 use super::config::{self, Consents};
 use super::exit::Exit;
@@ -91,6 +93,7 @@ pub(super) fn run(verb: &Verb) -> Done {
             follow(&args.online, "POST", &path, None)
         }
         Verb::Set(args) => set(args),
+        Verb::Resize(args) => resize(args),
         Verb::Checkpoint(args) => checkpoint::checkpoint(args),
         Verb::Stats(args) => stats(args),
         Verb::Top(args) => top::top(args),
@@ -222,6 +225,12 @@ fn set(args: &SetArgs) -> Done {
     };
     let body = serde_json::to_value(&request).expect("a request is JSON");
     follow(&args.online, "PATCH", &format!("/v1/volumes/{}", args.volume), Some(&body))
+}
+
+fn resize(args: &ResizeArgs) -> Done {
+    let request = ResizeRequest { size: args.size.map(|size| format!("{size}B")) };
+    let body = serde_json::to_value(&request).expect("a request is JSON");
+    follow(&args.online, "POST", &format!("/v1/volumes/{}/resize", args.volume), Some(&body))
 }
 
 fn stats(args: &StatsArgs) -> Done {

@@ -3,11 +3,15 @@
 use std::fmt::Write;
 
 use super::super::api::model::{
-    Checkpoint, DaemonStatus, DmPcacheStatus, Rates, VolumeStats, VolumeStatus, VolumeSummary, Volumes,
+    Checkpoint, DaemonStatus, DmPcacheStatus, Latency, Rates, VolumeStats, VolumeStatus, VolumeSummary,
+    Volumes,
 };
 use super::args::{OnlineArgs, StatusArgs};
 use super::{Done, answer};
 use crate::units::Bytes;
+
+/// The stages of which a status tells the latency: what a guest sees. `stats` has them all.
+const IN_STATUS: [&str; 5] = ["read_hit", "read_miss", "write", "write_around", "flush"];
 
 /// `status`.
 pub(super) fn status(args: &StatusArgs) -> Done {
@@ -108,6 +112,10 @@ fn volume_text(status: &VolumeStatus) -> String {
     if let Some(checkpoint) = &status.checkpoint {
         row("checkpoint", checkpoint_text(checkpoint));
     }
+    for latency in status.latencies.iter().filter(|latency| IN_STATUS.contains(&latency.stage.as_str())) {
+        let [p50, p99, p999] = [latency.p50_us, latency.p99_us, latency.p999_us].map(duration);
+        row(&latency.stage, format!("p50 {p50}, p99 {p99}, p99.9 {p999}"));
+    }
     row("paced", if status.is_paced { "yes: writes keep the pace of the disk" } else { "no" }.into());
     if status.lost_sectors > 0 {
         row("lost", format!("{} sectors answer with an error until overwritten", status.lost_sectors));
@@ -189,8 +197,35 @@ pub(super) fn stats_text(stats: &VolumeStats) -> String {
         ]);
     }
     out += &columns(&rows);
+    out += &latency_table(&stats.latencies);
     let all = stats.counters.iter().chain(&stats.gauges);
     out + &columns(&all.map(|(name, value)| [name.clone(), value.to_string()]).collect::<Vec<_>>())
+}
+
+/// Latencies in columns: since the counters began, and over the windows.
+fn latency_table(latencies: &[Latency]) -> String {
+    if latencies.is_empty() {
+        return String::new();
+    }
+    let head = ["LATENCY", "WINDOW", "SAMPLES", "MEAN", "P50", "P90", "P99", "P99.9", "BELOW"];
+    let mut rows = vec![head.map(str::to_owned)];
+    for Latency { stage, window_s, samples, mean_us, p50_us, p90_us, p99_us, p999_us, max_us } in latencies {
+        let window = if *window_s == 0 { "all".into() } else { format!("{window_s} s") };
+        let times = [mean_us, p50_us, p90_us, p99_us, p999_us, max_us].map(|us| duration(*us));
+        let [mean, p50, p90, p99, p999, max] = times;
+        rows.push([stage.clone(), window, samples.to_string(), mean, p50, p90, p99, p999, max]);
+    }
+    columns(&rows)
+}
+
+/// Microseconds, as they are read best.
+pub(super) fn duration(us: f64) -> String {
+    match us {
+        short if short < 100.0 => format!("{short:.1} us"),
+        medium if medium < 10_000.0 => format!("{medium:.0} us"),
+        long if long < 1e6 => format!("{:.0} ms", long / 1e3),
+        very_long => format!("{:.1} s", very_long / 1e6),
+    }
 }
 
 /// Bytes a second, as they are read best.
@@ -210,6 +245,15 @@ mod tests {
     fn columns_are_as_wide_as_their_widest_word_and_lines_end_with_it() {
         let rows = [["A", "LONG"], ["longer", "x"]].map(|row| row.map(str::to_owned));
         assert_eq!(columns(&rows), "A       LONG\nlonger  x\n");
+    }
+
+    #[test]
+    fn a_duration_has_the_unit_that_fits() {
+        for (us, text) in
+            [(0.45, "0.5 us"), (99.0, "99.0 us"), (1500.0, "1500 us"), (25e3, "25 ms"), (2.5e6, "2.5 s")]
+        {
+            assert_eq!(duration(us), text);
+        }
     }
 
     #[test]

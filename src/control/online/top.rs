@@ -10,7 +10,7 @@ use super::super::api::model::{DaemonStatus, Stats, VolumeStats};
 use super::super::exit::Exit;
 use super::super::sys;
 use super::args::TopArgs;
-use super::status::{columns, rate};
+use super::status::{columns, duration, rate};
 use super::{Done, client, say_json};
 use crate::units::Bytes;
 
@@ -62,8 +62,21 @@ fn view(status: &DaemonStatus, before: &Stats, stats: &Stats, elapsed: Duration)
         let used = cache.segments_used * 100 / cache.segments_total.max(1);
         out += &format!("{}: {} {}, {used} % used\n", cache.name, Bytes(cache.size_bytes), cache.media_class);
     }
-    let head =
-        ["VOLUME", "STATE", "R/S", "W/S", "READ/S", "WRITTEN/S", "HITS", "DIRTY", "TO DISK/S", "ERRORS"];
+    let head = [
+        "VOLUME",
+        "STATE",
+        "R/S",
+        "W/S",
+        "READ/S",
+        "WRITTEN/S",
+        "HITS",
+        "READ P99",
+        "WRITE P99",
+        "DIRTY",
+        "LAG",
+        "TO DISK/S",
+        "ERRORS",
+    ];
     let mut rows = vec![head.map(str::to_owned)];
     let earlier: HashMap<&str, &VolumeStats> =
         before.volumes.iter().map(|volume| (volume.volume.as_str(), volume)).collect();
@@ -87,10 +100,24 @@ fn view(status: &DaemonStatus, before: &Stats, stats: &Stats, elapsed: Duration)
             rate((hits + misses) * 512.0 / elapsed.as_secs_f64().max(1e-3)),
             rate(per_s("write_sectors") * 512.0),
             ratio,
+            p99(now, &["read_miss", "read_hit"]),
+            p99(now, &["write", "write_around"]),
             Bytes(now.gauges.get("dirty_bytes").copied().unwrap_or(0)).to_string(),
+            duration(now.gauges.get("lag_ms").copied().unwrap_or(0) as f64 * 1000.0),
             rate(per_s("written_back_sectors") * 512.0),
             format!("{:.0}", grown("errors")),
         ]);
     }
     out + &columns(&rows)
+}
+
+/// Window of the latencies shown, in seconds: the shortest there is.
+const LATENCY_WINDOW_S: u32 = 10;
+
+/// The 99th percentile of the first of `stages` that has any sample: the slower is named first.
+fn p99(stats: &VolumeStats, stages: &[&str]) -> String {
+    let of = |stage: &&str| {
+        stats.latencies.iter().find(|row| row.stage == **stage && row.window_s == LATENCY_WINDOW_S)
+    };
+    stages.iter().find_map(of).map_or("-".into(), |row| duration(row.p99_us))
 }

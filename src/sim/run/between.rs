@@ -51,7 +51,10 @@ impl Run {
                 Ok(())
             }
             // Nobody deletes a volume under a guest that waits for the daemon to come back.
-            _ if left.host || left.in_order => self.delete_and_make(left, volume),
+            // Of a group each volume is needed.
+            _ if (left.host || left.in_order) && !self.scenario.is_joint => {
+                self.delete_and_make(left, volume)
+            }
             _ => Ok(()),
         }
     }

@@ -43,6 +43,11 @@ impl Run {
                 self.oracles[volume].is_ordered = true;
             }
         }
+        let is_clean = |served: &Served| served.volume.is_clean();
+        let are_clean = self.machine().served.iter().all(is_clean);
+        if let Some(joint) = &mut self.joint {
+            joint.all.is_exact = self.styles[0].order == Order::Grouped && (joint.all.is_exact || are_clean);
+        }
         let policy = if self.scenario.waits { OnBackingError::Wait } else { OnBackingError::Error };
         let bytes_per_s = if self.scenario.is_scrubbed { 1 << 30 } else { 0 };
         let machine = self.machine.as_ref().expect("a life has a machine");
@@ -64,8 +69,8 @@ impl Run {
         let loss = Loss::new(&snapshot.memory);
         self.stats.exhausted_points += u64::from(loss.lines() <= EXHAUSTED_LINES);
         let mut seen = BTreeSet::new();
-        let Self { oracles, styles, stats, scenario, .. } = self;
-        let at = Instant::new(oracles, styles, scenario.queues);
+        let Self { oracles, joint, styles, stats, scenario, .. } = self;
+        let at = Instant::new(oracles, joint.as_ref(), styles, scenario.queues);
         // A cache that could once not be made durable may refuse to serve.
         let forgives = self.world.with(|w| w.faults.sync_failed);
         let mut judge =
@@ -113,8 +118,8 @@ impl Run {
         depth: u32,
         rng: &mut Rng,
     ) -> Result<Option<Recovered>, String> {
-        let Self { oracles, styles, stats, scenario, world, .. } = self;
-        let at = Instant::new(oracles, styles, scenario.queues);
+        let Self { oracles, joint, styles, stats, scenario, world, .. } = self;
+        let at = Instant::new(oracles, joint.as_ref(), styles, scenario.queues);
         match (Judge { at: &at, host, depth }).image(image, rng, stats) {
             Ok(recovered) => Ok(Some(recovered)),
             // A cache that could once not be made durable may refuse to serve.
@@ -161,6 +166,9 @@ impl Run {
             // What a disk's write cache held when only the daemon died may still be lost.
             let is_durable = host || !died[volume].mode.bypasses();
             self.oracles[volume].narrow(values, is_durable);
+        }
+        if let Some(joint) = &mut self.joint {
+            joint.all.narrow(&recovered.values.concat(), true);
         }
         (self.world, self.machine) = (recovered.world, Some(recovered.machine));
         self.begin_life();

@@ -26,6 +26,7 @@ use std::sync::Arc;
 
 use super::books;
 use super::disk::DiskState;
+use super::joint::JointOracle;
 use super::machine::{Machine, SimBuffer, Style};
 use super::memory::{Memory, SimPmem};
 use super::oracle::Oracle;
@@ -78,6 +79,8 @@ struct UnderWay {
     began: u64,
     /// What a write writes.
     value: u64,
+    /// The same two, as the model of the group has them.
+    joint: (u64, u64),
     /// Whether part of its buffer is not there.
     is_gone: bool,
     /// Whether the guest had no write cache when it was submitted.
@@ -93,6 +96,8 @@ pub struct Run {
     world: Arc<World>,
     machine: Option<Machine>,
     oracles: Vec<Oracle>,
+    /// The model of all volumes as one, where they are one consistency group.
+    joint: Option<JointOracle>,
     styles: Vec<Style>,
     under_way: BTreeMap<(usize, usize, u32), UnderWay>,
     /// Completions that the guest has not seen yet.
@@ -149,6 +154,10 @@ impl Run {
         };
         let mut disks: Vec<DiskState> = (0..scenario.volumes).map(content).collect();
         let oracles = disks.iter().map(|d| Oracle::new(d.durable_values())).collect();
+        if scenario.is_joint {
+            disks = disks.into_iter().map(|disk| disk.in_group("vm")).collect();
+        }
+        let joint = scenario.is_joint.then(|| JointOracle::new(&disks));
         let redo_sectors = scenario.redo_sectors;
         disks.extend(
             (0..scenario.volumes).map(|number| DiskState::raw(redo_sectors).named(100 + number as u64)),
@@ -170,6 +179,7 @@ impl Run {
             world,
             machine: Some(machine),
             oracles,
+            joint,
             under_way: BTreeMap::new(),
             done: Vec::new(),
             next_tag: 0,
@@ -269,7 +279,7 @@ impl Run {
 
     /// Lets the models forget what can matter no more: what they remember costs every image.
     fn prune(&mut self) {
-        let Self { oracles, world, under_way, styles, machine, .. } = self;
+        let Self { oracles, joint, world, under_way, styles, machine, .. } = self;
         for (volume, oracle) in oracles.iter_mut().enumerate() {
             // What a group's part brings back may be older than what the disk holds.
             if styles[volume].order == Order::Grouped
@@ -280,6 +290,12 @@ impl Run {
             let reads = under_way.iter().filter(|(k, u)| k.0 == volume && u.began > 0);
             let since = reads.map(|(_, u)| u.began).min().unwrap_or(u64::MAX);
             oracle.prune(since, |sector| world.with(|w| w.disks[volume].possible(sector)));
+        }
+        let is_settled = |m: &Machine| m.served.iter().all(|s| s.volume.is_clean());
+        if let Some(joint) = joint
+            && (styles[0].order != Order::Grouped || machine.as_ref().is_some_and(is_settled))
+        {
+            joint.prune(world);
         }
     }
 
@@ -412,6 +428,11 @@ impl Run {
             }
             _ => id = oracle.begin_write(first, count, value),
         }
+        let in_joint = match (&mut self.joint, kind) {
+            (None, _) | (_, RequestKind::Read) => (0, 0),
+            (Some(joint), RequestKind::Flush) => (0, joint.all.tick()),
+            (Some(joint), _) => (joint.begin_write(volume, first, count, value), 0),
+        };
         if kind == RequestKind::Write {
             data = SimBuffer::of_write(volume, first, count, value);
             data.gone_from = is_gone.then(|| self.rng.index(data.bytes.len()));
@@ -422,7 +443,9 @@ impl Run {
             let range = format!("{first}+{count}");
             format!("submit {volume}.{queue} #{tag} {kind:?} {range} value {value:#x}")
         });
-        let under_way = UnderWay { kind, first, count, id, began, value, is_gone, is_through, is_held };
+        let joint = in_joint;
+        let under_way =
+            UnderWay { kind, first, count, id, began, value, joint, is_gone, is_through, is_held };
         self.under_way.insert((volume, queue, tag), under_way);
         self.machine().submit(volume, queue, Request { tag, kind, sector: first, data });
     }
@@ -447,7 +470,7 @@ impl Run {
     }
 
     fn see(&mut self, volume: usize, under_way: &UnderWay, done: Done<SimBuffer>) -> Result<(), String> {
-        let UnderWay { kind, first, count, id, began, is_through, is_held, .. } = *under_way;
+        let UnderWay { kind, first, count, id, began, joint, is_through, is_held, .. } = *under_way;
         let style = self.styles[volume];
         let is_ok = done.status == Status::Ok;
         self.stats.outage_hits += u64::from(is_held && is_ok);
@@ -468,6 +491,9 @@ impl Run {
             RequestKind::Flush if is_ok => {
                 self.stats.flushes += 1;
                 oracle.end_flush(began);
+                if let Some(all) = &mut self.joint {
+                    all.all.end_flush(joint.1);
+                }
             }
             RequestKind::Flush => {}
             RequestKind::Write | RequestKind::Discard { .. } | RequestKind::WriteZeroes { .. } => {
@@ -476,6 +502,9 @@ impl Run {
                     oracle.end_through(id, first, count);
                 } else {
                     oracle.end_write(id, first, count, is_ok, at_once);
+                }
+                if let Some(all) = &mut self.joint {
+                    all.end_write(volume, joint.0, (first, count), (is_ok, at_once, is_through));
                 }
                 let is_write = kind == RequestKind::Write;
                 self.stats.writes += u64::from(is_ok && is_write);

@@ -28,6 +28,7 @@ impl Run {
         let disk = if self.rng.chance(1, 4) { self.scenario.volumes + volume } else { volume };
         let bit = 1 << disk;
         match self.rng.below(4) {
+            3 if self.scenario.is_joint => return,
             3 => return self.change_order(volume),
             0 => {
                 self.note(|| format!("disk {disk} goes away"));

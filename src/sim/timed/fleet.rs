@@ -360,5 +360,6 @@ fn options_of(n: usize, member: &Member, disk: &Arc<TimedDisk>) -> AttachOptions
         redo: None,
         reads: Default::default(),
         allow_volatile: false,
+        group: None,
     }
 }

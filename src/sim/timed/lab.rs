@@ -9,7 +9,7 @@ use super::guest::{Ask, Guest};
 use super::trail::Trail;
 use crate::backing::{AlignedBuf, Channel, Op};
 use crate::cache::queue::Queue;
-use crate::cache::worker::{Progress, Stepper};
+use crate::cache::worker::{DrainProgress, Progress, Stepper};
 use crate::cache::{
     AttachOptions, Cache, Clock, Env, FormatOptions, Mode, Order, ReadPolicy, Volume, VolumeDisk, format,
 };
@@ -213,6 +213,7 @@ impl Lab {
                 sidecar: None,
                 accept_loss: false,
                 allow_volatile: false,
+                group: None,
             })
             .expect("a fresh volume");
         let face = VolumeDisk(volume.clone());
@@ -310,11 +311,18 @@ impl Lab {
 
     /// Brings everything to the disk; panics when that does not end within `limit_s`.
     pub fn drain(&mut self, limit_s: u64) {
+        self.drain_noting(limit_s, &mut |_, _| {});
+    }
+
+    /// The same; `note` is told at what time (µs) how much was done, as those are told who wait for it.
+    pub fn drain_noting(&mut self, limit_s: u64, note: &mut dyn FnMut(u64, DrainProgress)) {
+        let mut begun = self.volume.begin_progress();
         let limit = self.clock.us() + limit_s * 1_000_000;
         self.volume.draining.store(true, Ordering::SeqCst);
         while !self.volume.is_clean() {
             assert!(self.clock.us() < limit, "the drain does not end");
             self.settle();
+            note(self.clock.us(), begun.now(&self.volume.core));
             self.pass(u64::MAX);
         }
         self.volume.draining.store(false, Ordering::SeqCst);

@@ -22,6 +22,7 @@
 //!   forgotten, the last one is voided, and what it held is gathered again. Nobody writes to the area
 //!   before what it had in flight has ended. If the header's write or flush fails it may count or not:
 //!   the *idle* of the last one goes over the same copy.
+//! - A group that is one of several volumes' has none behind it: all of them are committed at one time.
 //! - Whoever wants the chain to end, a checkpoint or a change of order, finds it ended with the last one.
 //! - Positions in its plan are followed like those of the first (`../../plan.rs`).
 //! - It is known by sectors that the last group has left on the disk, and by those that one was known by:
@@ -36,9 +37,10 @@ use super::super::super::syncer::{Durable, Outcome};
 use super::super::super::volume::Order;
 use super::super::Progress;
 use super::damage::Damage;
-use super::group::{Behind, Fate, Group, Step};
+use super::group::{Fate, Group, Step};
+use super::share::Behind;
 use super::{Phase, Round, Writeback};
-use crate::backing::Op;
+use crate::backing::{Backing, Op};
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{RedoHeader, RedoKind};
 use crate::sync::atomic::Ordering;
@@ -110,7 +112,10 @@ impl<E: Env> Writeback<E> {
         let core = self.volume.core.clone();
         let mut plans = lock(&core.plan);
         let mut plan = Plan::default();
-        let gathered = match self.gather_behind(&mut plan, &behind) {
+        core.raise_epoch();
+        // Before the look: what is committed after it belongs to an epoch above this one.
+        let closed = core.closed_epoch();
+        let gathered = match self.gather_behind(&mut plan, &behind, closed) {
             Ok(gathered) => gathered,
             // The next round of its own meets the same, and says so.
             Err(error) => {
@@ -132,6 +137,7 @@ impl<E: Env> Writeback<E> {
     fn may_go_ahead(&self) -> bool {
         let wishes = &self.volume.wishes;
         self.volume.order() == Order::Grouped
+            && !self.is_joint()
             && self.round_order() == Order::Grouped
             && wishes.order.load(Ordering::SeqCst) == 0
             && wishes.checkpoint.load(Ordering::SeqCst) == 0
@@ -223,6 +229,8 @@ impl<E: Env> Writeback<E> {
             Some(Next { group, step: Ahead::Ready, .. }) => {
                 let mut header = group.header.take().expect("made with the journal");
                 header.samples = std::mem::take(&mut group.samples);
+                // The disk may have grown since the area was claimed.
+                header.backing_size = self.volume.backing.geometry().size;
                 let redo = self.volume.redo.clone().expect("a volume in grouped order has a redo area");
                 let (header, op) = redo.update(|h| *h = RedoHeader { sequence: h.sequence, ..header });
                 group.header = Some(header);

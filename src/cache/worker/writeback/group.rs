@@ -22,6 +22,7 @@
 //!   anything else. After step 3 the group is applied until that succeeds, from the area, since what
 //!   the cache has of it may change or rot meanwhile.
 //! - The plan is kept as long as the group: what is marked clean at the end is what was applied.
+//! - In a consistency group step 3 ends when the areas of all who take part say so (`together.rs`).
 
 use super::super::super::counters::add;
 use super::super::super::env::{Clock, Env};
@@ -29,12 +30,13 @@ use super::super::super::health::Failure;
 use super::super::super::index::{Extent, ExtentMap};
 use super::super::super::plan::{Consumed, Plan};
 use super::super::super::queue::Reader;
-use super::super::super::redo::{Redo, Replay, ReplayError};
+use super::super::super::redo::Redo;
+use super::super::super::replay::{Replay, ReplayError};
 use super::super::super::scan::WalkError;
 use super::super::super::stripes::lock;
 use super::super::Progress;
 use super::damage::Damage;
-use super::share::Share;
+use super::share::{Behind, Gathered, Share};
 use super::{Phase, Round, Writeback, cut};
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::mutant::{Mutant, mutated};
@@ -61,6 +63,8 @@ pub(super) enum Step {
     FlushCommit,
     /// The header is durable.
     Committed,
+    /// It is, and those of the other volumes that take part may not be.
+    Await,
     /// The group is applied from the area.
     Replay,
     /// It is on the disk, and the next one is on its way to the area.
@@ -84,6 +88,8 @@ pub(super) enum Fate {
     Open,
     /// It may be committed; nothing of it is on the disk.
     Unknown,
+    /// It is as an earlier life has left it, and counts if the areas of others say so.
+    Undecided,
     /// It is committed.
     Committed,
     /// It is on the disk, flushed, and may still say that it is committed.
@@ -123,32 +129,10 @@ pub(super) struct Group {
     /// The header that is being made durable.
     pub(super) header: Option<RedoHeader>,
     pub(super) replay: Option<Replay>,
-}
-
-/// Behind what a group comes.
-pub(super) struct Behind {
-    /// Everything up to this (epoch, version) is on the disk, or will be.
-    pub upto: Option<(u64, u64)>,
-    /// The tail by then.
-    pub tail: u64,
-    /// The half of the area that is free for it; `None` for all of it.
-    pub half: Option<u64>,
-}
-
-/// What was gathered for a group.
-pub(super) struct Gathered {
-    pub epoch: u64,
-    /// `None` where nothing is to be written.
-    pub group: Option<Group>,
-    /// Bytes to be written, and bytes of space that this settles.
-    pub bytes: u64,
-    pub settles: u64,
-}
-
-impl Gathered {
-    fn nothing(epoch: u64) -> Gathered {
-        Gathered { epoch, group: None, bytes: 0, settles: 0 }
-    }
+    /// What makes it one of several.
+    pub(super) joint: Option<super::together::JointPart>,
+    /// Whether an earlier life has written it.
+    pub(super) is_restored: bool,
 }
 
 /// How far beyond the tail the disk is.
@@ -162,16 +146,39 @@ pub(super) struct Parts {
     is_restored: bool,
 }
 
+impl Parts {
+    /// What an earlier life has left.
+    pub(super) fn begin_at(&mut self, upto: Option<(u64, u64)>) {
+        *self = Self { upto, is_restored: upto.is_some(), ..Self::default() };
+    }
+}
+
 impl<E: Env> Writeback<E> {
+    /// The epoch, above `tail`, to the end of which the disk is written.
+    pub(super) fn written_beyond(&self, tail: u64) -> Option<u64> {
+        self.parts.upto.filter(|(epoch, version)| *epoch > tail && *version == u64::MAX).map(|(e, _)| e)
+    }
+
     pub(super) fn redo(&self) -> &Redo<E::Backing> {
         self.volume.redo.as_deref().expect("a volume in grouped order has a redo area")
     }
 
     /// Takes as many closed epochs as there is room for.
     pub(super) fn gather_grouped(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
+        if self.is_joint() {
+            return self.gather_joint(plan);
+        }
+        self.volume.core.raise_epoch();
+        // Before the look: what is committed after it belongs to an epoch above this one.
+        let closed = self.volume.core.closed_epoch();
+        self.gather_upto(plan, closed)
+    }
+
+    /// Takes as many epochs, up to `closed`, as there is room for.
+    pub(super) fn gather_upto(&mut self, plan: &mut Plan, closed: u64) -> Result<Option<Round>, WalkError> {
         let tail = self.volume.core.tail.load(Ordering::SeqCst);
         let behind = Behind { upto: self.parts.upto, tail, half: None };
-        let Some(gathered) = self.gather_behind(plan, &behind)? else { return Ok(None) };
+        let Some(gathered) = self.gather_behind(plan, &behind, closed)? else { return Ok(None) };
         let Gathered { epoch, group, bytes, settles } = gathered;
         self.volume.begin_pace(bytes, Some(settles), !plan.todo.is_empty());
         // Kept until another group has ended: this one may be given up.
@@ -182,18 +189,16 @@ impl<E: Env> Writeback<E> {
         Ok(Some(round))
     }
 
-    /// What comes behind the last group in the order of (epoch, version).
+    /// What comes behind the last group in the order of (epoch, version), up to `closed`.
     pub(super) fn gather_behind(
         &mut self,
         plan: &mut Plan,
         behind: &Behind,
+        closed: u64,
     ) -> Result<Option<Gathered>, WalkError> {
         let core = self.volume.core.clone();
         let is_first = behind.half.is_none();
-        core.raise_epoch();
         let mut dirty = lock(&core.dirty);
-        // Before the look: what is committed after it belongs to an epoch above this one.
-        let closed = core.closed_epoch();
         match self.lowest_epoch(&mut dirty)? {
             Some(epoch) if epoch <= closed => {}
             None if closed > behind.tail && is_first => return Ok(Some(Gathered::nothing(closed))),
@@ -218,6 +223,7 @@ impl<E: Env> Writeback<E> {
         let mut epoch = closed;
         let mut part = None;
         if let Some((key, _)) = keys.get(fit) {
+            assert!(!self.is_joint(), "the target of a joint round fits every area");
             epoch = key.epoch - 1;
             if epoch > behind.tail && keys.first().is_some_and(|(k, _)| k.epoch <= epoch) {
                 fit = keys.partition_point(|(k, _)| k.epoch <= epoch);
@@ -241,27 +247,15 @@ impl<E: Env> Writeback<E> {
         let settles: u64 = keys[..fit].iter().map(|(k, _)| payload(k)).sum();
         let settles = settles + settles / 16;
         let sectors: u64 = plan.todo.iter().filter(|e| !e.place.zero).map(|e| e.range.len).sum();
+        let time_ms = self.volume.cache.clock.unix_ms();
         let group = Group {
-            fate: Fate::Open,
-            entries: Vec::new(),
-            firsts: Vec::new(),
             sectors,
-            journaled: 0,
-            table: Vec::new(),
-            sent: 0,
-            stage: None,
-            fill: 0,
-            at: room.at,
             half,
             has_rest,
             settles,
-            time_ms: self.volume.cache.clock.unix_ms(),
             part,
             epoch,
-            damage: Damage::default(),
-            samples: Vec::new(),
-            header: None,
-            replay: None,
+            ..Group::of(Vec::new(), room.at, time_ms)
         };
         let group = Some(group).filter(|_| !plan.todo.is_empty());
         Ok(Some(Gathered { epoch, group, bytes: sectors * 512, settles }))
@@ -304,7 +298,11 @@ impl<E: Env> Writeback<E> {
 
     /// How far beyond the tail an earlier life has left the disk.
     pub(super) fn remember_parts(&mut self) {
+        self.restore_joint();
         let (Some(redo), core) = (&self.volume.redo, &self.volume.core) else { return };
+        if self.group.is_some() {
+            return;
+        }
         let header = redo.header();
         let is_own =
             header.incarnation == core.incarnation && header.cache_uuid == self.volume.cache.media.uuid;
@@ -315,12 +313,12 @@ impl<E: Env> Writeback<E> {
             true if header.epoch > tail => Some((header.epoch, u64::MAX)),
             _ => None,
         };
-        self.parts = Parts { upto, is_restored: upto.is_some(), ..Parts::default() };
+        self.parts.begin_at(upto);
     }
 
-    /// Whether the group is being written to the disk.
+    /// Whether the group is being written to the disk, or has been.
     pub(super) fn applies_group(&self) -> bool {
-        self.group.as_ref().is_some_and(|g| g.fate == Fate::Committed)
+        self.group.as_ref().is_some_and(|g| matches!(g.fate, Fate::Committed | Fate::Applied))
     }
 
     /// Goes on with what a failed round has left.
@@ -329,10 +327,17 @@ impl<E: Env> Writeback<E> {
             return self.fail(failure);
         }
         let block = self.redo().block;
+        if self.group.as_ref().is_some_and(|group| group.fate == Fate::Undecided) {
+            let Some(fate) = self.judge_restored() else { return Progress::Idle };
+            if let Err(failure) = self.open_channel() {
+                return self.fail(failure);
+            }
+            self.group.as_mut().expect("it is still there").fate = fate;
+        }
         let group = self.group.as_mut().expect("the caller looked");
         let round = Round { damage: group.damage.clone(), ..Round::empty(group.epoch) };
         let step = match group.fate {
-            Fate::Open | Fate::Unknown | Fate::Applied => Step::Void,
+            Fate::Open | Fate::Unknown | Fate::Undecided | Fate::Applied => Step::Void,
             Fate::Committed => {
                 let bytes = group.sectors * 512;
                 group.replay = Some(Replay::new(group.entries.clone(), block));
@@ -354,7 +359,7 @@ impl<E: Env> Writeback<E> {
                 plan.written.extend(rest);
                 plan.written.sort_unstable_by_key(|e| e.range.start);
             }
-            Some(Fate::Unknown) => plan.clear(),
+            Some(Fate::Unknown | Fate::Undecided) => plan.clear(),
             Some(Fate::Open) | None => {
                 self.group = None;
                 plan.clear();
@@ -437,12 +442,20 @@ impl<E: Env> Writeback<E> {
                 }
                 self.send(round, Op::Flush, Step::Commit)
             }
+            Step::Commit if self.is_given_up() => self.give_up_part(),
             Step::Commit => self.commit(round),
             Step::FlushCommit if mutated(Mutant::GroupAppliedUncommitted) => self.committed(round),
             Step::FlushCommit => self.send(round, Op::Flush, Step::Committed),
+            Step::Committed if self.is_joint_part() => self.commit_joint(round),
             Step::Committed => self.committed(round),
+            Step::Await => self.await_verdict(round),
             Step::Void => {
-                let (header, op) = self.redo().void();
+                let is_applied = self.applies_group();
+                let (header, op) = match self.redo().is_committed() && !is_applied {
+                    // As an earlier life has left it.
+                    true => self.redo().discard(),
+                    false => self.redo().void(),
+                };
                 self.group.as_mut().expect("a group is under way").header = Some(header);
                 self.send(round, op, Step::FlushVoid)
             }
@@ -463,6 +476,8 @@ impl<E: Env> Writeback<E> {
         group.damage = round.damage.clone();
         let mut header = group.header.take().expect("made with the journal");
         header.samples = std::mem::take(&mut group.samples);
+        // The disk may have grown since the area was claimed.
+        header.backing_size = self.volume.backing.geometry().size;
         let redo = self.volume.redo.clone().expect("a volume in grouped order has a redo area");
         let (header, op) = redo.update(|h| *h = RedoHeader { sequence: h.sequence, ..header });
         self.group.as_mut().expect("it is still there").header = Some(header);
@@ -470,7 +485,7 @@ impl<E: Env> Writeback<E> {
     }
 
     /// The group is durable in the area: on to the disk.
-    fn committed(&mut self, round: Round) -> Progress {
+    pub(super) fn committed(&mut self, round: Round) -> Progress {
         let header = self.group.as_mut().and_then(|g| g.header.take()).expect("it was being committed");
         self.redo().note(header);
         self.group.as_mut().expect("it is still there").fate = Fate::Committed;
@@ -530,6 +545,9 @@ impl<E: Env> Writeback<E> {
     fn voided(&mut self, round: Round) -> Progress {
         let mut group = self.group.take().expect("a group is under way");
         self.redo().note(group.header.take().expect("it was being voided"));
+        if group.joint.is_some() {
+            self.end_part();
+        }
         if group.fate == Fate::Unknown {
             // It went over the copy that may have said *committed*: the other one is older.
             self.phase = Phase::Idle;
@@ -549,7 +567,7 @@ impl<E: Env> Writeback<E> {
             }
             Some(upto) => {
                 let damage = std::mem::take(&mut round.damage);
-                self.parts = Parts { upto: Some(upto), damage, is_restored: false };
+                self.parts = Parts { upto: Some(upto), damage, is_restored: group.is_restored };
                 lock(&self.volume.core.plan).advance();
                 self.volume.core.pacer.end_round(true);
                 self.recovered();

@@ -136,7 +136,7 @@ impl<E: Env> Writeback<E> {
         group.entries.iter().for_each(|entry| entry.encode(&mut table));
         let (cache, core) = (&self.volume.cache, &self.volume.core);
         let descriptor = lock(&core.descriptor).0.clone();
-        group.header = Some(RedoHeader {
+        let header = RedoHeader {
             sequence: 0,
             cache_uuid: cache.media.uuid,
             volume_uuid: descriptor.uuid,
@@ -151,9 +151,9 @@ impl<E: Env> Writeback<E> {
             table: group.at,
             entries: group.entries.len() as u32,
             table_crc: payload_checksum(&table),
-            samples: Vec::new(),
-        });
-        group.table = table;
+            ..RedoHeader::default()
+        };
+        (group.header, group.table) = (Some(Self::name_joint(group, header)), table);
     }
 
     /// Writes the table, and reads what is sampled.

@@ -14,6 +14,7 @@ use super::super::super::env::Env;
 use super::super::super::index::{Extent, ExtentMap};
 use super::super::super::redo::Room;
 use super::Writeback;
+use super::group::Group;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{Key, RedoEntry};
 use crate::sync::atomic::Ordering;
@@ -28,6 +29,32 @@ const GROUPS_OF_MANY_KEYS: u64 = 8;
 const MANY_KEYS: usize = 1 << 16;
 /// What a run costs, in bytes: a seek of a disk that is not slow.
 const RUN_BYTES: u64 = 64 << 10;
+
+/// Behind what a group comes.
+pub(super) struct Behind {
+    /// Everything up to this (epoch, version) is on the disk, or will be.
+    pub upto: Option<(u64, u64)>,
+    /// The tail by then.
+    pub tail: u64,
+    /// The half of the area that is free for it; `None` for all of it.
+    pub half: Option<u64>,
+}
+
+/// What was gathered for a group.
+pub(super) struct Gathered {
+    pub epoch: u64,
+    /// `None` where nothing is to be written.
+    pub group: Option<Group>,
+    /// Bytes to be written, and bytes of space that this settles.
+    pub bytes: u64,
+    pub settles: u64,
+}
+
+impl Gathered {
+    pub fn nothing(epoch: u64) -> Gathered {
+        Gathered { epoch, group: None, bytes: 0, settles: 0 }
+    }
+}
 
 /// What one group takes.
 pub(super) struct Share {
@@ -60,6 +87,9 @@ impl<E: Env> Writeback<E> {
     pub(super) fn share(&self, keys: &[(Key, u32)], half: Option<u64>) -> Option<Share> {
         let room = self.redo().whole();
         let (newest, fit) = self.fit(keys, room.capacity);
+        if self.is_joint() {
+            return Some(Share { newest, fit, room, half: None });
+        }
         // Whatever follows a header that goes to the first page then begins right behind it.
         let first = || 1 - self.redo().next_copy();
         let beside = self.share_half(&keys[..fit], &newest, half.unwrap_or_else(first));
@@ -141,6 +171,11 @@ impl<E: Env> Writeback<E> {
             need = (need + more).saturating_sub(gone.sum());
         }
         (newest, keys.len())
+    }
+
+    /// What all of the area holds of these keys if it may have to hold any number of the first of them.
+    pub(super) fn fit_prefix(&self, keys: &[(Key, u32)]) -> (ExtentMap, usize) {
+        self.first_fit(keys, self.redo().capacity())
     }
 
     /// Of each sector the newest version that these keys have.

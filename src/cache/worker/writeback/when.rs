@@ -6,6 +6,7 @@
 //!   and what a relaxed round has written, is of no later epoch than the present one. So from then on
 //!   rounds are strict, and when the tail has reached that epoch the disk alone is consistent; then the
 //!   new order holds, durably said.
+//! - Another order than its group's ends a volume's membership, durably, before anything else.
 //! - A checkpoint is reached when everything acknowledged before it was asked for is on the disk,
 //!   flushed, and nothing is on its way there; nothing is written until it is released.
 //! - The disk alone is never said to be younger than it is: what counts is when the oldest data came
@@ -75,7 +76,7 @@ impl<E: Env> Writeback<E> {
             },
         };
         if is_old && core.tail.load(Ordering::SeqCst) >= self.when.overdue {
-            self.when.overdue = core.epoch.load(Ordering::SeqCst);
+            self.when.overdue = core.epoch();
             self.when.overdue_ms = now;
         }
         is_old
@@ -83,6 +84,7 @@ impl<E: Env> Writeback<E> {
             || volume.cache.is_pressed()
             || volume.is_round_due()
             || self.owes_part()
+            || self.is_called()
             || core.tail.load(Ordering::SeqCst) < volume.wanted.load(Ordering::SeqCst)
             || self.when.switching.is_some()
             || volume.wishes.checkpoint.load(Ordering::SeqCst) > 0
@@ -174,6 +176,9 @@ impl<E: Env> Writeback<E> {
         if pending.unwrap_or(volume.order()) == order {
             return true;
         }
+        if volume.leave_group().is_err() {
+            return false;
+        }
         self.forget_parts();
         self.when.switching = None;
         let is_weaker = order == Order::Relaxed || volume.order() == Order::Grouped;
@@ -191,7 +196,7 @@ impl<E: Env> Writeback<E> {
             core.keep_for(order);
         }
         core.raise_epoch();
-        self.when.switching = Some((order, core.epoch.load(Ordering::SeqCst)));
+        self.when.switching = Some((order, core.epoch()));
         true
     }
 
@@ -302,7 +307,7 @@ impl<E: Env> Volume<E> {
     /// space. In `strict` and `grouped` order the disk then shows exactly one moment of the guest's.
     pub fn begin_checkpoint(&self) {
         self.core.raise_epoch();
-        let epoch = self.core.epoch.load(Ordering::SeqCst) - 1;
+        let epoch = self.core.epoch() - 1;
         self.wishes.checkpoint.store(epoch.max(1), Ordering::SeqCst);
         self.core.writeback.raise();
     }
@@ -317,6 +322,15 @@ impl<E: Env> Volume<E> {
     pub fn release_checkpoint(&self) {
         self.wishes.checkpoint.store(0, Ordering::SeqCst);
         self.core.writeback.raise();
+    }
+
+    /// Ends its membership of a consistency group, if it has one. Nothing is under way to its disk.
+    pub(crate) fn leave_group(&self) -> Result<(), ()> {
+        if self.core.group().is_none() {
+            return Ok(());
+        }
+        let left = self.cache.leave_group(&self.core);
+        left.map_err(|error| tracing::warn!(volume = self.name, %error, "leaving the group waits"))
     }
 
     fn write_order(&self, order: Order, consistent_from: Option<u64>) -> Result<(), ()> {
