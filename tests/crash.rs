@@ -11,10 +11,10 @@
 mod damage;
 #[path = "crash/fellows.rs"]
 mod fellows;
+#[path = "crash/groups.rs"]
+mod groups;
 #[path = "crash/growth.rs"]
 mod growth;
-#[path = "crash/images.rs"]
-mod images;
 #[path = "crash/index_memory.rs"]
 mod index_memory;
 #[path = "crash/lost.rs"]
@@ -47,6 +47,8 @@ const IMAGES: u64 = 1_000_000;
 const IMAGES_PER_SEED: u64 = 1200;
 /// Images from which on everything there is must have been reached.
 const IMAGES_TELLING: u64 = 100_000;
+/// Disks alone, their cache lost, to be judged of each order that promises something of them.
+const ALONE_LEAST: u64 = 10_000;
 /// How long a failure is made shorter.
 const SHRINK: Duration = Duration::from_secs(20);
 
@@ -157,11 +159,18 @@ fn no_crash_anywhere_breaks_a_promise() {
     let seconds = began.elapsed().as_secs_f64();
     geometries.print();
     println!("{stats}\n{:.0} images/s over {seconds:.1} s", stats.images as f64 / seconds);
+    let Stats { alone_strict, alone_grouped, alone_relaxed, .. } = stats;
+    println!("with the cache lost: {alone_strict} strict, {alone_grouped} grouped, {alone_relaxed} relaxed");
     if images < IMAGES_TELLING {
         return;
     }
     for (name, value) in stats.fields() {
         assert!(value > 0, "the runs never reached: {name}\n{stats}");
+    }
+    if images >= IMAGES {
+        for (order, judged) in [("strict", alone_strict), ("grouped", alone_grouped)] {
+            assert!(judged >= ALONE_LEAST, "{judged} disks alone were judged in {order} order");
+        }
     }
     assert!(stats.recovery_images * 10 >= stats.images, "a tenth belongs inside recovery\n{stats}");
 }

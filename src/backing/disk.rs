@@ -299,6 +299,14 @@ impl Backing for Disk {
         }
     }
 
+    fn shares_device_with(&self, other: &Disk) -> bool {
+        let number = |disk: &Disk| match disk.kind {
+            BackingKind::File => disk.meta.dev(),
+            BackingKind::BlockDevice => disk.meta.rdev(),
+        };
+        identity::share_device(number(self), number(other))
+    }
+
     fn fingerprint(&self, seed: u64) -> io::Result<u64> {
         sample::fingerprint(&self.core.file, self.core.geometry().size, seed)
     }

@@ -170,6 +170,30 @@ fn whole_disk(folder: &std::path::Path) -> PathBuf {
     }
 }
 
+/// Whether two block devices, or those that two file systems are on, rest on a common one. Where the kernel
+/// does not show on what a file system rests, as with some of many devices and those of a network, yes.
+pub(super) fn share_device(one: u64, other: u64) -> bool {
+    if one == other {
+        return true;
+    }
+    let (mut ones, mut others) = (Vec::new(), Vec::new());
+    let is_known = rests_on(&sysfs(one), &mut ones) && rests_on(&sysfs(other), &mut others);
+    !is_known || ones.iter().any(|folder| others.contains(folder))
+}
+
+/// The devices at the bottom of the one with this folder in sysfs, through partitions and what is built
+/// on others. False where one is not shown.
+fn rests_on(folder: &std::path::Path, bottom: &mut Vec<PathBuf>) -> bool {
+    let Ok(disk) = fs::canonicalize(whole_disk(folder)) else { return false };
+    let below: Vec<_> = fs::read_dir(disk.join("slaves")).into_iter().flatten().flatten().collect();
+    // What a loop device lies in is another file system's business.
+    let is_bottom = below.is_empty() && !disk.join("loop").exists();
+    if is_bottom {
+        bottom.push(disk);
+    }
+    is_bottom || !below.is_empty() && below.iter().all(|entry| rests_on(&entry.path(), bottom))
+}
+
 fn number_in(path: PathBuf) -> u64 {
     fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
@@ -177,6 +201,34 @@ fn number_in(path: PathBuf) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_are_apart_only_where_the_kernel_shows_that_they_are() {
+        let number = |folder: &PathBuf| {
+            let text = fs::read_to_string(folder.join("dev")).ok()?;
+            let (major, minor) = text.trim().split_once(':')?;
+            Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))
+        };
+        let folders = |of: &str| fs::read_dir(of).into_iter().flatten().flatten().map(|e| e.path());
+        let is_plain = |folder: &PathBuf| {
+            !folder.join("loop").exists()
+                && fs::read_dir(folder.join("slaves")).is_ok_and(|mut below| below.next().is_none())
+        };
+        let disks: Vec<PathBuf> = folders("/sys/block").filter(is_plain).collect();
+        let nowhere = libc::makedev(0, 45);
+        for disk in &disks {
+            let dev = number(disk).expect("a disk has a number");
+            assert!(share_device(dev, dev) && share_device(dev, nowhere) && share_device(nowhere, dev));
+            for other in disks.iter().filter(|other| *other != disk) {
+                let other = number(other).expect("a disk has a number");
+                assert!(!share_device(dev, other), "{} and {other}", disk.display());
+            }
+            let parts = folders(disk.to_str().expect("a plain name"));
+            for part in parts.filter(|part| part.join("partition").exists()) {
+                assert!(share_device(dev, number(&part).expect("a partition has a number")));
+            }
+        }
+    }
 
     #[test]
     fn written_and_discarded_sectors_are_read_from_the_kernels_line() {

@@ -145,6 +145,12 @@ pub trait Backing: Send + Sync + 'static {
     /// What tells it from other disks.
     fn identity(&self) -> BackingIdentity;
 
+    /// Whether what is done to one of the two makes the other wait, as far as one can tell: both lie on one
+    /// device, or nobody knows.
+    fn shares_device_with(&self, other: &Self) -> bool {
+        self.identity().device == other.identity().device
+    }
+
     /// A 64-bit checksum over sampled content: first and last 64 KiB and, between, blocks at places
     /// drawn from `seed` (0: those of the first version). A change that touches none of the samples
     /// is not seen. Blocking.

@@ -111,6 +111,8 @@ counters! {
     writeback_flushes,
     /// Groups of epochs applied by way of the redo area.
     groups,
+    /// Of these, groups that were journaled while the one before went to the disk.
+    groups_ahead,
     /// How old the disk alone is, in milliseconds; 0 where nothing is dirty. Not a sum.
     lag_ms,
     /// Writes of payload and tables to the redo area.

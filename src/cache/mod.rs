@@ -54,6 +54,7 @@ mod record;
 mod recovery;
 mod redo;
 mod regroup;
+mod replay;
 mod resize;
 mod reunite;
 mod reuse;

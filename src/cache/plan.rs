@@ -8,12 +8,15 @@
 //!   holds it from its first look at a segment's dirty data until index, cursors and plan name the
 //!   copies. So the bytes of a position in the plan are there, and its copy is what turns clean.
 //! - No disk operation is issued or waited for with it locked; queues never take it.
+//! - While a group goes to the disk the next one may be on its way to the redo area. What that holds is
+//!   a plan of its own behind the first, and whatever moves is followed in both.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::index::Extent;
 use super::volume::Cursor;
+use crate::mutant::{Mutant, mutated};
 use crate::units::SectorRange;
 
 /// How far a round has read a segment's records.
@@ -38,6 +41,8 @@ pub(crate) struct Plan {
     pub earlier: Vec<Extent>,
     /// Where segments go on: what the round has consumed.
     pub cursors: Vec<Consumed>,
+    /// What comes after this round, being journaled meanwhile.
+    pub next: Option<Box<Plan>>,
 }
 
 /// Payload that lies elsewhere now; positions in 512-byte units of the media.
@@ -55,6 +60,20 @@ impl Plan {
         self.written.clear();
         self.earlier.clear();
         self.cursors.clear();
+        self.next = None;
+    }
+
+    /// The round has ended: what comes after it takes its place.
+    pub fn advance(&mut self) {
+        *self = self.next.take().map_or_else(Plan::default, |next| *next);
+    }
+
+    /// Forgets how far a segment has been read: its keys were filed anew.
+    pub fn drop_cursors_of(&mut self, id: u32) {
+        self.cursors.retain(|c| c.id != id);
+        if let Some(next) = &mut self.next {
+            next.drop_cursors_of(id);
+        }
     }
 
     /// Whether a sector is still to be written.
@@ -66,6 +85,11 @@ impl Plan {
     /// Follows payload out of the segment at `positions`. With `drops_rest`, what did not move is
     /// superseded and goes; otherwise it stays.
     pub fn redirect(&mut self, positions: &Range<u64>, moves: &mut [Moved], drops_rest: bool) {
+        if let Some(next) = &mut self.next
+            && !mutated(Mutant::NextKeepsOldPositions)
+        {
+            next.redirect(positions, moves, drops_rest);
+        }
         moves.sort_unstable_by_key(|m| m.from);
         let concerned = |e: &Extent| !e.place.zero && positions.contains(&e.place.position);
         if self.todo.iter().any(concerned) {
@@ -133,6 +157,7 @@ mod tests {
             written: vec![extent(32, 2, 111)],
             earlier: Vec::new(),
             cursors: Vec::new(),
+            next: None,
         };
         let mut kept = plan();
         kept.redirect(&(100..200), &mut moves(), false);
@@ -146,5 +171,12 @@ mod tests {
         let mut untouched = plan();
         untouched.redirect(&(300..400), &mut moves(), true);
         assert_eq!((untouched.todo, untouched.written), (plan().todo, plan().written));
+        let mut behind = Plan { next: Some(Box::new(plan())), ..plan() };
+        behind.redirect(&(100..200), &mut moves(), true);
+        behind.advance();
+        assert_eq!(
+            (behind.todo, behind.written, behind.next.is_none()),
+            (dropped.todo, dropped.written, true)
+        );
     }
 }

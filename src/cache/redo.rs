@@ -8,11 +8,13 @@
 //! - The area says *committed* only after everything it needs to be applied is durable in it.
 //! - From the first write of a group to the disk until the disk's flush after the last one, it says so
 //!   durably: whoever finds it applies it, and then the disk is at the group's end.
-//! - While it says so nothing else is written to the disk, and nothing to the area but *idle*.
+//! - While it says so nothing else is written to the disk. To the area goes nothing but *idle*, or the
+//!   body of the next group, where the present one has nothing; the header that commits that one waits
+//!   until the present one is on the disk, flushed, and takes the place of *idle*.
 //! - What a header says is made durable before it is believed: one that a dead daemon wrote and did not
 //!   flush would else give way to the one before, when the body under that is gone.
-//! - *idle* is durable before the tail moves, so a group that is found committed was never followed
-//!   by another write.
+//! - *idle*, or the next group's *committed*, is durable before the tail moves, so a group that is found
+//!   committed was never followed by another write.
 //! - Whoever attaches the volume, in whatever order, applies it first. Without the cache
 //!   `recover-backing` does, if disk and area belong together: the header's samples tell.
 //! - What cannot be read back of a committed group is an error, never half a group.
@@ -20,6 +22,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use super::replay::{DEPTH, Replay, ReplayError};
 use super::stripes::lock;
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::mutant::{Mutant, mutated};
@@ -28,11 +31,8 @@ use crate::onmedia::{
     payload_checksum,
 };
 use crate::sync::Mutex;
-use crate::units::SectorRange;
 use crate::wake::Waker;
 
-/// Operations in flight while a group is applied from here.
-const DEPTH: u32 = 32;
 /// Longest payload of an entry in bytes.
 pub(crate) const PAYLOAD_MAX: u64 = 1 << 20;
 /// Longest zeroing of an entry in sectors.
@@ -115,6 +115,16 @@ pub(crate) struct Owner {
     pub backing_size: u64,
 }
 
+/// Where in an area a group may lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Room {
+    /// Where its payload begins, in bytes from the area's start.
+    pub at: u64,
+    /// Bytes that payload and table may take. There is a page more: each of the two is filled up to
+    /// a whole page.
+    pub capacity: u64,
+}
+
 /// What the area says, and which copy of the header its next update goes to.
 struct Head {
     newest: RedoHeader,
@@ -128,6 +138,8 @@ pub(crate) struct Redo<B: Backing> {
     size: u64,
     /// Smallest unit of I/O on it in bytes.
     pub block: u64,
+    /// Whether neither it nor the volume's disk waits for what is done to the other.
+    pub is_apart: bool,
     head: Mutex<Head>,
     /// The entries of the group that it held when it was opened, where that may not be decided.
     pending: OnceLock<Vec<RedoEntry>>,
@@ -164,15 +176,37 @@ impl<B: Backing> Redo<B> {
         Ok(Redo {
             size,
             block: u64::from(geometry.logical_block),
+            is_apart: false,
             head: Mutex::new(head),
             pending: OnceLock::new(),
             disk,
         })
     }
 
-    /// Bytes that payload and table of a group may take.
+    /// The same area, once it is known whether it shares a device with its volume's disk.
+    pub fn beside(self, disk: &B) -> Redo<B> {
+        Redo { is_apart: !self.disk.shares_device_with(disk), ..self }
+    }
+
+    /// All of it for one group.
+    pub fn whole(&self) -> Room {
+        Room { at: PAGE as u64, capacity: Self::body_of(self.size).saturating_sub(PAGE as u64) }
+    }
+
+    /// One of its halves: two groups have room beside each other.
+    pub fn half(&self, number: u64) -> Room {
+        let half = Self::body_of(self.size) / 2 / PAGE as u64 * PAGE as u64;
+        Room { at: PAGE as u64 + number * half, capacity: half.saturating_sub(PAGE as u64) }
+    }
+
+    /// Which copy of the header its next update goes to: 0 for the first page, 1 for the last.
+    pub fn next_copy(&self) -> u64 {
+        lock(&self.head).next as u64
+    }
+
+    /// Bytes that payload and table of a group may take that has all of it.
     pub fn capacity(&self) -> u64 {
-        Self::body_of(self.size).saturating_sub(PAGE as u64)
+        self.whole().capacity
     }
 
     /// Where payload begins.
@@ -464,68 +498,6 @@ pub(crate) fn run<C: Channel>(channel: &mut C, op: Op) -> std::io::Result<Op> {
     result.map(|()| op)
 }
 
-/// Why a group could not be applied.
-#[derive(Debug)]
-pub(crate) enum ReplayError {
-    Redo(std::io::Error),
-    Disk(std::io::Error),
-    Damaged(SectorRange),
-}
-
-/// Applies a group from its area: reads, compares, writes.
-pub(crate) struct Replay {
-    entries: Vec<RedoEntry>,
-    next: usize,
-    block: u64,
-    done: Vec<Completion>,
-}
-
-impl Replay {
-    pub fn new(entries: Vec<RedoEntry>, block: u64) -> Replay {
-        Replay { entries, next: 0, block, done: Vec::new() }
-    }
-
-    /// Goes on as far as it can without waiting. True when everything is written; flushing is the
-    /// caller's. After an error nothing more is begun; what is in flight is the caller's to await.
-    pub fn step<C: Channel>(&mut self, redo: &mut C, disk: &mut C) -> Result<bool, ReplayError> {
-        let mut done = std::mem::take(&mut self.done);
-        disk.reap(&mut done);
-        for completion in done.drain(..) {
-            completion.result.map_err(ReplayError::Disk)?;
-        }
-        redo.reap(&mut done);
-        for completion in done.drain(..) {
-            completion.result.map_err(ReplayError::Redo)?;
-            let Op::Read { mut buf, .. } = completion.op else { continue };
-            let entry = &self.entries[completion.token as usize];
-            buf.set_len((entry.range.len * 512) as usize);
-            if payload_checksum(&buf) != entry.crc {
-                return Err(ReplayError::Damaged(entry.range));
-            }
-            let op = Op::Write { offset: entry.range.start * 512, buf };
-            assert!(disk.submit(completion.token, op).is_ok(), "fewer than the depth are in flight");
-        }
-        while let Some(entry) = self.entries.get(self.next)
-            && redo.in_flight() + disk.in_flight() < DEPTH as usize
-        {
-            let (token, offset, len) = (self.next as u64, entry.range.start * 512, entry.range.len * 512);
-            let submitted = match entry.kind {
-                RedoKind::Data => {
-                    let buf = AlignedBuf::new(len.next_multiple_of(self.block) as usize);
-                    redo.submit(token, Op::Read { offset: entry.at, buf })
-                }
-                kind => disk.submit(token, Op::Zero { offset, len, unmap: kind == RedoKind::Unmap }),
-            };
-            assert!(submitted.is_ok(), "fewer than the depth are in flight");
-            self.next += 1;
-        }
-        redo.kick();
-        disk.kick();
-        self.done = done;
-        Ok(self.next == self.entries.len() && redo.in_flight() + disk.in_flight() == 0)
-    }
-}
-
 /// Places of a disk outside a group, and inside it, by which the disk is known again.
 pub(crate) fn sample_places(entries: &[RedoEntry], sectors: u64, seed: u64) -> Vec<u64> {
     const EACH: u64 = 4;
@@ -534,10 +506,7 @@ pub(crate) fn sample_places(entries: &[RedoEntry], sectors: u64, seed: u64) -> V
     for i in 0..EACH.min(data.len() as u64) {
         places.push(data[(i * data.len() as u64 / EACH.min(data.len() as u64)) as usize].range.start);
     }
-    let is_touched = |sector: u64| {
-        let after = entries.partition_point(|e| e.range.start <= sector);
-        after > 0 && entries[after - 1].range.end() > sector
-    };
+    let is_touched = |sector: u64| entry_of(entries, sector).is_some();
     for i in 0..EACH {
         let mixed = (seed ^ i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let place = (mixed ^ mixed >> 29) % sectors.max(1);
@@ -546,6 +515,12 @@ pub(crate) fn sample_places(entries: &[RedoEntry], sectors: u64, seed: u64) -> V
         }
     }
     places
+}
+
+/// The entry, of ascending ones, that a sector belongs to.
+pub(crate) fn entry_of(entries: &[RedoEntry], sector: u64) -> Option<usize> {
+    let before = entries.partition_point(|e| e.range.start <= sector).checked_sub(1)?;
+    (entries[before].range.end() > sector).then_some(before)
 }
 
 /// The sample of a place, whose block was read, and which the group leaves as `after`.

@@ -33,7 +33,7 @@ impl<E: Env> Cache<E> {
             }
             return Ok(None);
         };
-        let redo = Redo::open(disk.clone())?;
+        let redo = Redo::open(disk.clone())?.beside(&*options.backing);
         let owner = Owner {
             cache_uuid: self.media.uuid,
             volume_uuid: descriptor.uuid,

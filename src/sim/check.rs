@@ -13,7 +13,7 @@ use super::oracle::{Oracle, Recoverable};
 use super::rng::Rng;
 use super::stats::Stats;
 use super::world::{Snapshot, State, World};
-use crate::cache::{Member, recover_backing, recover_group};
+use crate::cache::{Member, Mode, Order, recover_backing, recover_group};
 
 /// What the images of one instant are judged by.
 pub(super) struct Instant<'a> {
@@ -118,10 +118,15 @@ impl Judge<'_> {
         }
         let mut judged = self.at.disks_alone.borrow_mut();
         for (volume, (oracle, disk)) in self.at.oracles.iter().zip(&image.disks).enumerate() {
+            let style = self.at.styles[volume];
+            let is_of = |order| u64::from(style.mode == Mode::Writeback && style.order == order);
             if !oracle.is_ordered {
+                stats.alone_relaxed += is_of(Order::Relaxed);
                 continue;
             }
             stats.disks_alone += 1;
+            stats.alone_strict += is_of(Order::Strict);
+            stats.alone_grouped += is_of(Order::Grouped) & u64::from(oracle.is_exact);
             let alone = self.recover_backing(image, volume, rng, stats)?;
             for disk in if alone.is_empty() { vec![disk] } else { alone.iter().collect() } {
                 let values = disk.durable_values();

@@ -42,6 +42,9 @@ pub struct Scenario {
     pub is_disk_slow: bool,
     /// Sectors of each volume's redo area: with few, epochs go in parts.
     pub redo_sectors: u64,
+    /// Bytes of groups that go side by side where the area has room for two of them; 0 to let the engine
+    /// see where that pays.
+    pub group_bytes: u64,
     /// Whether what a failing disk owes waits for it.
     pub waits: bool,
     /// Whether the cache is scrubbed all the time.
@@ -104,6 +107,7 @@ impl Scenario {
             redo_sectors: 48 + u64::from(segment_size) / 16 / 512 + rng.pick(&[0, 24, 400]),
             waits: apart.chance(1, 2),
             is_scrubbed: apart.chance(1, 3),
+            group_bytes: apart.pick(&[0, 1, 6 << 10, 20 << 10]),
             resizes: sizes.chance(1, 3),
             is_device: sizes.chance(1, 2),
             is_joint: false,

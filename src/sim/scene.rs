@@ -37,12 +37,17 @@ impl Scene {
 
     /// A fresh cache of so many segments of 64 KiB before a disk of so many sectors.
     pub fn sized(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Scene {
-        Scene::begin(Scene::world(class, style, segments, sectors), style)
+        Scene::with_redo(class, style, (segments, sectors), REDO_SECTORS)
+    }
+
+    /// The same with a redo area of so many sectors for a volume in grouped order.
+    pub fn with_redo(class: MediaClass, style: Style, sizes: (u32, u64), redo_sectors: u64) -> Scene {
+        Scene::begin(Scene::world(class, style, sizes, redo_sectors), style)
     }
 
     /// A fresh cache of 12 segments of 64 KiB on a device, before a disk of 512 sectors.
     pub fn on_device(class: MediaClass, style: Style) -> Scene {
-        let world = Scene::world(class, style, 12, 512);
+        let world = Scene::world(class, style, (12, 512), REDO_SECTORS);
         world.with(|w| w.memory = w.memory.clone().as_device());
         Scene::begin(world, style)
     }
@@ -53,10 +58,15 @@ impl Scene {
     }
 
     /// Such a cache, formatted and never opened.
-    fn world(class: MediaClass, style: Style, segments: u32, sectors: u64) -> Arc<World> {
+    fn world(
+        class: MediaClass,
+        style: Style,
+        (segments, sectors): (u32, u64),
+        redo_sectors: u64,
+    ) -> Arc<World> {
         let mut disks = vec![DiskState::new((1..=sectors).collect())];
         if style.order == Order::Grouped {
-            disks.push(DiskState::raw(REDO_SECTORS).named(2));
+            disks.push(DiskState::raw(redo_sectors).named(2));
         }
         let geometry = Geometry::custom(16 << 10, 64 << 10, segments, 1).expect("a geometry");
         let memory = Memory::new(class, geometry.device_size).with_back(geometry.meta_size);
@@ -69,7 +79,7 @@ impl Scene {
     /// A snapshot from before the `n`-th store, fence, `sync` or disk operation of the first start,
     /// which makes the volume; `None` if there were not so many.
     pub fn cut_beginning(class: MediaClass, style: Style, n: u64) -> Option<Snapshot> {
-        let world = Scene::world(class, style, 12, 512);
+        let world = Scene::world(class, style, (12, 512), REDO_SECTORS);
         world.with(|w| w.cuts.at = w.events + n + 1);
         Machine::open(&world, &[style], 1).expect("a fresh cache");
         world.take_cuts().pop().map(|(_, snapshot)| snapshot)

@@ -63,6 +63,12 @@ stats! {
     cuts_quiet,
     /// States of a disk alone that were judged.
     disks_alone,
+    /// Of these, in strict order.
+    alone_strict,
+    /// Of these, in grouped order.
+    alone_grouped,
+    /// States of a disk alone in relaxed order, of which nothing is promised.
+    alone_relaxed,
     /// Lives that ended in a crash.
     crashes,
     /// Lives that ended in order.
@@ -175,6 +181,8 @@ stats! {
     resizes_undone,
     /// Groups applied by way of a redo area.
     groups,
+    /// Of these, groups journaled while the one before went to the disk.
+    groups_ahead,
     /// Images whose disks, those of a consistency group, were compared as one with the cache lost.
     disks_together,
     /// Of these, with a part of a group to be applied to more than one of them.

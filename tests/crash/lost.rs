@@ -380,3 +380,25 @@ fn damage_to_the_newest_copy_of_the_tail_sets_nothing_back() {
         }
     }
 }
+
+#[test]
+fn what_an_earlier_part_has_lost_is_listed_though_the_next_one_failed() {
+    for class in [AssumeDax, PageCache] {
+        let mut scene = Scene::new(class, style(Order::Grouped));
+        for block in 0..8 {
+            scene.write(block * 8, 8, 900 + block);
+        }
+        settle(&mut scene);
+        rot(&scene, 10);
+        let groups = |scene: &Scene| scene.machine.served[0].volume.counters().groups;
+        assert!(scene.write_back(true, |s| groups(s) == 1), "{class}: no group");
+        let errors = |scene: &Scene| scene.machine.served[0].volume.counters().writeback_errors;
+        scene.world.with(|w| w.faults.away = 0b10);
+        assert!(scene.write_back(true, |s| errors(s) > 0), "{class}: nothing failed");
+        scene.world.with(|w| w.faults.away = 0);
+        scene.drain();
+        assert!(groups(&scene) > 1, "{class}: it was all one group");
+        assert_eq!(lost(&scene), [(8, 16)], "{class}");
+        assert_eq!(try_read(&mut scene, 10), None, "{class}: the disk's older bytes were read");
+    }
+}

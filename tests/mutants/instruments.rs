@@ -97,6 +97,8 @@ impl Instrument {
             | M::JointPartBelieved
             | M::DiscardedCountsApplied
             | M::EpochOutgrowsArea => run(|s| s.is_joint && s.styles[0].order == Order::Grouped),
+            M::NextOverCommitted | M::NextCommittedEarly | M::NextUnflushed => run(goes_side_by_side),
+            M::NextKeepsOldPositions => run(|s| goes_side_by_side(s) && s.housekeeping > 0),
             M::SyncNotMarked | M::DoubtNotNoted => {
                 ("story of an untold failure", Story(stories::a_failed_sync_that_nobody_tells))
             }
@@ -146,6 +148,13 @@ impl Instrument {
             }),
         }
     }
+}
+
+/// Whether groups go side by side in it, in the first life at least.
+fn goes_side_by_side(scenario: &Scenario) -> bool {
+    scenario.group_bytes > 0
+        && scenario.redo_sectors > 200
+        && scenario.styles.iter().any(|s| s.order == Order::Grouped)
 }
 
 /// Runs what counts its images; a panic is a violation as well.

@@ -167,7 +167,7 @@ impl<E: Env> Relocator<E> {
                 dirty.known.insert((first.epoch, id), Cursor::Keys(keys.into()));
             }
             // The round's own cursor would forget what has just been added.
-            plan.cursors.retain(|c| c.id != id);
+            plan.drop_cursors_of(id);
         };
         if !is_empty {
             let stays = |key: &Key| match key.kind.has_payload() {
@@ -182,7 +182,7 @@ impl<E: Env> Relocator<E> {
             add(chunk[0].0, chunk.iter().map(|(_, key)| *key).collect());
         }
         drop(dirty);
-        plan.cursors.retain(|c| c.id != id);
+        plan.drop_cursors_of(id);
         let first = self.position(id, 0);
         let positions = first..first + u64::from(self.cache.media.geometry.segment_size / 512);
         if !mutated(Mutant::RoundKeepsOldPositions) {

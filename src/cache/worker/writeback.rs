@@ -30,11 +30,14 @@
 //! A disk that does not answer holds up its own volume's worker and nothing else. [`Writeback::leave`]
 //! ends the worker without that answer.
 
+mod ahead;
 mod damage;
 mod group;
 mod joint;
 mod journal;
 mod op;
+mod share;
+mod tail;
 mod together;
 mod when;
 
@@ -43,6 +46,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use self::ahead::Next;
 use self::damage::Damage;
 use self::group::{Group, Parts, Step};
 pub(crate) use self::joint::Joint;
@@ -107,6 +111,8 @@ pub(crate) struct Writeback<E: Env> {
     phase: Phase,
     redo_channel: Option<<E::Backing as Backing>::Channel>,
     group: Option<Group>,
+    /// The group behind it, if that is journaled meanwhile.
+    next: Option<Next>,
     parts: Parts,
     completions: Vec<Completion>,
     /// Blocks of the disk that were read, by the number they were asked for.
@@ -136,6 +142,7 @@ impl<E: Env> Writeback<E> {
             channel: None,
             redo_channel: None,
             group: None,
+            next: None,
             parts: Parts::default(),
             phase: Phase::Idle,
             completions: Vec::new(),
@@ -183,12 +190,20 @@ impl<E: Env> Writeback<E> {
         match std::mem::replace(&mut self.phase, Phase::Idle) {
             Phase::Idle => self.begin(),
             Phase::Gathered(round, ticket) => self.records_durable(round, ticket),
-            Phase::Writing(round) => self.write(round),
+            Phase::Writing(round) => self.beside(|worker| worker.write(round)),
             Phase::Group(round, step) => self.step_group(round, step),
-            Phase::Flushing(round) => self.flush_done(round),
+            Phase::Flushing(round) => self.beside(|worker| worker.flush_done(round)),
             Phase::Failing(failure) => self.abort(failure),
             Phase::MakingDurable(round, ticket) => self.media_done(round, ticket),
             Phase::MovingTail(round, ticket) => self.tail_done(round, ticket),
+        }
+    }
+
+    /// Goes on with the next group beside the disk's work.
+    fn beside(&mut self, disk: impl FnOnce(&mut Self) -> Progress) -> Progress {
+        match (self.step_ahead(), disk(self)) {
+            (Progress::Did, _) => Progress::Did,
+            (_, progress) => progress,
         }
     }
 
@@ -355,7 +370,7 @@ impl<E: Env> Writeback<E> {
                 self.phase = Phase::Writing(round);
                 return Progress::Waiting;
             }
-            let op = self.next_op(&mut plan, &mut round.damage);
+            let op = self.next_op(&mut plan, &mut round.damage, self.applies_group());
             drop(plan);
             let op = match op {
                 Ok(Some(op)) => op,
@@ -371,7 +386,7 @@ impl<E: Env> Writeback<E> {
             self.phase = Phase::Writing(round);
             return Progress::Waiting;
         }
-        if mutated(Mutant::TailBeforeFlush) {
+        if mutated(Mutant::TailBeforeFlush) || self.next.is_some() && mutated(Mutant::NextCommittedEarly) {
             return self.flushed(round);
         }
         self.submit(Op::Flush);
@@ -489,92 +504,6 @@ impl<E: Env> Writeback<E> {
             true => self.applied(round),
             false => self.flushed_ungrouped(round),
         }
-    }
-
-    fn flushed_ungrouped(&mut self, mut round: Round) -> Progress {
-        if let Err(error) = self.list_lost(&mut round) {
-            return self.fail(error);
-        }
-        // What is superseded must be durably dead as well: recovery ignores zeros below the tail,
-        // and an older clean copy of those sectors would come back.
-        let cache = self.volume.cache.clone();
-        if mutated(Mutant::TailBeforeLiveness) {
-            return self.media_done(round, cache.syncer.request(&*cache.media.pmem, None));
-        }
-        let ticket = match cache.write_liveness(None) {
-            Ok(ticket) => ticket,
-            Err(error) => {
-                return self.fail(Failure::media(format!("liveness words cannot be written: {error}")));
-            }
-        };
-        self.phase = Phase::MakingDurable(round, ticket);
-        Progress::Did
-    }
-
-    fn media_done(&mut self, mut round: Round, ticket: Durable) -> Progress {
-        let cache = self.volume.cache.clone();
-        match cache.syncer.outcome(ticket) {
-            Outcome::Waiting if mutated(Mutant::TailBeforeLivenessDurable) => {}
-            Outcome::Waiting => {
-                self.phase = Phase::MakingDurable(round, ticket);
-                return Progress::Waiting;
-            }
-            Outcome::Failed => {
-                return self.fail(Failure::media("the cache cannot be made durable".to_owned()));
-            }
-            Outcome::Reached => {}
-        }
-        let core = &self.volume.core;
-        *lock(&core.lost) = round.damage.take_list();
-        let next = lock(&core.tail_page).1;
-        if mutated(Mutant::TailNewestOverwritten) {
-            _ = cache.write_tail(core, 1 - next, round.epoch);
-        }
-        if let Err(error) = cache.write_tail(core, next, round.epoch) {
-            return self.fail(Failure::media(format!("the tail cannot be written: {error}")));
-        }
-        let ticket = cache.syncer.request(&*cache.media.pmem, None);
-        self.phase = Phase::MovingTail(round, ticket);
-        Progress::Did
-    }
-
-    fn tail_done(&mut self, round: Round, ticket: Durable) -> Progress {
-        let cache = self.volume.cache.clone();
-        match cache.syncer.outcome(ticket) {
-            Outcome::Waiting => {
-                self.phase = Phase::MovingTail(round, ticket);
-                return Progress::Waiting;
-            }
-            Outcome::Failed => {
-                return self.fail(Failure::media("the tail cannot be made durable".to_owned()));
-            }
-            Outcome::Reached => {}
-        }
-        let core = &self.volume.core;
-        if let Err(error) = cache.write_tail_again(core, round.epoch) {
-            return self.fail(Failure::media(format!("the tail's other copy cannot be written: {error}")));
-        }
-        let (mut written, mut cleaned) = (0, 0);
-        let mut plan = lock(&core.plan);
-        for extent in plan.written.iter().chain(&plan.earlier) {
-            cleaned += core.index.mark_clean_if(*extent, true);
-            written += extent.range.len;
-        }
-        add(&core.tally.written_back_sectors, written);
-        add(&core.tally.cleaned_sectors, cleaned);
-        self.lose(&round.damage);
-        // Last: from then on reclaim may take the segments, and with them their cursors.
-        self.settle(round.epoch, &mut plan);
-        core.tail.store(round.epoch, Ordering::SeqCst);
-        self.note_settled(round.epoch);
-        core.pacer.end_round(true);
-        plan.clear();
-        drop(plan);
-        self.note_age(round.epoch);
-        cache.housekeeper.raise();
-        self.forget_parts();
-        self.recovered();
-        Progress::Did
     }
 
     /// A round has succeeded.

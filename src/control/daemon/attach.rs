@@ -199,7 +199,7 @@ impl Daemon {
         cache.cache.may_share(&name, &shares).map_err(|error| of_attach(error.into()))?;
         let volume = cache.cache.attach(options).map_err(of_attach)?;
         if let Err(error) = set_wishes(&config, &volume) {
-            release(cache, &volume);
+            release(cache, &volume, false);
             return Err(of_attach(error).into());
         }
         // From here on what was made is the volume's: it would be missed.

@@ -65,6 +65,7 @@ impl Run {
             }
         }
         machine.served.iter().for_each(|s| s.volume.set_on_backing_error(policy, 0));
+        machine.served.iter().for_each(|s| s.volume.set_group_bytes(self.scenario.group_bytes));
         machine.cache.set_scrub(ScrubOptions { bytes_per_s, interval_ms: 0 });
         let text = format!("life begins: {:?}, faults {faults:?}", self.styles);
         self.note(|| text);
@@ -230,6 +231,7 @@ impl Run {
             self.stats.misses += c.read_miss_sectors;
             self.stats.writeback_errors += c.writeback_errors;
             self.stats.groups += c.groups;
+            self.stats.groups_ahead += c.groups_ahead;
             self.stats.space_waits += c.space_waits;
             self.stats.disk_retries += c.disk_retries;
             self.stats.scrubbed += c.scrubbed_sectors;

@@ -317,6 +317,10 @@ impl Backing for TimedBacking {
         }
     }
 
+    fn shares_device_with(&self, other: &TimedBacking) -> bool {
+        Arc::ptr_eq(&self.disk, &other.disk)
+    }
+
     fn fingerprint(&self, _seed: u64) -> io::Result<u64> {
         Ok(1)
     }

@@ -50,6 +50,11 @@ impl Damage {
         }
     }
 
+    /// Adds what another round has lost.
+    pub fn append(&mut self, mut other: Damage) {
+        self.parts.append(&mut other.parts);
+    }
+
     /// The list for the tail to be written.
     pub fn take_list(&mut self) -> Vec<LostRange> {
         std::mem::take(&mut self.list)

@@ -7,7 +7,8 @@
 //!    after it never;
 //! 4. write the group to the disk, from the cache, and flush the disk (steps 3 and 4 of a round);
 //! 5. *void*: the header that says idle, and a flush: before the tail moves, and before anything else
-//!    is written to the area or the disk.
+//!    is written to the disk. Where the next group lies in the area already its *commit* stands in for
+//!    that (`ahead.rs`).
 //!
 //! Laws:
 //! - Groups never go back: what is on the disk beyond the tail is left out of the next one, also when
@@ -29,11 +30,13 @@ use super::super::super::health::Failure;
 use super::super::super::index::{Extent, ExtentMap};
 use super::super::super::plan::{Consumed, Plan};
 use super::super::super::queue::Reader;
-use super::super::super::redo::{Redo, Replay, ReplayError};
+use super::super::super::redo::Redo;
+use super::super::super::replay::{Replay, ReplayError};
 use super::super::super::scan::WalkError;
 use super::super::super::stripes::lock;
 use super::super::Progress;
 use super::damage::Damage;
+use super::share::{Behind, Gathered, Share};
 use super::{Phase, Round, Writeback, cut};
 use crate::backing::{AlignedBuf, Backing, Channel, Completion, Op};
 use crate::mutant::{Mutant, mutated};
@@ -64,6 +67,12 @@ pub(super) enum Step {
     Await,
     /// The group is applied from the area.
     Replay,
+    /// It is on the disk, and the next one is on its way to the area.
+    Follow,
+    /// The header that commits the next one is written: to be flushed.
+    FlushFollower,
+    /// It is durable.
+    Followed,
     /// The area is to be voided.
     Void,
     /// The header that does so is written: to be flushed.
@@ -83,6 +92,8 @@ pub(super) enum Fate {
     Undecided,
     /// It is committed.
     Committed,
+    /// It is on the disk, flushed, and may still say that it is committed.
+    Applied,
 }
 
 /// A group under way.
@@ -101,6 +112,12 @@ pub(super) struct Group {
     pub(super) stage: Option<AlignedBuf>,
     pub(super) fill: usize,
     pub(super) at: u64,
+    /// The half of the area that it lies in; `None` for all of it.
+    pub(super) half: Option<u64>,
+    /// Whether more waits behind it, and nobody has looked at that yet.
+    pub(super) has_rest: bool,
+    /// Bytes of space that it settles.
+    pub(super) settles: u64,
     /// When it was closed.
     pub(super) time_ms: u64,
     /// The version at which it ends inside an epoch.
@@ -122,9 +139,9 @@ pub(super) struct Group {
 #[derive(Default)]
 pub(super) struct Parts {
     /// Everything up to this (epoch, version) is there.
-    upto: Option<(u64, u64)>,
+    pub(super) upto: Option<(u64, u64)>,
     /// What of it is not, for it is lost.
-    damage: Damage,
+    pub(super) damage: Damage,
     /// Whether an earlier life has written it, and nobody knows what was lost of it.
     is_restored: bool,
 }
@@ -146,7 +163,7 @@ impl<E: Env> Writeback<E> {
         self.volume.redo.as_deref().expect("a volume in grouped order has a redo area")
     }
 
-    /// Takes as many closed epochs as the area holds.
+    /// Takes as many closed epochs as there is room for.
     pub(super) fn gather_grouped(&mut self, plan: &mut Plan) -> Result<Option<Round>, WalkError> {
         if self.is_joint() {
             return self.gather_joint(plan);
@@ -157,14 +174,34 @@ impl<E: Env> Writeback<E> {
         self.gather_upto(plan, closed)
     }
 
-    /// Takes as many epochs, up to `closed`, as the area holds.
+    /// Takes as many epochs, up to `closed`, as there is room for.
     pub(super) fn gather_upto(&mut self, plan: &mut Plan, closed: u64) -> Result<Option<Round>, WalkError> {
+        let tail = self.volume.core.tail.load(Ordering::SeqCst);
+        let behind = Behind { upto: self.parts.upto, tail, half: None };
+        let Some(gathered) = self.gather_behind(plan, &behind, closed)? else { return Ok(None) };
+        let Gathered { epoch, group, bytes, settles } = gathered;
+        self.volume.begin_pace(bytes, Some(settles), !plan.todo.is_empty());
+        // Kept until another group has ended: this one may be given up.
+        let round = Round { damage: self.parts.damage.clone(), ..Round::empty(epoch) };
+        if !group.as_ref().is_some_and(|g| g.part.is_none() && mutated(Mutant::GroupNotJournaled)) {
+            self.group = group;
+        }
+        Ok(Some(round))
+    }
+
+    /// What comes behind the last group in the order of (epoch, version), up to `closed`.
+    pub(super) fn gather_behind(
+        &mut self,
+        plan: &mut Plan,
+        behind: &Behind,
+        closed: u64,
+    ) -> Result<Option<Gathered>, WalkError> {
         let core = self.volume.core.clone();
+        let is_first = behind.half.is_none();
         let mut dirty = lock(&core.dirty);
-        let tail = core.tail.load(Ordering::SeqCst);
         match self.lowest_epoch(&mut dirty)? {
             Some(epoch) if epoch <= closed => {}
-            None if closed > tail => return Ok(Some(Round::empty(closed))),
+            None if closed > behind.tail && is_first => return Ok(Some(Gathered::nothing(closed))),
             _ => return Ok(None),
         }
         let mut keys = Vec::new();
@@ -172,27 +209,29 @@ impl<E: Env> Writeback<E> {
             self.consume(*id, cursor.clone(), closed, &mut keys)?;
         }
         self.order(&mut keys);
-        let done = self.parts.upto;
-        let earlier = keys.drain(..keys.partition_point(|(k, _)| Some((k.epoch, k.version)) <= done));
+        let done = keys.partition_point(|(k, _)| Some((k.epoch, k.version)) <= behind.upto);
         let mut there = ExtentMap::new();
-        for (key, id) in earlier {
+        for (key, id) in keys.drain(..done).filter(|(k, _)| k.epoch > behind.tail) {
             let place = self.volume.cache.media.place(id, &key, true);
             there.insert(Extent { range: key.range(), place }, &mut Vec::new());
         }
         plan.earlier.extend(there.iter());
-        let (mut newest, mut fit) = self.fit(&keys);
+        let Some(Share { mut newest, mut fit, room, half }) = self.share(&keys, behind.half) else {
+            return Ok(None);
+        };
+        let has_rest = fit < keys.len();
         let mut epoch = closed;
         let mut part = None;
         if let Some((key, _)) = keys.get(fit) {
             assert!(!self.is_joint(), "the target of a joint round fits every area");
             epoch = key.epoch - 1;
-            if epoch > tail && keys.first().is_some_and(|(k, _)| k.epoch <= epoch) {
+            if epoch > behind.tail && keys.first().is_some_and(|(k, _)| k.epoch <= epoch) {
                 fit = keys.partition_point(|(k, _)| k.epoch <= epoch);
-                newest = self.fit(&keys[..fit]).0;
+                newest = self.newest_of(&keys[..fit]);
             } else {
-                // The area is larger than any key: at least one fits.
+                // There is room for any key: at least one fits.
                 part = keys[..fit].last().map(|(k, _)| (k.epoch, k.version));
-                epoch = tail;
+                epoch = behind.tail;
             }
         }
         if part.is_none() {
@@ -206,69 +245,20 @@ impl<E: Env> Writeback<E> {
         newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
         let payload = |k: &Key| if k.kind.has_payload() { k.range().len * 512 } else { 0 };
         let settles: u64 = keys[..fit].iter().map(|(k, _)| payload(k)).sum();
+        let settles = settles + settles / 16;
         let sectors: u64 = plan.todo.iter().filter(|e| !e.place.zero).map(|e| e.range.len).sum();
-        self.volume.begin_pace(sectors * 512, Some(settles + settles / 16), !plan.todo.is_empty());
-        let damage = std::mem::take(&mut self.parts.damage);
-        if plan.todo.is_empty() || part.is_none() && mutated(Mutant::GroupNotJournaled) {
-            return Ok(Some(Round { damage, ..Round::empty(epoch) }));
-        }
         let time_ms = self.volume.cache.clock.unix_ms();
-        self.group =
-            Some(Group { sectors, part, epoch, ..Group::of(Vec::new(), self.redo().body(), time_ms) });
-        Ok(Some(Round { damage, ..Round::empty(epoch) }))
-    }
-
-    /// The newest of as many keys, from the first on, as the area holds, and how many these are.
-    fn fit(&self, keys: &[(Key, u32)]) -> (ExtentMap, usize) {
-        let mut newest = ExtentMap::new();
-        let mut replaced = Vec::new();
-        // What is overwritten or trimmed later need not fit.
-        for key in keys {
-            replaced.clear();
-            newest.insert(self.extent_of(key), &mut replaced);
-        }
-        if self.needed(&newest) <= self.redo().capacity() {
-            return (newest, keys.len());
-        }
-        self.fit_prefix(keys)
-    }
-
-    fn extent_of(&self, (key, id): &(Key, u32)) -> Extent {
-        Extent { range: key.range(), place: self.volume.cache.media.place(*id, key, true) }
-    }
-
-    /// Bytes of the area that extents need.
-    fn needed(&self, map: &ExtentMap) -> u64 {
-        let block = self.redo().block;
-        let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
-        map.iter().map(|e| payload(&e) + RedoEntry::SIZE as u64).sum()
-    }
-
-    /// The same, where less would do if it held fewer: the newest of any number of keys up to that fit.
-    pub(super) fn fit_prefix(&self, keys: &[(Key, u32)]) -> (ExtentMap, usize) {
-        let redo = self.redo();
-        let (block, entry) = (redo.block, RedoEntry::SIZE as u64);
-        let payload = |e: &Extent| if e.place.zero { 0 } else { (e.range.len * 512).next_multiple_of(block) };
-        let mut newest = ExtentMap::new();
-        let mut replaced = Vec::new();
-        // At least what is needed: pieces that were replaced are taken off, rounded down.
-        let mut need = 0u64;
-        for (i, key) in keys.iter().enumerate() {
-            let extent = self.extent_of(key);
-            let more = payload(&extent) + 2 * (entry + block);
-            if need + more > redo.capacity() {
-                need = self.needed(&newest);
-                if need + more > redo.capacity() {
-                    return (newest, i);
-                }
-            }
-            replaced.clear();
-            newest.insert(extent, &mut replaced);
-            let gone =
-                replaced.iter().map(|e| if e.place.zero { 0 } else { e.range.len * 512 / block * block });
-            need = (need + more).saturating_sub(gone.sum());
-        }
-        (newest, keys.len())
+        let group = Group {
+            sectors,
+            half,
+            has_rest,
+            settles,
+            part,
+            epoch,
+            ..Group::of(Vec::new(), room.at, time_ms)
+        };
+        let group = Some(group).filter(|_| !plan.todo.is_empty());
+        Ok(Some(Gathered { epoch, group, bytes: sectors * 512, settles }))
     }
 
     /// Finds out what is lost of what an earlier life has written: damaged payload was left out of its
@@ -276,7 +266,7 @@ impl<E: Env> Writeback<E> {
     pub(super) fn check_restored(&mut self, plan: &Plan, damage: &mut Damage) -> Result<(), Failure> {
         // Before anything is taken off the plan. What was damaged in an earlier group may be newer here.
         damage.heal(plan);
-        if !std::mem::take(&mut self.parts.is_restored) {
+        if !self.parts.is_restored {
             return Ok(());
         }
         for extent in &plan.earlier {
@@ -317,17 +307,18 @@ impl<E: Env> Writeback<E> {
         let is_own =
             header.incarnation == core.incarnation && header.cache_uuid == self.volume.cache.media.uuid;
         let tail = core.tail.load(Ordering::SeqCst);
+        // A part may also be found beyond a tail that had not followed the group before it yet.
         let upto = match is_own && !mutated(Mutant::PartsForgotten) {
+            true if header.epoch >= tail && header.is_part => Some((header.part_epoch, header.part_version)),
             true if header.epoch > tail => Some((header.epoch, u64::MAX)),
-            true if header.epoch == tail && header.is_part => Some((header.part_epoch, header.part_version)),
             _ => None,
         };
         self.parts.begin_at(upto);
     }
 
-    /// Whether the group is being written to the disk.
+    /// Whether the group is being written to the disk, or has been.
     pub(super) fn applies_group(&self) -> bool {
-        self.group.as_ref().is_some_and(|g| g.fate == Fate::Committed)
+        self.group.as_ref().is_some_and(|g| matches!(g.fate, Fate::Committed | Fate::Applied))
     }
 
     /// Goes on with what a failed round has left.
@@ -346,7 +337,7 @@ impl<E: Env> Writeback<E> {
         let group = self.group.as_mut().expect("the caller looked");
         let round = Round { damage: group.damage.clone(), ..Round::empty(group.epoch) };
         let step = match group.fate {
-            Fate::Open | Fate::Unknown | Fate::Undecided => Step::Void,
+            Fate::Open | Fate::Unknown | Fate::Undecided | Fate::Applied => Step::Void,
             Fate::Committed => {
                 let bytes = group.sectors * 512;
                 group.replay = Some(Replay::new(group.entries.clone(), block));
@@ -360,8 +351,9 @@ impl<E: Env> Writeback<E> {
 
     /// What a failed round leaves of its group and its plan.
     pub(super) fn keep_group(&mut self, plan: &mut Plan) {
+        self.keep_next(plan);
         match self.group.as_ref().map(|g| g.fate) {
-            Some(Fate::Committed) => {
+            Some(Fate::Committed | Fate::Applied) => {
                 // All of it will be on the disk, whatever of it is now.
                 let rest = plan.todo.drain(..);
                 plan.written.extend(rest);
@@ -417,8 +409,10 @@ impl<E: Env> Writeback<E> {
 
     /// One step of a group.
     pub(super) fn step_group(&mut self, round: Round, step: Step) -> Progress {
-        if step == Step::Replay {
-            return self.replay(round);
+        match step {
+            Step::Replay => return self.replay(round),
+            Step::Follow => return self.follow(round),
+            _ => {}
         }
         if let Err(failure) = self.redo_reap().and_then(|()| self.reap()) {
             return self.abort(failure);
@@ -437,7 +431,10 @@ impl<E: Env> Writeback<E> {
             return Progress::Waiting;
         }
         match step {
-            Step::Journal | Step::Table | Step::Replay => unreachable!("handled above"),
+            Step::Journal | Step::Table | Step::Replay | Step::Follow => unreachable!("handled above"),
+            Step::FlushFollower if mutated(Mutant::NextUnflushed) => self.followed(round),
+            Step::FlushFollower => self.send(round, Op::Flush, Step::Followed),
+            Step::Followed => self.followed(round),
             Step::Body => {
                 self.take_samples();
                 if mutated(Mutant::GroupBodyUnflushed) {
@@ -467,7 +464,7 @@ impl<E: Env> Writeback<E> {
         }
     }
 
-    fn send(&mut self, round: Round, op: Op, next: Step) -> Progress {
+    pub(super) fn send(&mut self, round: Round, op: Op, next: Step) -> Progress {
         self.redo_submit(op);
         self.phase = Phase::Group(round, next);
         Progress::Waiting
@@ -539,15 +536,15 @@ impl<E: Env> Writeback<E> {
             self.group = None;
             return self.flushed_ungrouped(round);
         }
-        self.phase = Phase::Group(round, Step::Void);
+        self.group.as_mut().expect("a group is under way").fate = Fate::Applied;
+        self.phase = Phase::Group(round, Step::Follow);
         Progress::Did
     }
 
     /// The area is idle.
-    fn voided(&mut self, mut round: Round) -> Progress {
-        let group = self.group.take().expect("a group is under way");
-        let header = group.header.expect("it was being voided");
-        self.redo().note(header);
+    fn voided(&mut self, round: Round) -> Progress {
+        let mut group = self.group.take().expect("a group is under way");
+        self.redo().note(group.header.take().expect("it was being voided"));
         if group.joint.is_some() {
             self.end_part();
         }
@@ -556,6 +553,11 @@ impl<E: Env> Writeback<E> {
             self.phase = Phase::Idle;
             return Progress::Did;
         }
+        self.group_ended(round, &group)
+    }
+
+    /// A group is on the disk, and the area says so, or that it holds the next one.
+    pub(super) fn group_ended(&mut self, mut round: Round, group: &Group) -> Progress {
         add(&self.volume.core.tally.groups, 1);
         match group.part {
             None => {
@@ -566,11 +568,10 @@ impl<E: Env> Writeback<E> {
             Some(upto) => {
                 let damage = std::mem::take(&mut round.damage);
                 self.parts = Parts { upto: Some(upto), damage, is_restored: group.is_restored };
-                lock(&self.volume.core.plan).clear();
+                lock(&self.volume.core.plan).advance();
                 self.volume.core.pacer.end_round(true);
                 self.recovered();
-                self.phase = Phase::Idle;
-                Progress::Did
+                self.go_on()
             }
         }
     }

@@ -5,10 +5,12 @@
 
 use super::super::super::counters::add;
 use super::super::super::env::Env;
+use super::super::super::health::Failure;
 use super::super::super::redo::{PAYLOAD_MAX, sample, sample_crc, sample_len, sample_offset, sample_places};
 use super::super::super::stripes::lock;
 use super::super::Progress;
-use super::group::{DEPTH, STAGE, Step};
+use super::damage::Damage;
+use super::group::{DEPTH, Group, STAGE, Step};
 use super::{Phase, Round, Writeback};
 use crate::backing::{AlignedBuf, Backing, Channel, Op};
 use crate::onmedia::{PAGE, RedoEntry, RedoHeader, RedoKind, RedoState, payload_checksum};
@@ -17,32 +19,51 @@ use crate::units::SectorRange;
 impl<E: Env> Writeback<E> {
     /// Copies what is to be written to the area.
     pub(super) fn journal(&mut self, mut round: Round) -> Progress {
-        let core = self.volume.core.clone();
-        loop {
-            if self.redo_in_flight() >= DEPTH as usize - 1 {
+        let mut group = self.group.take().expect("a group is under way");
+        let ended = self.journal_some(&mut group, &mut round.damage, false);
+        self.volume.core.pacer.journaled(group.journaled, group.sectors);
+        self.group = Some(group);
+        match ended {
+            Ok(true) => {
+                self.phase = Phase::Group(round, Step::Table);
+                Progress::Did
+            }
+            Ok(false) => {
                 self.phase = Phase::Group(round, Step::Journal);
-                return Progress::Waiting;
+                Progress::Waiting
             }
-            let mut plan = lock(&core.plan);
-            if plan.todo.is_empty() {
-                break;
-            }
-            let op = self.next_op(&mut plan, &mut round.damage);
-            drop(plan);
-            match op {
-                Ok(Some(op)) => self.append(op),
-                Ok(None) => {}
-                Err(failure) => return self.abort(failure),
-            }
+            Err(failure) => self.abort(failure),
         }
-        self.end_journal();
-        self.phase = Phase::Group(round, Step::Table);
-        Progress::Did
     }
 
-    fn append(&mut self, op: Op) {
+    /// Copies as much of a group to the area as is not too much at a time. True when all of it is on its
+    /// way.
+    pub(super) fn journal_some(
+        &mut self,
+        group: &mut Group,
+        damage: &mut Damage,
+        is_next: bool,
+    ) -> Result<bool, Failure> {
+        let core = self.volume.core.clone();
+        while self.redo_in_flight() < DEPTH as usize - 1 {
+            let mut plans = lock(&core.plan);
+            let plan = if is_next { plans.next.as_deref_mut() } else { Some(&mut *plans) };
+            let Some(plan) = plan.filter(|plan| !plan.todo.is_empty()) else {
+                drop(plans);
+                self.end_journal(group);
+                return Ok(true);
+            };
+            let op = self.next_op(plan, damage, false)?;
+            drop(plans);
+            if let Some(op) = op {
+                self.append(group, op);
+            }
+        }
+        Ok(false)
+    }
+
+    fn append(&mut self, group: &mut Group, op: Op) {
         let block = self.redo().block as usize;
-        let group = self.group.as_mut().expect("a group is under way");
         match op {
             Op::Write { offset, buf } => {
                 assert!(buf.len() as u64 <= PAYLOAD_MAX, "an operation of write-back is bounded");
@@ -58,9 +79,7 @@ impl<E: Env> Writeback<E> {
                 });
                 group.firsts.push(payload_checksum(&buf[..512]));
                 group.journaled += range.len;
-                let (done, all) = (group.journaled, group.sectors);
-                self.volume.core.pacer.journaled(done, all);
-                self.stage(&buf);
+                self.stage(group, &buf);
                 if self.spare.len() < super::DEPTH as usize {
                     self.spare.push(buf);
                 }
@@ -76,18 +95,16 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Appends bytes to the stage, and sends off what is full.
-    fn stage(&mut self, mut bytes: &[u8]) {
+    fn stage(&mut self, group: &mut Group, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            let mut stage =
-                self.group.as_mut().and_then(|g| g.stage.take()).unwrap_or_else(|| self.new_stage());
-            let group = self.group.as_mut().expect("a group is under way");
+            let mut stage = group.stage.take().unwrap_or_else(|| self.new_stage());
             let part = bytes.len().min(STAGE - group.fill);
             stage[group.fill..group.fill + part].copy_from_slice(&bytes[..part]);
             group.fill += part;
             bytes = &bytes[part..];
             group.stage = Some(stage);
             if group.fill == STAGE {
-                self.send_stage();
+                self.send_stage(group);
             }
         }
     }
@@ -99,8 +116,7 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Sends the stage off, up to the next whole page.
-    fn send_stage(&mut self) {
-        let group = self.group.as_mut().expect("a group is under way");
+    fn send_stage(&mut self, group: &mut Group) {
         let Some(mut stage) = group.stage.take() else { return };
         let len = group.fill.next_multiple_of(PAGE);
         stage[group.fill..len].fill(0);
@@ -114,9 +130,8 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Writes what is left of the payload, and makes table and header.
-    fn end_journal(&mut self) {
-        self.send_stage();
-        let group = self.group.as_mut().expect("a group is under way");
+    fn end_journal(&mut self, group: &mut Group) {
+        self.send_stage(group);
         let mut table = Vec::with_capacity(group.entries.len() * RedoEntry::SIZE);
         group.entries.iter().for_each(|entry| entry.encode(&mut table));
         let (cache, core) = (&self.volume.cache, &self.volume.core);
@@ -138,32 +153,36 @@ impl<E: Env> Writeback<E> {
             table_crc: payload_checksum(&table),
             ..RedoHeader::default()
         };
-        let header = self.name_joint(header);
-        let group = self.group.as_mut().expect("it is still there");
-        (group.header, group.table) = (Some(header), table);
+        (group.header, group.table) = (Some(Self::name_joint(group, header)), table);
     }
 
     /// Writes the table, and reads what is sampled.
     pub(super) fn write_table(&mut self, round: Round) -> Progress {
-        loop {
-            let group = self.group.as_mut().expect("a group is under way");
-            if group.sent == group.table.len() {
-                break;
-            }
-            if self.redo_in_flight() >= DEPTH as usize - 1 {
-                self.phase = Phase::Group(round, Step::Table);
-                return Progress::Waiting;
-            }
-            let group = self.group.as_mut().expect("a group is under way");
-            let part = group.sent..group.table.len().min(group.sent + STAGE);
-            group.sent = part.end;
-            let bytes = group.table[part].to_vec();
-            self.stage(&bytes);
-            self.send_stage();
+        let mut group = self.group.take().expect("a group is under way");
+        let is_sent = self.table_some(&mut group);
+        self.group = Some(group);
+        if !is_sent {
+            self.phase = Phase::Group(round, Step::Table);
+            return Progress::Waiting;
         }
         self.read_samples();
         self.phase = Phase::Group(round, Step::Body);
         Progress::Waiting
+    }
+
+    /// Writes as much of a group's table as is not too much at a time. True when all of it is on its way.
+    pub(super) fn table_some(&mut self, group: &mut Group) -> bool {
+        while group.sent < group.table.len() {
+            if self.redo_in_flight() >= DEPTH as usize - 1 {
+                return false;
+            }
+            let part = group.sent..group.table.len().min(group.sent + STAGE);
+            group.sent = part.end;
+            let bytes = group.table[part].to_vec();
+            self.stage(group, &bytes);
+            self.send_stage(group);
+        }
+        true
     }
 
     fn read_samples(&mut self) {

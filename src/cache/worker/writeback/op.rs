@@ -12,8 +12,13 @@ use crate::backing::{AlignedBuf, Op};
 
 impl<E: Env> Writeback<E> {
     /// The next operation: a run of adjacent extents of one kind. `None` when damage has taken the run
-    /// apart: what is good of it comes next.
-    pub(super) fn next_op(&mut self, plan: &mut Plan, damage: &mut Damage) -> Result<Option<Op>, Failure> {
+    /// apart: what is good of it comes next. Of a committed group damage is a failure instead.
+    pub(super) fn next_op(
+        &mut self,
+        plan: &mut Plan,
+        damage: &mut Damage,
+        is_committed: bool,
+    ) -> Result<Option<Op>, Failure> {
         let first = *plan.todo.front().expect("the caller looked");
         let longest = if first.place.zero { ZERO_SECTORS_MAX } else { WRITE_SECTORS_MAX };
         let mut run = Vec::new();
@@ -43,7 +48,7 @@ impl<E: Env> Writeback<E> {
                 buf[at + offset..][..bytes.len()].copy_from_slice(bytes);
                 Ok(())
             });
-            if copied.is_err() && self.applies_group() {
+            if copied.is_err() && is_committed {
                 // What the area has of it is whole.
                 return Err(Failure::applying(format!("the cache's copy of {} is damaged", extent.range)));
             }

@@ -242,8 +242,8 @@ impl<E: Env> Writeback<E> {
     }
 
     /// Names the round in the header of this member's part.
-    pub(super) fn name_joint(&self, header: RedoHeader) -> RedoHeader {
-        match self.group.as_ref().and_then(|group| group.joint.as_ref()) {
+    pub(super) fn name_joint(group: &Group, header: RedoHeader) -> RedoHeader {
+        match &group.joint {
             Some(JointPart { uuid, base, members }) => {
                 RedoHeader { group_uuid: *uuid, base_epoch: *base, members: members.clone(), ..header }
             }
@@ -427,6 +427,9 @@ impl Group {
             stage: None,
             fill: 0,
             at,
+            half: None,
+            has_rest: false,
+            settles: 0,
             time_ms,
             part: None,
             epoch: 0,

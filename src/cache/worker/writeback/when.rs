@@ -48,6 +48,8 @@ pub(crate) struct Wishes {
     pub max_lag_ms: crate::sync::atomic::AtomicU64,
     /// Most dirty bytes; 0 for no wish.
     pub max_dirty: crate::sync::atomic::AtomicU64,
+    /// Bytes of groups that go side by side, whatever disks they lie on; 0 to see where that pays.
+    pub group_bytes: crate::sync::atomic::AtomicU64,
     /// The order to change to, by its code and 1; 0 for none.
     pub order: crate::sync::atomic::AtomicU8,
     /// The epoch that a checkpoint waits for; 0 for none.
@@ -87,6 +89,15 @@ impl<E: Env> Writeback<E> {
             || self.when.switching.is_some()
             || volume.wishes.checkpoint.load(Ordering::SeqCst) > 0
             || core.damage_seen.load(Ordering::Relaxed)
+    }
+
+    /// Whether somebody waits for dirty data to be on the disk, or for the space that it takes.
+    pub(super) fn is_waited_for(&self) -> bool {
+        let (volume, core) = (&self.volume, &self.volume.core);
+        volume.draining.load(Ordering::SeqCst)
+            || core.is_paced()
+            || volume.cache.is_pressed()
+            || core.tail.load(Ordering::SeqCst) < volume.wanted.load(Ordering::SeqCst)
     }
 
     fn is_idle(&mut self, now: u64) -> bool {
@@ -256,6 +267,12 @@ impl<E: Env> Volume<E> {
     pub fn set_max_dirty(&self, bytes: u64) {
         self.wishes.max_dirty.store(bytes, Ordering::Relaxed);
         self.core.writeback.raise();
+    }
+
+    /// Makes groups of about so many bytes, and lets each be journaled while the one before goes to the
+    /// disk, wherever the two lie; 0 for where that pays, which is the default. For simulations.
+    pub fn set_group_bytes(&self, bytes: u64) {
+        self.wishes.group_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// What [`Volume::set_max_lag_ms`] has set.
