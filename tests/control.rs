@@ -73,7 +73,7 @@ fn no_verb_stalls_a_guest() {
     for words in [
         &["status", "a"][..],
         &["list"],
-        &["stats", "--reset"],
+        &["stats", "a", "--reset"],
         &["explain", "a"],
         &["top", "--count", "2", "--interval", "0.1"],
         &["reload"],

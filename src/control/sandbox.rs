@@ -34,6 +34,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 use super::calls::{ALLOWED, DEADLY};
 use super::config::{Config, Endpoint, Sandbox};
+use super::run::RunError;
+use crate::pmem;
 
 /// The newest Landlock whose rights are asked for; older kernels give what they have.
 const LANDLOCK: ABI = ABI::V5;
@@ -60,6 +62,35 @@ pub enum SandboxError {
     /// The filter of this architecture.
     #[error("seccomp: {0}")]
     Filter(#[from] seccompiler::BackendError),
+}
+
+/// What the process gives up before there is a second thread: most of the file system.
+pub(super) fn keep_to_paths(config: &Config, file: Option<&Path>) -> Result<(), RunError> {
+    let how = config.confinement().sandbox;
+    if how == Sandbox::Off {
+        return Ok(());
+    }
+    config.caches().iter().for_each(|cache| pmem::notice_holder(&cache.path));
+    match confine_paths(config, file) {
+        Ok(what) => tracing::debug!("sandbox: {what}"),
+        Err(error) if how == Sandbox::Strict => return Err(error.into()),
+        Err(error) => tracing::warn!("sandbox: files are not restricted: {error}"),
+    }
+    Ok(())
+}
+
+/// What it gives up once everything works: most system calls.
+pub(super) fn keep_to_calls(config: &Config) -> Result<(), RunError> {
+    let how = config.confinement().sandbox;
+    if how == Sandbox::Off {
+        return Ok(());
+    }
+    match confine_calls() {
+        Ok(()) => tracing::debug!("sandbox: system calls by seccomp"),
+        Err(error) if how == Sandbox::Strict => return Err(error.into()),
+        Err(error) => tracing::warn!("sandbox: system calls are not restricted: {error}"),
+    }
+    Ok(())
 }
 
 /// Restricts which files this thread, and every thread it will start, may open. Call before there is

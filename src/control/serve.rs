@@ -32,7 +32,7 @@ use super::activation;
 use super::announce::{self, CacheLine, VolumeLine};
 use super::api;
 use super::config::{
-    Admission, CacheConfig, Config, Discard, Endpoint, Mode, OnBackingError, Order, Sandbox, VolumeConfig,
+    Admission, CacheConfig, Config, Discard, Endpoint, Mode, OnBackingError, Order, VolumeConfig,
 };
 use super::daemon::{Daemon, DaemonError, OpenCache, Served, lock};
 use super::exit::{Exit, sentence};
@@ -82,7 +82,7 @@ pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit
     let passed = activation::take(&named.collect::<Vec<_>>())?;
     let mut notifier = Notifier::from_env();
     let mut signals = Signals::block().map_err(RunError::os("waiting for signals"))?;
-    confine_paths(config, file)?;
+    sandbox::keep_to_paths(config, file)?;
     let starting = signals.end_while_starting().map_err(RunError::os("waiting for signals"))?;
     if let Err(error) = sys::raise_descriptor_limit() {
         tracing::warn!(%error, "the limit of open files stays: many queues may not fit it");
@@ -116,7 +116,7 @@ pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit
         // Those that serve already must end before their volumes do.
         Err(error) => return daemon.stop_front_ends().and(Err(error)),
     };
-    if let Err(error) = confine_calls(config) {
+    if let Err(error) = sandbox::keep_to_calls(config) {
         return daemon.stop_front_ends().and(Err(error));
     }
     if let Some(predecessor) = predecessor {
@@ -141,34 +141,6 @@ pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit
     show_counters(&daemon);
     let closed = if daemon.close() { Exit::Done } else { Exit::Unanswered };
     ended.and(served.map(|()| closed))
-}
-
-/// What the process gives up before there is a second thread: most of the file system.
-fn confine_paths(config: &Config, file: Option<&Path>) -> Result<(), RunError> {
-    let how = config.confinement().sandbox;
-    if how == Sandbox::Off {
-        return Ok(());
-    }
-    match sandbox::confine_paths(config, file) {
-        Ok(what) => tracing::info!("sandbox: {what}"),
-        Err(error) if how == Sandbox::Strict => return Err(error.into()),
-        Err(error) => tracing::warn!("sandbox: files are not restricted: {error}"),
-    }
-    Ok(())
-}
-
-/// What it gives up once everything works: most system calls.
-fn confine_calls(config: &Config) -> Result<(), RunError> {
-    let how = config.confinement().sandbox;
-    if how == Sandbox::Off {
-        return Ok(());
-    }
-    match sandbox::confine_calls() {
-        Ok(()) => tracing::info!("sandbox: system calls by seccomp"),
-        Err(error) if how == Sandbox::Strict => return Err(error.into()),
-        Err(error) => tracing::warn!("sandbox: system calls are not restricted: {error}"),
-    }
-    Ok(())
 }
 
 /// Ends the process when the stop takes too long. Where the kernel refuses the thread, a second

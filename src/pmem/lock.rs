@@ -11,6 +11,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, PoisonError};
 
 /// Who has a file that we want.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -69,6 +70,31 @@ pub(super) fn lock(file: &File, exclusive: bool) -> Result<(), LockError> {
     Err(LockError::Held(classic.map_or_else(|| find_holder(file), named)))
 }
 
+/// Who keeps others from writing to `file`, or has it for himself; `None` if nobody does, or that cannot be
+/// told. Takes no lock, so that nobody who starts at the same moment is refused because of it.
+#[expect(unsafe_code, reason = "calls fcntl")]
+pub(super) fn held(file: &File) -> Option<Holder> {
+    // SAFETY: an all-zero flock is a valid one: from the start, for the whole length, pid 0.
+    let mut whole: libc::flock = unsafe { std::mem::zeroed() };
+    whole.l_type = libc::F_WRLCK as _;
+    whole.l_whence = libc::SEEK_SET as _;
+    // SAFETY: the descriptor is open, and the kernel writes to the flock.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut whole) };
+    if asked != 0 || whole.l_type == libc::F_UNLCK as libc::c_short {
+        return None;
+    }
+    let holder = if whole.l_pid > 0 { named(whole.l_pid as u32) } else { find_holder(file) };
+    if let (Holder::Process { .. }, Ok(meta)) = (&holder, file.metadata()) {
+        let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.push((meta.dev(), meta.ino(), holder.clone()));
+    }
+    Some(holder)
+}
+
+/// Who had which file, by device and inode, when it was asked: known still when this process has been
+/// confined and sees others' descriptors no more.
+static SEEN: Mutex<Vec<(u64, u64, Holder)>> = Mutex::new(Vec::new());
+
 fn named(pid: u32) -> Holder {
     let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let command = command.trim_end();
@@ -82,7 +108,13 @@ fn find_holder(file: &File) -> Holder {
     processes
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .find(|pid: &u32| has_lock(*pid, wanted.dev(), wanted.ino()))
-        .map_or(Holder::Hidden, named)
+        .map(named)
+        .or_else(|| {
+            let seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+            let same = |(dev, ino, _): &&(u64, u64, Holder)| (*dev, *ino) == (wanted.dev(), wanted.ino());
+            seen.iter().find(same).map(|(_, _, holder)| holder.clone())
+        })
+        .unwrap_or(Holder::Hidden)
 }
 
 /// Whether process `pid` has a lock on the file. Errors mean that it is gone or not ours to see.

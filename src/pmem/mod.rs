@@ -20,6 +20,7 @@ mod create;
 pub mod guard;
 mod lock;
 mod mapped;
+mod mapping;
 mod open;
 #[expect(unsafe_code, reason = "assembly")]
 mod routines;
@@ -37,7 +38,7 @@ use self::guard::{ForeignSlice, ForeignSliceMut};
 pub use create::{CreateError, create};
 pub use lock::Holder;
 pub use mapped::MappedPmem;
-pub use open::{OpenError, OpenOptions};
+pub use open::{OpenError, OpenOptions, notice_holder};
 pub use store::{LineFlush, NtWidth, StoreMethod, StorePlan};
 
 /// What survives what; found at open, printed, shown in status.

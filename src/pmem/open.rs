@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use super::classify::{self, Medium, PersistenceDomain, Refusal};
 use super::lock::{self, Holder, LockError};
-use super::mapped::{MapFailure, MappedPmem, Mapping};
+use super::mapped::MappedPmem;
+use super::mapping::{MapFailure, Mapping};
 use super::{MediaClass, StorePlan, guard};
 
 /// How to open a cache's media.
@@ -250,6 +251,14 @@ fn open_file(options: &OpenOptions) -> Result<File, OpenError> {
             _ => OpenError::Io { path, step: "opened", source },
         },
     )
+}
+
+/// Finds out who has a cache by now, for the refusal to name him: a process that has been confined in
+/// between does not see others' descriptors.
+pub fn notice_holder(path: &Path) {
+    if let Ok(file) = File::open(path) {
+        lock::held(&file);
+    }
 }
 
 /// A block device that refused to be claimed: by one of us, or by the kernel.

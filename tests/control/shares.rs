@@ -7,7 +7,7 @@ use super::client::{Client, ClientOptions, Completion, Layout, Mix, Request};
 use super::control_support::{Load, MIB, Site};
 
 /// Requests that a client keeps under way.
-const DEPTH: usize = 64;
+const DEPTH: usize = 32;
 
 #[test]
 fn shares_hold_at_once_show_in_status_and_follow_the_file() {

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 
+use super::super::mapping::BASE_ALIGN;
 use super::*;
 use crate::pmem::{LineFlush, OpenError, OpenOptions, StoreMethod, create};
 
