@@ -24,7 +24,9 @@
 //!    made them void: their old records never come to count again.
 //! 6. Whatever the size of the cache, when the front is damaged a superblock is found at the *signpost*,
 //!    the place before the end of the media: the back copy, or one that says where that is. It is
-//!    of the old size until the front is of the new one, durably.
+//!    of the old size until the front is of the new one, durably. So it is stored while the front is
+//!    whole and durable, and the front while the signpost is; where the front is damaged the signpost,
+//!    which alone leads to the other copy, stays as it is.
 //!
 //! Errors: until the front superblock is stored a failure leaves the old size, with segments that may be
 //! void; after it the new size. Void segments are made again by the next start. A shrink that is called
@@ -427,11 +429,15 @@ impl<P: Pmem> Media<P> {
 /// What was written cannot be made durable.
 pub(super) fn finish_at_start<P: Pmem>(media: &Media<P>) -> Result<(), OpenError> {
     let Ok(copies) = load_superblocks(&*media.pmem) else { return Ok(()) };
-    let older = copies.next;
+    let (older, is_front_whole) = (copies.next, copies.errors[0].is_none());
     let Ok(superblock) = copies.into_newest() else { return Ok(()) };
-    // Whatever was cut off or added behind it: from the end of the media it is to be found.
-    media.put_signpost(&superblock)?;
     let settle = || super::doubt::sync(media);
+    // Whatever was cut off or added behind it: from the end of the media it is to be found, before the
+    // front is stored. A front that is damaged already was found from there, and from nowhere else.
+    if is_front_whole {
+        media.put_signpost(&superblock)?;
+        settle()?;
+    }
     let Some(from) = superblock.void_from() else {
         return level(media, &superblock, older);
     };

@@ -305,7 +305,9 @@ fn a_write_that_every_segment_refuses_fails_and_leaves_what_was_there() {
 #[test]
 fn seeds_that_failed_once_pass() {
     // A segment's next life was given the cursor of its last, and write-back passed over records.
-    for seed in [172] {
+    // Of a cache whose front superblock was torn the signpost was stored, or not yet durable when the
+    // front was, and nothing led to the other copy.
+    for seed in [165, 172] {
         if let Err(violation) = run_seed(seed, 1200, 80) {
             panic!("{violation}");
         }

@@ -4,7 +4,7 @@
 use pcache_vhost::cache::{Mode, Order, ResizeError};
 use pcache_vhost::onmedia::Geometry;
 use pcache_vhost::pmem::MediaClass::{self, AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Rng, Scene, SimBuffer, Snapshot, Style, Survival};
+use pcache_vhost::sim::{DiskSurvival, Machine, Rng, Scene, SimBuffer, Snapshot, Style, Survival, World};
 use pcache_vhost::volume::{RequestKind, Status};
 
 const CLASSES: [MediaClass; 2] = [AssumeDax, PageCache];
@@ -232,13 +232,14 @@ fn an_update_that_comes_while_the_back_metadata_moves_is_in_both_copies() {
 /// count again, however far the guest has come when the daemon is killed.
 pub fn a_segment_that_is_made_anew(images: &mut u64) {
     let mut scene = Scene::on_device(AssumeDax, style());
-    // Twice, so that all segments are used, in their first lives.
-    for value in [8000, 9000] {
-        for block in 0..BLOCKS {
+    // Some of it twice, so that every segment is used, in its first life: nobody reclaims meanwhile.
+    for (value, blocks) in [(8000, BLOCKS * 2 / 3), (9000, BLOCKS)] {
+        for block in 0..blocks {
             scene.write(block * 8, 8, value + block);
         }
         scene.drain();
     }
+    assert_eq!(scene.machine.cache.free_segments(), 0, "every segment has records of its first life");
     begin(&mut scene, 7).unwrap();
     ended(&mut scene).unwrap();
     // Of what is on the disk by now the cache has the last few only.
@@ -292,4 +293,40 @@ pub fn a_front_that_is_lost(images: &mut u64) {
 #[test]
 fn without_its_front_superblock_a_cache_that_ends_before_its_media_is_found() {
     a_front_that_is_lost(&mut 0);
+}
+
+#[test]
+fn a_crash_in_the_start_that_writes_a_damaged_front_again_leaves_a_superblock() {
+    for class in CLASSES {
+        let mut scene = Scene::on_device(class, style());
+        for block in 0..8 {
+            scene.write(block * 8, 8, 9000 + block);
+        }
+        scene.flush();
+        // After the growth the signpost is older than the back copy, which it leads to.
+        for segments in [7, 10] {
+            begin(&mut scene, segments).unwrap();
+            ended(&mut scene).unwrap();
+        }
+        scene.world.with(|w| w.memory.corrupt(0, |bytes| bytes[0] ^= 1));
+        let image = scene.world.photograph("a damaged front").daemon_crash(&mut Rng::new(1));
+        let mut cuts = 0;
+        loop {
+            let world = World::new(image.clone(), 1);
+            world.with(|w| w.cuts.at = w.events + cuts + 1);
+            Machine::open(&world, &[style()], 1).expect("the back copy is whole");
+            let Some((_, photo)) = world.take_cuts().pop() else { break };
+            for seed in 0..8 {
+                let mut rng = Rng::new(seed);
+                let (left, _) = photo.host_crash(&Survival::Random, DiskSurvival::Nothing, &mut rng);
+                scene.start(left);
+                assert_eq!(scene.machine.cache.geometry().segment_count, 10, "{class}, cut {cuts}");
+                for block in 0..8 {
+                    assert_eq!(scene.read(block * 8), 9000 + block, "{class}, cut {cuts}: block {block}");
+                }
+            }
+            cuts += 1;
+        }
+        assert!(cuts > 8, "{class}: {cuts} events are too few for a start");
+    }
 }

@@ -144,6 +144,11 @@ impl<E: Env> Housekeeper<E> {
             Step::Empty => return self.empty_some(task).map(Some),
             Step::Void(copy) => {
                 let step = if copy == 1 { Step::Void(0) } else { Step::Post };
+                if copy == 1 {
+                    // Media that have grown behind the cache's back: it is to be found before the front
+                    // is stored.
+                    media.put_signpost(&task.superblock)?;
+                }
                 if !mutated(Mutant::VoidNotNoted) {
                     self.store_superblock(task, copy as usize, |s, from, to| {
                         s.with_size(from, Some(to.segment_count))
