@@ -149,7 +149,8 @@ fn kicks_and_interrupts_of_a_linux_guest_are_few_beside_a_server_that_does_nothi
         let (requests, calls) = (numbers[0], numbers[1]);
         let per = (kicks as f64 / requests, calls / requests);
         eprintln!("{mark}: {requests} requests, kicks/request={:.3} interrupts/request={:.3}", per.0, per.1);
-        assert!(requests >= 16384.0 && kicks > 0 && calls > 0.0, "{line}");
+        // The guest merges some.
+        assert!(requests >= 8192.0 && kicks > 0 && calls > 0.0, "{line}");
         // A guest that keeps 32 in flight and submits 16 at a time needs at most one of each for each.
         assert!(per.0 <= 1.0 && per.1 <= 1.0, "{mark}: {per:?}");
     }

@@ -71,9 +71,10 @@ fn debian(into: &Path) -> Result<PathBuf, String> {
     }
     assert!(output.status.success(), "{said}");
     let out = String::from_utf8_lossy(&output.stdout).into_owned();
-    let image = out.trim_end().strip_prefix("IMAGE=").expect("it prints the image").to_owned();
+    // What it installs first has its say on the way.
+    let image = out.lines().find_map(|line| line.strip_prefix("IMAGE=")).expect("it prints the image");
     let copy = into.join("root.img");
-    let copied = Command::new("cp").args(["--sparse=always", "--reflink=auto", &image]).arg(&copy).status();
+    let copied = Command::new("cp").args(["--sparse=always", "--reflink=auto", image]).arg(&copy).status();
     assert!(copied.expect("cp runs").success());
     Ok(copy)
 }

@@ -96,7 +96,7 @@ fn a_guest_under_load_notices_nothing_of_a_server_killed_every_two_seconds() {
     let seconds = number("PCACHE_KILL_SECONDS", 60);
     let storage = Storage::new(Program::chosen(), 64, 512).queues(2);
     let mut server = storage.serve();
-    let options = GuestOptions::new(script(1 + seconds / 24)).vcpus(2).memory_mib(768).fio();
+    let options = GuestOptions::new(script(1 + seconds / 12)).vcpus(2).memory_mib(768).fio();
     let options = options.timeout(Duration::from_secs(180 + 3 * seconds));
     let guest = Guest::boot(host, options.disk(storage.attached(Some(RECONNECT_MS))));
     guest.wait_for("started");
