@@ -257,7 +257,7 @@ impl Backing for Disk {
     }
 
     fn grow(&self, size: u64) -> io::Result<()> {
-        let unit = u64::from(self.core.file.align()).max(self.core.opened.logical_block.into());
+        let unit = self.core.file.align().max(self.core.opened.logical_block.into());
         if !size.is_multiple_of(unit) {
             // A last block that is only partly there could not be written without growing the file.
             let why = format!("{size} bytes are not a multiple of the {unit} that its I/O is made of");

@@ -221,7 +221,7 @@ pub(crate) fn redo_need(keys: &[Key], block: u64) -> u64 {
     let need = |key: &Key| {
         let range = key.range();
         let bytes = if key.kind.has_payload() { range.len * 512 } else { 0 };
-        let is_whole = range.start * 512 % block == 0 && range.len * 512 % block == 0;
+        let is_whole = (range.start * 512).is_multiple_of(block) && (range.len * 512).is_multiple_of(block);
         bytes.next_multiple_of(block) + 2 * (RedoEntry::SIZE as u64 + if is_whole { 0 } else { block })
     };
     keys.iter().map(need).sum()

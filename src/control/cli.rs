@@ -50,6 +50,7 @@ pub struct Cli {
 
 /// What to do with a cache that nobody serves, or with the daemon that serves it.
 #[derive(Subcommand, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one of them")]
 pub enum Verb {
     /// Make an empty cache. The file is created if there is none
     Format(FormatArgs),

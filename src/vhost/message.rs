@@ -132,7 +132,7 @@ impl Connection {
     /// The kernel refused a resource.
     pub fn watch(&self, fd: RawFd, number: u64) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN, TOKEN_MORE + number);
-        Ok(self.idle.ctl(ControlOperation::Add, fd, event)?)
+        self.idle.ctl(ControlOperation::Add, fd, event)
     }
 
     /// Ends that. A descriptor that nobody else has open may simply be closed.
