@@ -105,7 +105,8 @@ impl<E: Env> Writeback<E> {
         core.owes(group.called.load(Ordering::SeqCst)) || lock(&group.joint).wish(self.me()) != Wish::Nothing
     }
 
-    /// Notes who is waited for, for whoever looks at the volume's state.
+    /// Notes who is waited for, for whoever looks at the volume's state. A round that is begun, or given
+    /// up, ends no waiting: one whose disk fails bids in every one of them. What ends it is a decision.
     fn awaits(&self, fellow: Option<&VolumeCore>) {
         let now_ms = self.volume.cache.clock.now_ms();
         let mut awaited = lock(&self.volume.core.awaited);
@@ -145,6 +146,7 @@ impl<E: Env> Writeback<E> {
 
     /// A member that is clean has nothing to say but that.
     pub(super) fn answer_clean(&self) {
+        *lock(&self.volume.core.awaited) = None;
         let me = self.me();
         self.joint(|joint| {
             if let Wish::Bid(_) = joint.wish(me) {
@@ -168,12 +170,8 @@ impl<E: Env> Writeback<E> {
                 self.begin_joint(group);
                 Ok(None)
             }
-            Wish::Bid(target) => {
-                self.awaits(None);
-                self.bid(target).map(|()| None)
-            }
+            Wish::Bid(target) => self.bid(target).map(|()| None),
             Wish::Write(target, members) => {
-                self.awaits(None);
                 let base = core.tail.load(Ordering::SeqCst);
                 let uuid = group.uuid;
                 self.joint(|joint| joint.begin_part(me));
@@ -201,8 +199,11 @@ impl<E: Env> Writeback<E> {
         let target = core.closed_epoch();
         let dirty: Vec<_> = group.members().into_iter().filter(|m| m.owes(target)).collect();
         let absent = dirty.iter().find(|member| lock(&member.area).is_none());
-        self.awaits(absent.map(|fellow| &**fellow));
-        if absent.is_some() || target <= core.tail.load(Ordering::SeqCst) {
+        if absent.is_some() {
+            self.awaits(absent.map(|fellow| &**fellow));
+            return;
+        }
+        if target <= core.tail.load(Ordering::SeqCst) {
             return;
         }
         self.joint(|joint| {
@@ -269,6 +270,7 @@ impl<E: Env> Writeback<E> {
     /// All areas name the target: from here on so does everybody's word.
     fn note_decided(&self) {
         let Some(group) = self.volume.core.group() else { return };
+        group.members().iter().for_each(|member| *lock(&member.awaited) = None);
         let Some((epoch, parts)) = lock(&group.joint).takers() else { return };
         for member in group.members().iter().filter(|m| parts.contains(&m.incarnation)) {
             let mut area = lock(&member.area);
@@ -310,7 +312,6 @@ impl<E: Env> Writeback<E> {
 
     /// Nothing of this member's part counts, and nothing in the area says that it might.
     pub(super) fn give_up_part(&mut self) -> Progress {
-        self.awaits(None);
         self.group = None;
         lock(&self.volume.core.plan).clear();
         self.volume.core.pacer.end_round(false);
@@ -323,7 +324,6 @@ impl<E: Env> Writeback<E> {
     /// The round was given up after this member's header was written: it goes out of the area again,
     /// over the same copy.
     fn withdraw(&mut self, round: Round) -> Progress {
-        self.awaits(None);
         lock(&self.volume.core.plan).clear();
         self.volume.core.pacer.end_round(false);
         self.phase = Phase::Group(round, Step::Void);
