@@ -59,7 +59,7 @@ impl<B: Buffer> NullQueue<B> {
         let mut block = [0; 4096];
         let room = memory.len() - len as u64;
         for at in (0..len).step_by(4096) {
-            let place = (request.sector * 512 % room & !4095) + at as u64;
+            let place = ((request.sector * 512 % room) & !4095) + at as u64;
             let is_whole = len - at >= 4096;
             let part = &mut block[..(len - at).min(4096)];
             let copied = match request.kind {

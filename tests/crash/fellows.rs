@@ -222,7 +222,7 @@ pub fn a_member_that_comes_late(images: &mut u64) {
         let (world, cache, clock) = died(order);
         let on_disk = |volume: usize| world.with(|w| w.disks[volume].value(0));
         let first = attach(&cache, &world, 0, served(order), Some("vm")).expect("its own disk");
-        let mut stepper = Stepper::new(&cache, &[first.clone()]);
+        let mut stepper = Stepper::new(&cache, std::slice::from_ref(&first));
         step(&mut stepper, &clock, 1, 100);
         *images += 1;
         assert_eq!(on_disk(0), 1, "{order}: it has passed the other");
@@ -251,7 +251,7 @@ fn a_member_that_is_deleted_or_leaves_with_dirty_data_is_waited_for_no_longer_an
             cache.detach(&second).expect("nothing fails");
             assert_eq!((second.group(), second.is_clean()), (None, false));
         }
-        let mut stepper = Stepper::new(&cache, &[first.clone()]);
+        let mut stepper = Stepper::new(&cache, std::slice::from_ref(&first));
         step(&mut stepper, &clock, 1, 200);
         assert_eq!((on_disk(0), on_disk(1)), (901, 1), "{order}, deleted: {deleted}");
         if !deleted {

@@ -141,11 +141,11 @@ fn a_cache_grows_and_shrinks_again_and_again_with_all_that_it_holds() {
     for class in CLASSES {
         let mut scene = filled(class);
         for (turn, segments) in [20, 6, 30, 29, 12, 7, 40, 6].into_iter().enumerate() {
-            begin(&mut scene, segments).unwrap();
+            begin(&mut scene, segments).expect("it begins");
             for block in 0..BLOCKS / 2 {
                 write(&mut scene, block);
             }
-            ended(&mut scene).unwrap();
+            ended(&mut scene).expect("it ends well");
             judge(&mut scene, &[segments], &format!("{class}, turn {turn}"));
             let len = size_of(&scene.machine.cache.geometry(), segments);
             assert_eq!(scene.machine.cache.media_len(), len, "the file has the size of the cache");
@@ -162,7 +162,7 @@ fn a_shrink_that_is_called_off_leaves_the_cache_as_large_as_it_was() {
     for class in CLASSES {
         for steps in [0, 1, 3, 10, 30] {
             let mut scene = filled(class);
-            begin(&mut scene, 6).unwrap();
+            begin(&mut scene, 6).expect("it begins");
             scene.work(steps);
             scene.machine.control(|cache| cache.cancel_resize());
             match ended(&mut scene) {
@@ -192,10 +192,10 @@ fn what_cannot_be_is_refused_with_a_sentence_and_changes_nothing() {
         assert!(refused.contains(sentence), "{size}: {refused}");
         assert_eq!(scene.machine.cache.geometry(), now);
     }
-    begin(&mut scene, 14).unwrap();
+    begin(&mut scene, 14).expect("it begins");
     let again = begin(&mut scene, 15).expect_err("one at a time").to_string();
     assert_eq!(again, "the size of this cache is being changed already");
-    ended(&mut scene).unwrap();
+    ended(&mut scene).expect("it ends well");
     judge(&mut scene, &[14], "after the refusals");
 }
 
@@ -205,12 +205,12 @@ pub fn an_update_while_the_back_moves(images: &mut u64) {
     for steps in 0..24 {
         let mut scene = filled(AssumeDax);
         assert!(!scene.machine.served[0].volume.is_clean());
-        begin(&mut scene, 15).unwrap();
+        begin(&mut scene, 15).expect("it begins");
         for _ in 0..steps {
             scene.machine.housekeeper();
         }
         scene.drain();
-        ended(&mut scene).unwrap();
+        ended(&mut scene).expect("it ends well");
         let tail = scene.machine.cache.geometry().tail(0, 0);
         scene.world.with(|w| w.memory.corrupt(tail as usize + 50, |bytes| bytes[0] ^= 1));
         scene.daemon_crash();
@@ -240,8 +240,8 @@ pub fn a_segment_that_is_made_anew(images: &mut u64) {
         scene.drain();
     }
     assert_eq!(scene.machine.cache.free_segments(), 0, "every segment has records of its first life");
-    begin(&mut scene, 7).unwrap();
-    ended(&mut scene).unwrap();
+    begin(&mut scene, 7).expect("it begins");
+    ended(&mut scene).expect("it ends well");
     // Of what is on the disk by now the cache has the last few only.
     let mut values: Vec<u64> = (0..BLOCKS).map(|block| 9500 + block).collect();
     for block in 0..BLOCKS {
@@ -249,8 +249,8 @@ pub fn a_segment_that_is_made_anew(images: &mut u64) {
         assert_eq!(scene.request_in_time(RequestKind::Write, block * 8, data), Some(Status::Ok));
     }
     scene.drain();
-    begin(&mut scene, 12).unwrap();
-    ended(&mut scene).unwrap();
+    begin(&mut scene, 12).expect("it begins");
+    ended(&mut scene).expect("it ends well");
     for (turn, block) in (0..BLOCKS).rev().enumerate() {
         values[block as usize] = 9700 + block;
         let data = SimBuffer::of_write(0, block * 8, 8, values[block as usize]);
@@ -277,9 +277,9 @@ pub fn a_front_that_is_lost(images: &mut u64) {
     for class in CLASSES {
         for segments in [7, 15] {
             let mut scene = filled(class);
-            begin(&mut scene, 20).unwrap();
-            ended(&mut scene).unwrap();
-            begin(&mut scene, segments).unwrap();
+            begin(&mut scene, 20).expect("it begins");
+            ended(&mut scene).expect("it ends well");
+            begin(&mut scene, segments).expect("it begins");
             // Like a device, which does not become shorter: nobody has seen the end.
             scene.work(5000);
             scene.world.with(|w| w.memory.corrupt(0, |bytes| bytes[..64].fill(0)));
@@ -305,8 +305,8 @@ fn a_crash_in_the_start_that_writes_a_damaged_front_again_leaves_a_superblock() 
         scene.flush();
         // After the growth the signpost is older than the back copy, which it leads to.
         for segments in [7, 10] {
-            begin(&mut scene, segments).unwrap();
-            ended(&mut scene).unwrap();
+            begin(&mut scene, segments).expect("it begins");
+            ended(&mut scene).expect("it ends well");
         }
         scene.world.with(|w| w.memory.corrupt(0, |bytes| bytes[0] ^= 1));
         let image = scene.world.photograph("a damaged front").daemon_crash(&mut Rng::new(1));
