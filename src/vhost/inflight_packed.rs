@@ -39,7 +39,6 @@ use super::copy::Fault;
 use super::inflight::{InflightArea, Part, Recovery, Tracker};
 use super::packed::{PackedRing, Position};
 use super::ring::Descriptor;
-use crate::mutant::{Mutant, mutated};
 
 /// Bytes before the entries.
 pub(super) const HEADER_LEN: usize = 32;
@@ -267,9 +266,6 @@ impl Tracker<PackedRing> for PackedTracker {
         self.part.long(at(first, COUNTER_AT)).store(self.counter, Release);
         self.part.byte(at(first, MARK_AT)).store(1, Release);
         (self.first[usize::from(head)], self.last[usize::from(first)]) = (first, last);
-        if mutated(Mutant::TrackedTooLate) {
-            self.part.byte(at(first, MARK_AT)).store(0, Release);
-        }
         self.counter = self.counter.wrapping_add(1);
         self.free = entry;
         self.store_free(entry, entry);
@@ -307,14 +303,12 @@ impl Tracker<PackedRing> for PackedTracker {
         self.store_free(self.free, old_free);
         if let Some(new) = Position::decode(used as u16, self.part.entries) {
             self.store_used(new, self.shown);
-            if !mutated(Mutant::TrackedPositionStays) {
-                self.shown = new;
-            }
+            self.shown = new;
         }
     }
 
     fn end_batch(&mut self, heads: &[u16], _used: u32) {
-        for &head in heads.iter().filter(|_| !mutated(Mutant::TrackedChainStays)) {
+        for &head in heads {
             let first = self.first[usize::from(head)];
             self.part.byte(at(first, MARK_AT)).store(0, Release);
         }

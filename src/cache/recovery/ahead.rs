@@ -94,7 +94,7 @@ mod tests {
                     }
                 }
             };
-            let (before, after) = (rng.between(20, 200), rng.below(120));
+            let (before, after) = (rng.between(20, 80), rng.below(50));
             work(&mut scene, &mut rng, before);
             let ahead = ReadAhead::read(&Arc::new(SimPmem::new(&scene.world)), 1);
             work(&mut scene, &mut rng, after);
