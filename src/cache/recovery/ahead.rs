@@ -84,13 +84,13 @@ mod tests {
             let work = |scene: &mut Scene, rng: &mut Rng, count: u64| {
                 for number in 0..count {
                     scene.write(rng.below(4000), rng.between(1, 48), 1000 * seed + number + 1);
-                    // Often enough that no write ever waits for the disk.
+                    // So that no write ever waits for space.
+                    for _ in 0..12 {
+                        scene.machine.step_all();
+                    }
                     if number % 4 == 3 {
                         scene.drain();
-                        for _ in 0..8 {
-                            scene.machine.sync();
-                            scene.machine.housekeeper();
-                        }
+                        (0..40).for_each(|_| scene.machine.step_all());
                     }
                 }
             };
