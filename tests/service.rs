@@ -5,7 +5,6 @@
 //! seccomp, and a call or a file that is no server's is refused; volumes can be attached all the same.
 #![expect(unsafe_code, reason = "passes descriptors by number, and makes the calls that are refused")]
 
-#[allow(dead_code, reason = "each test binary uses its own part")]
 mod client;
 
 use std::ffi::CString;

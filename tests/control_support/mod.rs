@@ -366,7 +366,7 @@ pub fn parse_metrics(page: &str) -> HashMap<String, f64> {
             let is_part = |end: &&str| name.strip_suffix(*end) == Some(family.as_str());
             let is_of_histogram = kinds.get(&family).is_some_and(|kind| kind == "histogram");
             let is_its = match is_of_histogram {
-                true => ["_bucket", "_sum", "_count"].iter().any(|end| is_part(&end)),
+                true => ["_bucket", "_sum", "_count"].iter().any(is_part),
                 false => name == family,
             };
             assert!(is_its, "samples follow their type: {line}");
