@@ -71,12 +71,12 @@ struct Round {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Closed segments with dirty data, by highest epoch.
-    held: BinaryHeap<Reverse<(u64, u32)>>,
+    /// Closed segments with dirty data, by highest epoch, and what was left over in each.
+    held: BinaryHeap<Reverse<(u64, u32, u64)>>,
     /// Bytes taken that no queue has counted: found at attach, or left over in closed segments.
     beside: u64,
     /// Left-overs of closed segments not yet in `beside`: they come as a lump, and are told in
-    /// slices of an eighth of what is taken.
+    /// slices of an eighth of what is taken, or with the release of their segment.
     rests: u64,
     /// Bytes ever taken when slices were last told.
     sliced: u64,
@@ -93,6 +93,18 @@ struct State {
     leading_us: u64,
     /// What the last rounds took from the last write to the end of the flush, in µs.
     ending_us: u64,
+}
+
+impl State {
+    /// Notes that so many bytes of segments are free of dirty data. What was left over in them is told by now,
+    /// or more would be released than was ever taken, and what is taken later would not be seen.
+    fn release(&mut self, bytes: u64, rests: u64) {
+        let untold = rests.min(self.rests);
+        self.rests -= untold;
+        self.beside += untold;
+        self.settled += untold;
+        self.released += bytes;
+    }
 }
 
 /// What paces one volume.
@@ -123,23 +135,24 @@ impl Pacer {
     /// Notes a segment that recovery found.
     pub fn found(&self, max_epoch: u64, id: u32, capacity: u64) {
         let mut state = lock(&self.state);
-        state.held.push(Reverse((max_epoch, id)));
+        state.held.push(Reverse((max_epoch, id, 0)));
         state.beside += capacity;
     }
 
     /// Notes that a segment takes no more records, and how much of it nobody has taken.
     fn closed(&self, max_epoch: u64, id: u32, rest: u64) {
         let mut state = lock(&self.state);
-        state.held.push(Reverse((max_epoch, id)));
+        state.held.push(Reverse((max_epoch, id, rest)));
         state.rests += rest;
     }
 
     /// Notes that relocation has taken all that was dirty out of a segment.
     pub fn emptied(&self, id: u32, capacity: u64) {
         let mut state = lock(&self.state);
-        let before = state.held.len();
-        state.held.retain(|Reverse((_, other))| *other != id);
-        state.released += (before - state.held.len()) as u64 * capacity;
+        let held = std::mem::take(&mut state.held).into_vec();
+        let (emptied, held): (Vec<_>, Vec<_>) = held.into_iter().partition(|Reverse((_, of, _))| *of == id);
+        state.held = held.into();
+        emptied.iter().for_each(|Reverse((_, _, rest))| state.release(capacity, *rest));
     }
 
     /// Notes what a round has written.
@@ -335,9 +348,11 @@ impl<E: Env> Volume<E> {
         let core = &self.core;
         let tail = core.tail.load(Ordering::SeqCst);
         let capacity = self.cache.segment_capacity();
-        while state.held.peek().is_some_and(|Reverse((epoch, _))| *epoch <= tail) {
+        while let Some(&Reverse((epoch, _, rest))) = state.held.peek()
+            && epoch <= tail
+        {
             state.held.pop();
-            state.released += capacity;
+            state.release(capacity, rest);
         }
         let slice = state.rests.min(taken.saturating_sub(state.sliced) / 8);
         (state.rests, state.beside) = (state.rests - slice, state.beside + slice);
