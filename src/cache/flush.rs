@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::env::{Clock, Env};
 use super::ghost;
-use super::volume::{Order, Volume, VolumeCore};
+use super::volume::Volume;
 use super::worker::DrainProgress;
 use crate::backing::{Backing, Channel, Op};
 use crate::sync::thread;
@@ -50,33 +50,39 @@ pub enum FlushError {
     Failed(String),
 }
 
-/// How far write-back is since a moment.
+/// `of · num / den`.
+fn part(of: u64, num: u64, den: u64) -> u64 {
+    u64::try_from(u128::from(of) * u128::from(num) / u128::from(den)).unwrap_or(u64::MAX)
+}
+
+/// How far write-back is on its way to what was dirty at a moment: the one measure of every drain, online
+/// or off, and of whatever else waits for write-back.
 ///
-/// What counts is what has become clean, and not what was written: in order strict that is more, since what
-/// was written anew meanwhile goes to the disk as well, and a drain would seem done long before it is. In
-/// order grouped everything is written twice, first to the redo area, and each is half of the way.
+/// Time and bytes are judged in the measure of `course.rs`, bytes of records; what is told is of those that
+/// were dirty.
 pub(crate) struct WritebackProgress {
-    is_journaled: bool,
     total_bytes: u64,
-    before: u64,
+    /// What was paid when it began, and what is to be.
+    from: u64,
+    goal: u64,
     /// Where it was already: what a round wrote in vain is not told as a step back.
     most: u64,
 }
 
 impl WritebackProgress {
     /// How far it is now.
-    pub fn now(&mut self, core: &VolumeCore) -> DrainProgress {
-        self.most = self.most.max(self.work(core).saturating_sub(self.before));
+    pub fn now<E: Env>(&mut self, volume: &Volume<E>) -> DrainProgress {
+        let now_us = volume.cache.clock.now_us();
+        let way = volume.core.pacer.way(self.goal, now_us);
+        self.most = self.most.max(way.saturating_sub(self.from));
         let total_bytes = self.total_bytes;
-        DrainProgress { total_bytes, dirty_bytes: total_bytes.saturating_sub(self.most) }
-    }
-
-    fn work(&self, core: &VolumeCore) -> u64 {
-        let cleaned = core.tally.cleaned_sectors.load(Ordering::Relaxed) * 512 + core.pacer.under_way();
-        match self.is_journaled {
-            true => (cleaned + core.tally.redo_bytes.load(Ordering::Relaxed)) / 2,
-            false => cleaned,
-        }
+        let dirty_bytes = match volume.core.is_clean() {
+            true => 0,
+            false => {
+                total_bytes - part(total_bytes, self.most, (self.goal - self.from).max(self.most).max(1))
+            }
+        };
+        DrainProgress { total_bytes, dirty_bytes }
     }
 }
 
@@ -101,8 +107,8 @@ impl<E: Env> Volume<E> {
         let failures_before = self.health().failures;
         loop {
             let is_there = core.tail.load(Ordering::SeqCst) >= goal;
-            let dirty_bytes = if is_there { 0 } else { begun.now(core).dirty_bytes };
-            if progress(DrainProgress { total_bytes, dirty_bytes }).is_break() {
+            let step = if is_there { DrainProgress::ended(total_bytes) } else { begun.now(self) };
+            if progress(step).is_break() {
                 return Err(FlushError::Interrupted);
             }
             if is_there {
@@ -124,10 +130,11 @@ impl<E: Env> Volume<E> {
 
     /// How much of what is dirty now has been dealt with since, whenever it is asked again.
     pub(crate) fn begin_progress(&self) -> WritebackProgress {
-        let is_journaled = self.order() == Order::Grouped;
-        let total_bytes = self.core.index.dirty_sectors() * 512;
-        let begun = WritebackProgress { is_journaled, total_bytes, before: 0, most: 0 };
-        WritebackProgress { before: begun.work(&self.core), ..begun }
+        let core = &self.core;
+        let (total_bytes, goal) = (core.index.dirty_sectors() * 512, core.owed());
+        let now_us = self.cache.clock.now_us();
+        let from = core.pacer.way(goal, now_us);
+        WritebackProgress { total_bytes, from, goal, most: 0 }
     }
 
     /// Flushes the disk. One that does not answer is left to itself if `progress` ends the wait.
@@ -153,7 +160,7 @@ impl<E: Env> Volume<E> {
             if let Some(completion) = done.pop() {
                 return completion.result.map(drop).map_err(failed);
             }
-            if progress(DrainProgress { total_bytes, dirty_bytes: 0 }).is_break() {
+            if progress(DrainProgress::ended(total_bytes)).is_break() {
                 ghost::leave(&self.core, &self.name, channel, Some(since_ms), Vec::new());
                 return Err(FlushError::Interrupted);
             }

@@ -26,6 +26,7 @@ mod bound;
 mod compare;
 mod consistency;
 mod core;
+mod course;
 mod cursor;
 mod delete;
 mod doubt;

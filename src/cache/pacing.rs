@@ -32,10 +32,11 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use super::core::Cache;
+use super::course::Course;
 use super::env::{Clock, Env};
 use super::stream::Stream;
 use super::stripes::lock;
-use super::volume::{Order, Volume, VolumeCore};
+use super::volume::{Order, QueueShared, Volume, VolumeCore};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
@@ -87,6 +88,8 @@ struct State {
     /// Bytes ever taken when the epoch was last cut.
     cut: u64,
     round: Option<Round>,
+    /// How far all of it is.
+    course: Course,
     /// Bytes a second that the last rounds have written.
     rate: u64,
     /// What the last groups took until they were in the redo area, in µs.
@@ -115,6 +118,8 @@ pub(crate) struct Pacer {
     is_out_of_room: AtomicBool,
     /// Bytes of segments held, for the other volumes to see.
     used: AtomicU64,
+    /// Bytes of dirty records that recovery has found.
+    owed: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -124,12 +129,19 @@ pub(crate) struct Pacer {
 pub(crate) struct Purse {
     taken: AtomicU64,
     budget: AtomicI64,
+    /// Sectors it has made zero: dirty, and no bytes to be written.
+    pub zeroed: AtomicU64,
 }
 
 impl Pacer {
     /// Bytes of segments with dirty data, at the last look.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// Notes so many bytes of dirty records that recovery has found.
+    pub fn owe(&self, bytes: u64) {
+        self.owed.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Notes a segment that recovery found.
@@ -157,14 +169,18 @@ impl Pacer {
 
     /// Notes what a round has written.
     pub fn wrote(&self, bytes: u64) {
-        if let Some(round) = &mut lock(&self.state).round {
+        let mut state = lock(&self.state);
+        state.course.wrote(bytes);
+        if let Some(round) = &mut state.round {
             round.done = (round.done + bytes).min(round.leading + round.todo);
         }
     }
 
     /// Notes that so many of a group's sectors are on their way to the redo area.
     pub fn journaled(&self, done: u64, all: u64) {
-        if let Some(round) = &mut lock(&self.state).round {
+        let mut state = lock(&self.state);
+        state.course.journaled(done, all);
+        if let Some(round) = &mut state.round {
             let part = u128::from(round.leading) * u128::from(done) / u128::from(all.max(1));
             round.done = round.done.max(part as u64);
         }
@@ -173,6 +189,7 @@ impl Pacer {
     /// Notes that a group is in the redo area. It has bought as much as its time was worth.
     pub fn journal_ended(&self, now_us: u64) {
         let mut state = lock(&self.state);
+        state.course.journal_ended(now_us);
         let Some(round) = &mut state.round else { return };
         round.done = round.leading;
         let us = now_us.saturating_sub(round.began_us);
@@ -180,17 +197,15 @@ impl Pacer {
         state.leading_us = average(state.leading_us, us);
     }
 
-    /// Bytes that the round under way has brought to the disk, 0 between rounds.
-    pub fn under_way(&self) -> u64 {
-        lock(&self.state)
-            .round
-            .as_ref()
-            .map_or(0, |round| round.done.saturating_sub(round.leading).min(round.todo))
+    /// Bytes of records up to `goal` that have been brought to the disk, in the measure of `course.rs`.
+    pub fn way(&self, goal: u64, now_us: u64) -> u64 {
+        lock(&self.state).course.way(goal, now_us)
     }
 
     /// Notes that a round's writes have all ended.
     pub fn written(&self, now_us: u64) {
         let mut state = lock(&self.state);
+        state.course.written(now_us);
         let Some(round) = &mut state.round else { return };
         round.written_us = Some(now_us);
         let (bytes, us) =
@@ -203,6 +218,7 @@ impl Pacer {
     /// Notes that a round's flush has ended. It has bought as much as its time was worth.
     pub fn flushed(&self, now_us: u64) {
         let mut state = lock(&self.state);
+        state.course.flushed(now_us);
         let Some(round) = &mut state.round else { return };
         round.done = round.leading + round.todo + round.ending;
         let us = now_us.saturating_sub(round.written_us.unwrap_or(now_us));
@@ -219,6 +235,7 @@ impl Pacer {
     /// Notes that a round has ended, well or not.
     pub fn end_round(&self, is_settled: bool) {
         let mut state = lock(&self.state);
+        state.course.end(is_settled);
         if let Some(round) = state.round.take()
             && is_settled
         {
@@ -265,6 +282,24 @@ impl VolumeCore {
     fn taken(&self) -> u64 {
         let queues = self.queues.iter();
         queues.map(|q| q.purse.taken.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Bytes of all dirty records ever, in the order of their commits: what write-back owes the disk, or did.
+    pub fn owed(&self) -> u64 {
+        let written = |q: &QueueShared| {
+            let zeroed = q.purse.zeroed.load(Ordering::Relaxed);
+            q.tally.dirtied_sectors.load(Ordering::Relaxed).saturating_sub(zeroed)
+        };
+        let sectors: u64 = self.queues.iter().map(written).sum();
+        self.pacer.owed.load(Ordering::Relaxed) + sectors * 512
+    }
+
+    /// Takes note of that nothing is dirty.
+    pub fn note_clean(&self) {
+        let owed = self.owed();
+        if self.is_clean() {
+            lock(&self.pacer.state).course.settle(owed);
+        }
     }
 
     /// Streams of writes, one at least.
@@ -314,19 +349,25 @@ impl<E: Env> Cache<E> {
 }
 
 impl<E: Env> Volume<E> {
-    /// Notes that a round of write-back begins: bytes to be written, bytes of space it settles, `None`
-    /// for all, and whether it goes by way of the redo area.
-    pub(crate) fn begin_pace(&self, todo: u64, settles: Option<u64>, is_group: bool) {
+    /// Notes that a round of write-back begins: bytes to be written, bytes of the records that it covers,
+    /// `None` for all, and whether it goes by way of the redo area.
+    pub(crate) fn begin_pace(&self, todo: u64, payload: Option<u64>, is_group: bool) {
         let core = &self.core;
-        let taken = core.taken();
+        let (taken, owed) = (core.taken(), core.owed());
         let room = self.cache.room_for(core);
         let mut state = lock(&core.pacer.state);
+        let left = owed.saturating_sub(state.course.paid());
+        let pays = payload.unwrap_or(left).min(left);
+        // Records take space beside what they bring.
+        let settles = payload.map(|bytes| bytes + bytes / 16);
         let (used, unsettled) = self.judge(&mut state, taken);
         let settles = settles.unwrap_or(unsettled).min(unsettled);
         let room = room.saturating_sub(used);
         let worth = |us: u64| (u128::from(state.rate) * u128::from(us) / 1_000_000) as u64;
-        let (leading, ending) = (if is_group { worth(state.leading_us) } else { 0 }, worth(state.ending_us));
+        let leading = if is_group { worth(state.leading_us) } else { 0 };
+        let ending = worth(state.ending_us);
         let (began_us, todo) = (self.cache.clock.now_us(), todo.max(1));
+        state.course.begin(pays, todo, is_group, began_us);
         let (leading, ending) = (leading.min(todo), ending.min(todo));
         state.round = Some(Round {
             todo,

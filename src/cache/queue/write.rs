@@ -480,9 +480,12 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     segment.log_low.store(open.log_low, Ordering::Release);
     core.retract(q);
     drop(held);
-    let tally = &core.queue(q).tally;
-    add(&tally.records, 1);
-    books.close(tally);
+    let queue = core.queue(q);
+    add(&queue.tally.records, 1);
+    if books.zeroed > 0 {
+        add(&queue.purse.zeroed, books.zeroed);
+    }
+    books.close(&queue.tally);
     true
 }
 
@@ -490,6 +493,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
 #[derive(Default)]
 pub(super) struct Books {
     dirtied: u64,
+    zeroed: u64,
     coalesced: u64,
     discarded: u64,
 }
@@ -498,6 +502,9 @@ impl Books {
     /// So many sectors have become dirty, in place of these.
     fn note(&mut self, kind: KeyKind, sectors: u64, replaced: &[Extent]) {
         self.dirtied += sectors;
+        if !kind.has_payload() {
+            self.zeroed += sectors;
+        }
         self.note_replaced(kind, replaced);
     }
 

@@ -213,6 +213,9 @@ fn take_keys<E: Env>(cache: &Cache<E>, id: u32, volume: &VolumeCore, scan: &Scan
     volume.counting.epochs().raise_to(max_epoch + 1);
     volume.stamped.fetch_max(max_dirty, Ordering::Relaxed);
     if !dirty_keys.is_empty() {
+        let payload = |key: &&Key| key.kind.has_payload();
+        let owed: u64 = dirty_keys.iter().filter(payload).map(|key| key.range().len * 512).sum();
+        volume.pacer.owe(owed);
         dirty_keys.sort_by_key(|k| (k.epoch, k.version));
         let first = dirty_keys[0].epoch;
         lock(&volume.dirty).known.insert((first, id), Cursor::Keys(dirty_keys.into()));

@@ -165,7 +165,7 @@ impl<E: Env> Writeback<E> {
         let write = plan.todo.iter().filter(|e| !e.place.zero).map(|e| bytes(e.range.len)).sum();
         let payload: u64 =
             keys.iter().filter(|(k, _)| k.kind.has_payload()).map(|(k, _)| bytes(k.range().len)).sum();
-        self.volume.begin_pace(write, Some(payload + payload / 16), false);
+        self.volume.begin_pace(write, Some(payload), false);
         Ok(Some(Round::empty(epoch)))
     }
 

@@ -96,8 +96,15 @@ impl<E: Env> Stepper<E> {
 pub struct DrainProgress {
     /// Bytes that were dirty when it began.
     pub total_bytes: u64,
-    /// Bytes that are dirty now.
+    /// Of these, what is still to be done, in proportion to what write-back does for it.
     pub dirty_bytes: u64,
+}
+
+impl DrainProgress {
+    /// All is done.
+    pub fn ended(total_bytes: u64) -> Self {
+        Self { total_bytes, dirty_bytes: 0 }
+    }
 }
 
 /// Why a drain ended early.
@@ -125,8 +132,7 @@ impl<E: Env> Volume<E> {
     pub fn drain_here(self: &Arc<Self>, progress: &mut dyn FnMut(DrainProgress)) -> Result<(), DrainError> {
         self.draining.store(true, Ordering::SeqCst);
         let mut worker = Writeback::new(self.clone());
-        let dirty = |v: &Volume<E>| v.core.index.dirty_sectors() * 512;
-        let total_bytes = dirty(self);
+        let mut begun = self.begin_progress();
         let result = loop {
             if self.core.is_clean() {
                 break Ok(());
@@ -139,7 +145,7 @@ impl<E: Env> Volume<E> {
             if is_damaged || worker.failures() >= DRAIN_FAILURES_MAX {
                 break Err(DrainError::Failed(worker.last_error().to_owned()));
             }
-            progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
+            progress(begun.now(self));
             self.cache.keep_pair(self);
             match worker.step() {
                 Progress::Did => {}
@@ -151,7 +157,7 @@ impl<E: Env> Volume<E> {
                 Progress::Idle => thread::sleep(Duration::from_millis(10)),
             }
         };
-        progress(DrainProgress { total_bytes, dirty_bytes: dirty(self) });
+        progress(begun.now(self));
         self.draining.store(false, Ordering::SeqCst);
         result
     }

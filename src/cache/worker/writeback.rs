@@ -217,6 +217,7 @@ impl<E: Env> Writeback<E> {
             return Progress::Idle;
         }
         if core.is_clean() {
+            core.note_clean();
             self.answer_clean();
             return Progress::Idle;
         }

@@ -121,12 +121,10 @@ impl Daemon {
 
     fn switch_order(&self, served: &Served, order: cache::Order, task: &Task) -> Result<(), String> {
         let (volume, before) = (&served.volume, served.volume.order());
-        let counters = volume.counters();
-        let total_bytes = counters.dirty_bytes;
+        let mut begun = volume.begin_progress();
         volume.change_order(order).map_err(|error| error.to_string())?;
         while volume.is_changing_order() || volume.order() != order {
-            let written = (volume.counters().written_back_sectors - counters.written_back_sectors) * 512;
-            task.progress(DrainProgress { total_bytes, dirty_bytes: total_bytes.saturating_sub(written) });
+            task.progress(begun.now(volume));
             if task.is_cancelled() {
                 volume.change_order(before).map_err(|error| error.to_string())?;
                 return Err(format!("it was interrupted; the order stays {}", before.name()));
@@ -136,7 +134,7 @@ impl Daemon {
             }
             std::thread::sleep(LOOK);
         }
-        task.progress(DrainProgress { total_bytes, dirty_bytes: 0 });
+        task.progress(DrainProgress::ended(begun.now(volume).total_bytes));
         Ok(())
     }
 }

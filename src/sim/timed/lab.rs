@@ -140,8 +140,23 @@ pub enum RedoPlace {
     OtherDisk(u64),
 }
 
+/// What outlives a daemon, and what it is told at its start.
+struct World {
+    setup: Setup,
+    reads: ReadPolicy,
+    clock: VirtualClock,
+    memory: Arc<PlainMemory>,
+    disk: Arc<TimedDisk>,
+    redo_disk: Option<Arc<TimedDisk>>,
+    value: u64,
+    expected: HashMap<u64, u64>,
+}
+
 /// A cache, a volume with one queue, and a disk.
 pub struct Lab {
+    setup: Setup,
+    reads: ReadPolicy,
+    memory: Arc<PlainMemory>,
     /// Time.
     pub clock: VirtualClock,
     /// The slow side.
@@ -184,16 +199,23 @@ impl Lab {
             RedoPlace::OtherDisk(sectors) => Some(TimedDisk::with_raw(&clock, setup.model, 1, sectors)),
             RedoPlace::None | RedoPlace::SameDisk(_) => None,
         };
-        let redo = match setup.redo {
-            RedoPlace::None => None,
-            _ => Some(Arc::new(TimedBacking::behind(redo_disk.as_ref().unwrap_or(&disk)))),
-        };
         let geometry = Geometry::custom(16 << 10, setup.segment_size, setup.segments, 1);
         let geometry = geometry.expect("the geometry is within its bounds");
         let memory = Arc::new(PlainMemory(Mutex::new(vec![0; geometry.device_size as usize])));
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
         format(&*memory, &clock, &options).expect("fresh memory");
-        let (cache, _) = Cache::<TimedEnv>::open(memory, clock.clone()).expect("a fresh cache");
+        let expected = HashMap::new();
+        Lab::open(World { setup: *setup, reads, clock, memory, disk, redo_disk, value: 0, expected })
+    }
+
+    /// Serves the volume from what the memory holds.
+    fn open(world: World) -> Lab {
+        let World { setup, reads, clock, memory, disk, redo_disk, value, expected } = world;
+        let redo = match setup.redo {
+            RedoPlace::None => None,
+            _ => Some(Arc::new(TimedBacking::behind(redo_disk.as_ref().unwrap_or(&disk)))),
+        };
+        let (cache, _) = Cache::<TimedEnv>::open(memory.clone(), clock.clone()).expect("a sound cache");
         let volume = cache
             .attach(AttachOptions {
                 name: "lab".to_owned(),
@@ -215,12 +237,21 @@ impl Lab {
                 allow_volatile: false,
                 group: None,
             })
-            .expect("a fresh volume");
+            .expect("its own volume");
         let face = VolumeDisk(volume.clone());
         face.set_write_cache(true);
         let queue = face.open_queue(0, Waker::default()).expect("nobody has it");
         let stepper = Stepper::new(&cache, std::slice::from_ref(&volume));
-        Lab { clock, disk, redo_disk, volume, queue, stepper, value: 0, expected: HashMap::new() }
+        Lab { setup, reads, memory, clock, disk, redo_disk, volume, queue, stepper, value, expected }
+    }
+
+    /// Kills the daemon with nothing of the guest's under way, and starts it again. What its disks have under
+    /// way never happens.
+    pub fn restart(self) -> Lab {
+        let Lab { setup, reads, memory, clock, disk, redo_disk, volume, queue, stepper, value, expected } =
+            self;
+        drop((queue, stepper, volume));
+        Lab::open(World { setup, reads, clock, memory, disk, redo_disk, value, expected })
     }
 
     /// Lets everything but the guest go on until nothing moves at this instant.
@@ -322,7 +353,7 @@ impl Lab {
         while !self.volume.is_clean() {
             assert!(self.clock.us() < limit, "the drain does not end");
             self.settle();
-            note(self.clock.us(), begun.now(&self.volume.core));
+            note(self.clock.us(), begun.now(&self.volume));
             self.pass(u64::MAX);
         }
         self.volume.draining.store(false, Ordering::SeqCst);

@@ -260,9 +260,9 @@ impl<E: Env> Writeback<E> {
     /// A group has ended, and its round: on to the one that is committed behind it, if one is.
     pub(super) fn go_on(&mut self) -> Progress {
         if let Some(group) = &self.group {
-            let (bytes, settles) = (group.sectors * 512, group.settles);
+            let (bytes, covers) = (group.sectors * 512, group.covers);
             let round = Round { damage: group.damage.clone(), ..Round::empty(group.epoch) };
-            self.volume.begin_pace(bytes, Some(settles), false);
+            self.volume.begin_pace(bytes, Some(covers), false);
             self.phase = Phase::Writing(round);
         }
         Progress::Did

@@ -116,8 +116,8 @@ pub(super) struct Group {
     pub(super) half: Option<u64>,
     /// Whether more waits behind it, and nobody has looked at that yet.
     pub(super) has_rest: bool,
-    /// Bytes of space that it settles.
-    pub(super) settles: u64,
+    /// Bytes of the records that it covers.
+    pub(super) covers: u64,
     /// When it was closed.
     pub(super) time_ms: u64,
     /// The version at which it ends inside an epoch.
@@ -179,8 +179,8 @@ impl<E: Env> Writeback<E> {
         let tail = self.volume.core.tail.load(Ordering::SeqCst);
         let behind = Behind { upto: self.parts.upto, tail, half: None };
         let Some(gathered) = self.gather_behind(plan, &behind, closed)? else { return Ok(None) };
-        let Gathered { epoch, group, bytes, settles } = gathered;
-        self.volume.begin_pace(bytes, Some(settles), !plan.todo.is_empty());
+        let Gathered { epoch, group, bytes, covers } = gathered;
+        self.volume.begin_pace(bytes, Some(covers), !plan.todo.is_empty());
         // Kept until another group has ended: this one may be given up.
         let round = Round { damage: self.parts.damage.clone(), ..Round::empty(epoch) };
         if !group.as_ref().is_some_and(|g| g.part.is_none() && mutated(Mutant::GroupNotJournaled)) {
@@ -244,21 +244,13 @@ impl<E: Env> Writeback<E> {
         drop(dirty);
         newest.iter().for_each(|extent| cut(extent, &mut plan.todo));
         let payload = |k: &Key| if k.kind.has_payload() { k.range().len * 512 } else { 0 };
-        let settles: u64 = keys[..fit].iter().map(|(k, _)| payload(k)).sum();
-        let settles = settles + settles / 16;
+        let covers: u64 = keys[..fit].iter().map(|(k, _)| payload(k)).sum();
         let sectors: u64 = plan.todo.iter().filter(|e| !e.place.zero).map(|e| e.range.len).sum();
         let time_ms = self.volume.cache.clock.unix_ms();
-        let group = Group {
-            sectors,
-            half,
-            has_rest,
-            settles,
-            part,
-            epoch,
-            ..Group::of(Vec::new(), room.at, time_ms)
-        };
+        let group =
+            Group { sectors, half, has_rest, covers, part, epoch, ..Group::of(Vec::new(), room.at, time_ms) };
         let group = Some(group).filter(|_| !plan.todo.is_empty());
-        Ok(Some(Gathered { epoch, group, bytes: sectors * 512, settles }))
+        Ok(Some(Gathered { epoch, group, bytes: sectors * 512, covers }))
     }
 
     /// Finds out what is lost of what an earlier life has written: damaged payload was left out of its

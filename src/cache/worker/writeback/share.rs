@@ -45,14 +45,14 @@ pub(super) struct Gathered {
     pub epoch: u64,
     /// `None` where nothing is to be written.
     pub group: Option<Group>,
-    /// Bytes to be written, and bytes of space that this settles.
+    /// Bytes to be written, and bytes of the records that this covers.
     pub bytes: u64,
-    pub settles: u64,
+    pub covers: u64,
 }
 
 impl Gathered {
     pub fn nothing(epoch: u64) -> Gathered {
-        Gathered { epoch, group: None, bytes: 0, settles: 0 }
+        Gathered { epoch, group: None, bytes: 0, covers: 0 }
     }
 }
 

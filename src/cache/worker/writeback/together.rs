@@ -429,7 +429,7 @@ impl Group {
             at,
             half: None,
             has_rest: false,
-            settles: 0,
+            covers: 0,
             time_ms,
             part: None,
             epoch: 0,
