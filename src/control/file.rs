@@ -19,6 +19,7 @@ use super::suggest;
 use super::threads::{self, ThreadArgs, ThreadsConfig};
 use super::value::{self, Name, ValueError};
 use crate::tools::image::Sizing;
+use crate::tools::members::CachePaths;
 
 /// Why a file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +104,9 @@ pub enum Complaint {
         /// What may have been meant.
         nearest: Option<String>,
     },
+    /// One device and several.
+    #[error("this [[cache]] has `path` and `paths`: write one device as `path`, several as `paths`")]
+    PathAndPaths,
     /// Several caches and a volume that names none.
     #[error("this [[volume]] must say its `cache`: there are {0}")]
     WhichCache(usize),
@@ -193,6 +197,7 @@ fn control_of(mut section: Section<'_>) -> Result<ControlConfig, Fault> {
 fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
     let name = section.text("name", str::parse)?;
     let path = section.text("path", value::path)?;
+    let paths = section.texts("paths", value::path)?;
     let size = section.size("size", value::cache_size)?;
     let segment_size = section.size("segment_size", value::segment_size)?;
     let assume_dax = section.flag("assume_dax")?;
@@ -201,7 +206,11 @@ fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
     let scrub_interval_h = section.number("scrub_interval_h", value::scrub_interval_h)?;
     let index_memory_max = section.size("index_memory_max", value::index_memory_max)?.unwrap_or(0);
     let name = section.required("name", name)?;
-    let path = section.required("path", path)?;
+    let path = match (path, CachePaths::new(paths)) {
+        (Some(_), Some(_)) => return Err(Fault(section.at, Complaint::PathAndPaths)),
+        (None, Some(paths)) => paths,
+        (path, None) => section.required("path", path)?.into(),
+    };
     section.finish()?;
     let size = size.map_or(Sizing::AsFound, Sizing::Exactly);
     let scrub_mib_s = scrub_mib_s.unwrap_or(DEFAULT_SCRUB_MIB_S);
