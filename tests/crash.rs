@@ -15,6 +15,8 @@ mod fellows;
 mod groups;
 #[path = "crash/growth.rs"]
 mod growth;
+#[path = "crash/images.rs"]
+mod images;
 #[path = "crash/index_memory.rs"]
 mod index_memory;
 #[path = "crash/lost.rs"]
