@@ -101,6 +101,20 @@ fn only_the_last_member_grows_and_is_cut_off() {
 }
 
 #[test]
+fn a_member_that_is_cut_off_under_its_users_fails_the_copies_that_touch_it_and_no_others() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (paths, pmem) = joined(dir.path(), true);
+    File::options().write(true).open(&paths[1]).unwrap().set_len(6 * MIB).unwrap();
+    let mut byte = [0];
+    for (at, is_there) in [(4 * MIB - 1, true), (6 * MIB - 1, true), (6 * MIB, false), (10 * MIB, true)] {
+        assert_eq!(pmem.read(at, &mut byte).is_ok(), is_there, "byte {at}");
+        assert_eq!(pmem.write(at, &byte).is_ok(), is_there, "byte {at}");
+    }
+    let across = pmem.read(10 * MIB - 8, &mut [0; 16]).unwrap_err();
+    assert_eq!((across.at, across.len), (10 * MIB - 8, 16), "told as the whole's bytes");
+}
+
+#[test]
 fn each_member_stays_locked_and_its_files_can_be_given_away() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let (paths, pmem) = joined(dir.path(), false);
