@@ -167,6 +167,11 @@ mutants! {
     GrownUnnoted 2 "a guest may write to the new part of a disk whose size the cache has not noted",
     DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Chains in flight on packed rings.
+    TrackedChainStays 9 "a chain that was returned stays in flight in the in-flight area",
+    TrackedPositionStays 9 "the in-flight area does not learn where the next used descriptor goes",
+    TrackedTooLate 9 "a chain goes to the disk before the in-flight area has it",
+    TrackedBatchBelieved 9 "a batch counts as returned whether or not the driver was shown it",
+    UsedNotTakenBack 9 "what a life has written into used descriptors and not published stays there",
     // Recovery.
     OldestWins 2 "recovery lets the oldest version win",
     RivalsByPlace 2 "recovery lets the copy that lies highest win, whatever its version",

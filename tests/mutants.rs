@@ -22,6 +22,8 @@ mod pairs;
 mod product;
 #[path = "mutants/rest.rs"]
 mod rest;
+#[path = "mutants/rings.rs"]
+mod rings;
 #[path = "mutants/shares.rs"]
 mod shares;
 #[path = "crash/sizes.rs"]

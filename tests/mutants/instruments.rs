@@ -8,7 +8,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{failing, fellows, growth, pairs, rest, shares, sizes, starts, stories};
+use super::{failing, fellows, growth, pairs, rest, rings, shares, sizes, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -49,6 +49,11 @@ impl Instrument {
             | M::SequenceGapIgnored
             | M::WitnessIgnored => ("damage at rest", Rest),
             M::DescriptorNewestOverwritten | M::StartPageNewestOverwritten => ("torn starts", Starts),
+            M::TrackedChainStays
+            | M::TrackedPositionStays
+            | M::TrackedTooLate
+            | M::TrackedBatchBelieved
+            | M::UsedNotTakenBack => ("story of packed rings", Story(rings::packed_rings_that_die)),
             M::GrownUnannounced | M::GrownUnnoted => ("story of growth", Story(growth::growing)),
             M::SidecarUnannounced => ("story of a pair", Story(pairs::steps_of_a_pair)),
             M::DroppedCleanCounts => ("story of another disk", Story(pairs::dropped_clean_data)),
