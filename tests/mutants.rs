@@ -32,6 +32,8 @@ mod sizes;
 mod starts;
 #[path = "mutants/stories.rs"]
 mod stories;
+#[path = "mutants/upgrades.rs"]
+mod upgrades;
 
 use std::collections::BTreeMap;
 use std::panic;
