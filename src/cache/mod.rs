@@ -90,8 +90,6 @@ pub use mismatch::Mismatch;
 pub use positions::{Position, Positions};
 pub use recovery::RecoveryReport;
 pub use recovery::ahead::ReadAhead;
-#[cfg(feature = "sim")]
-pub use recovery::ahead::story as upgrade_story;
 pub use redo::RedoError;
 pub use resize::{ResizeError, ResizeProgress};
 pub use reunite::{Member, Recovered, recover_backing, recover_group};

@@ -1,6 +1,6 @@
 //! Upgrades: a successor reads ahead, the other one goes on and is gone, and recovery finds what is there.
 
-use pcache_vhost::cache::upgrade_story::{Counts, upgrade};
+use pcache_vhost::sim::upgrade::{Counts, upgrade};
 
 /// Upgrades tried.
 const UPGRADES: u64 = 60;

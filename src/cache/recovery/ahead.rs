@@ -65,93 +65,25 @@ impl ReadAhead {
         let (seen, scan) = place.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         (seen == *header || mutated(Mutant::AheadOutlivesHeader)).then_some(scan)
     }
-}
 
-/// An upgrade as a simulation has it: one reads ahead, another works on and is gone, the first recovers.
-#[cfg(feature = "sim")]
-pub mod story {
-    use super::*;
-    use crate::cache::core::Cache;
-    use crate::cache::index::Extent;
-    use crate::cache::{Mode, Order};
-    use crate::pmem::MediaClass;
-    use crate::sim::{Rng, Scene, SimClock, SimEnv, SimPmem, Snapshot, Style, World};
-
-    const STYLE: Style =
-        Style { mode: Mode::Writeback, order: Order::Relaxed, write_cache: true, pass_discard: false };
-
-    /// What became of the segments that were read ahead.
-    #[derive(Default, Debug)]
-    pub struct Counts {
-        /// Read for good, open ones among them.
-        pub used: u64,
-        /// Of these, found open.
-        pub open: u64,
-        /// Read in vain.
-        pub stale: u64,
-    }
-
-    /// Whatever has changed between reading ahead and recovery, that finds what it would have found without.
-    ///
-    /// # Panics
-    /// It does not.
-    pub fn upgrade(seed: u64, counts: &mut Counts) {
-        let mut rng = Rng::new(seed);
-        let class = if rng.chance(1, 2) { MediaClass::AssumeDax } else { MediaClass::PageCache };
-        let mut scene = Scene::sized(class, STYLE, 12, 4096);
-        // Half of them with little done meanwhile, so that what was open then still is.
-        let most = if rng.chance(1, 2) { 4 } else { 50 };
-        let (before, after) = (rng.between(20, 80), rng.below(most));
-        work(&mut scene, &mut rng, before, seed);
-        let ahead = ReadAhead::read(&Arc::new(SimPmem::new(&scene.world)), 1);
-        work(&mut scene, &mut rng, after, seed);
-        let image = scene.world.photograph("at a kill").daemon_crash(&mut rng);
-        let plain = open(&image, &ReadAhead::default(), seed, &mut Counts::default());
-        let by_ahead = open(&image, &ahead, seed, counts);
-        assert_eq!(plain, by_ahead, "seed {seed}");
-    }
-
-    fn work(scene: &mut Scene, rng: &mut Rng, count: u64, seed: u64) {
-        for number in 0..count {
-            scene.write(rng.below(4000), rng.between(1, 48), 1000 * seed + number + 1);
-            // So that no write ever waits for space.
-            for _ in 0..12 {
-                scene.machine.step_all();
-            }
-            if number % 4 == 3 {
-                scene.drain();
-                (0..40).for_each(|_| scene.machine.step_all());
-            }
-        }
-    }
-
-    type Recovered = (Vec<Extent>, u64, u64, Vec<String>);
-
-    fn open(image: &Snapshot, ahead: &ReadAhead, seed: u64, counts: &mut Counts) -> Recovered {
-        let world = World::new(image.clone(), 1);
-        world.act_as(0);
-        let pmem = Arc::new(SimPmem::new(&world));
-        let media = load_media(Arc::clone(&pmem)).expect("a cache");
-        for (id, place) in (0..).zip(&ahead.segments) {
-            let header = media.load_header(id).into_newest().expect("a header");
-            if let Some((seen, _)) = &*place.lock().unwrap_or_else(PoisonError::into_inner) {
-                let is_open = header.state == SegmentState::Open;
-                counts.used += u64::from(*seen == header);
-                counts.open += u64::from(*seen == header && is_open);
-                counts.stale += u64::from(*seen != header);
-            }
-        }
-        let (cache, report) = Cache::<SimEnv>::open_after(pmem, SimClock::default(), ahead)
-            .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-        let mut shown = Vec::new();
-        cache.all_volumes().iter().for_each(|volume| volume.index.for_each(|extent| shown.push(extent)));
-        (shown, report.keys, report.dirty_bytes, report.findings)
+    /// Of each segment that was read ahead: whether it is open, and whether that counts by what the media
+    /// say now. For simulations, which have to know that both happen.
+    #[cfg(feature = "sim")]
+    pub(crate) fn fates<P: Pmem>(&self, pmem: &Arc<P>) -> Vec<(bool, bool)> {
+        let Ok(media) = load_media(Arc::clone(pmem)) else { return Vec::new() };
+        let fate = |(id, place): (u32, &Mutex<Option<(SegmentHeader, Scan)>>)| {
+            let header = media.load_header(id).into_newest().ok()?;
+            let place = place.lock().unwrap_or_else(PoisonError::into_inner);
+            let (seen, _) = place.as_ref()?;
+            Some((header.state == SegmentState::Open, *seen == header))
+        };
+        (0..).zip(&self.segments).filter_map(fate).collect()
     }
 }
 
 #[cfg(all(test, feature = "sim"))]
 mod tests {
-    use super::story::{Counts, upgrade};
+    use crate::sim::upgrade::{Counts, upgrade};
 
     #[test]
     fn whatever_has_changed_since_it_was_read_ahead_recovery_finds_what_is_there() {
