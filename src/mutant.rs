@@ -170,6 +170,11 @@ mutants! {
     GrownUnnoted 2 "a guest may write to the new part of a disk whose size the cache has not noted",
     DetachUnflushed 6 "a detach takes the fingerprint of a disk that it has not flushed",
     // Chains in flight on packed rings.
+    TrackedChainStays 9 "a chain that was returned stays in flight in the in-flight area",
+    TrackedPositionStays 9 "the in-flight area does not learn where the next used descriptor goes",
+    TrackedTooLate 9 "a chain goes to the disk before the in-flight area has it",
+    TrackedBatchBelieved 9 "a batch counts as returned whether or not the driver was shown it",
+    UsedNotTakenBack 9 "what a life has written into used descriptors and not published stays there",
     // Recovery.
     OldestWins 2 "recovery lets the oldest version win",
     RivalsByPlace 2 "recovery lets the copy that lies highest win, whatever its version",
@@ -181,6 +186,9 @@ mutants! {
     PlaceNotChecked 2 "records count wherever they are found",
     RecordCheckIgnored 2 "the keyed check of a record is not compared",
     PayloadNotVerified 2 "the payload of the last record is not verified",
+    UnwitnessedNotSettled 8 "recovery believes a record above the witness that may not be durable",
+    AheadOutlivesHeader 5 "what was read ahead of a segment counts although its header has changed",
+    AheadTakenForAll 2 "what was read ahead of an open segment counts as all that it holds",
     RecoveryNotSyncedFirst 8 "recovery believes what may not be durable",
     SyncNotMarked 8 "nothing says that a sync is under way",
     DoubtNotNoted 8 "the page cache is dropped before it is noted that a sync has failed",

@@ -5,6 +5,7 @@ mod client;
 
 use std::time::{Duration, Instant};
 
+use client::attacks;
 use client::request::{IOERR, OK, Range, UNMAP, UNSUPP};
 use client::ring::Descriptor;
 use client::wire::{longs, words};
@@ -89,127 +90,10 @@ fn a_read_only_disk_says_so_and_keeps_its_word() {
     assert_eq!((read.status, read.data), (OK, vec![0; 4096]));
 }
 
-/// Something bad done to ring 0.
-type Attack = fn(&mut Client);
-
-/// A chain on ring 0 with its header in front and its status behind.
-fn framed(client: &mut Client, code: u32, middle: &[Descriptor]) {
-    client.queues[0].submit_framed(0xbad, code, 0, middle);
-}
-
-/// One indirect descriptor on ring 0 over a table of `entries`, `len` bytes long as it claims.
-fn indirect(client: &mut Client, entries: &[Descriptor], len: u32) {
-    let memory = client.memory.clone();
-    let table = client.queues[0].alloc(4096);
-    for (i, entry) in entries.iter().enumerate() {
-        memory.write(table + 16 * i as u64, &entry.to_bytes());
-    }
-    client.queues[0].submit_raw(0xbad, &[Descriptor::indirect(table, len)]);
-}
-
-const NEXT: u16 = 1;
-const INDIRECT: u16 = 4;
-
-const ATTACKS: &[(&str, Attack)] = &[
-    ("the available index jumps by more than the ring", |c| c.queues[0].jump(17)),
-    ("the available index jumps by half its range", |c| c.queues[0].jump(1 << 15)),
-    ("the available index goes backwards", |c| c.queues[0].jump(u16::MAX)),
-    ("a head outside the table", |c| c.queues[0].offer(16)),
-    ("the highest head", |c| c.queues[0].offer(u16::MAX)),
-    ("a descriptor that is its own next", |c| {
-        let addr = c.queues[0].alloc(16);
-        for slot in 0..16 {
-            let own = Descriptor { addr, len: 16, flags: NEXT, next: slot };
-            c.queues[0].write_descriptor(slot, own);
-        }
-        c.queues[0].offer(3);
-    }),
-    ("two descriptors that are each other's next", |c| {
-        let addr = c.queues[0].alloc(16);
-        for slot in 0..16 {
-            c.queues[0].write_descriptor(slot, Descriptor { addr, len: 16, flags: NEXT, next: slot ^ 1 });
-        }
-        c.queues[0].offer(4);
-    }),
-    ("a next outside the table", |c| {
-        let addr = c.queues[0].alloc(16);
-        c.queues[0].write_descriptor(5, Descriptor { addr, len: 16, flags: NEXT, next: 16 });
-        c.queues[0].offer(5);
-    }),
-    ("one head offered twice", |c| {
-        let addr = c.queues[0].alloc(4096);
-        framed(c, 0, &[Descriptor { addr, len: 512, flags: 2, next: 0 }]);
-        let head = c.memory.load(c.queues[0].avail_at + 4 + 2 * u64::from(c.queues[0].avail_index() % 16));
-        c.queues[0].offer(head);
-    }),
-    ("an indirect table of no bytes", |c| indirect(c, &[], 0)),
-    ("an indirect table of odd length", |c| indirect(c, &[Descriptor::readable(0, 16)], 17)),
-    ("an indirect table of 4 GiB", |c| indirect(c, &[Descriptor::readable(0, 16)], !15)),
-    ("an indirect table in an indirect table", |c| {
-        let at = c.queues[0].alloc(64);
-        indirect(c, &[Descriptor::indirect(at, 16)], 16);
-    }),
-    ("an indirect table whose entries loop", |c| {
-        let addr = c.queues[0].alloc(16);
-        indirect(c, &[Descriptor { addr, len: 16, flags: NEXT, next: 0 }], 16);
-    }),
-    ("an indirect table with a next outside of it", |c| {
-        let addr = c.queues[0].alloc(16);
-        indirect(c, &[Descriptor { addr, len: 16, flags: NEXT, next: 9 }], 32);
-    }),
-    ("an indirect descriptor that has a next", |c| {
-        let table = c.queues[0].alloc(64);
-        c.queues[0].submit_raw(
-            0xbad,
-            &[Descriptor { addr: table, len: 32, flags: INDIRECT, next: 0 }, Descriptor::writable(table, 1)],
-        );
-    }),
-    ("an indirect table outside the memory", |c| {
-        c.queues[0].submit_raw(0xbad, &[Descriptor::indirect(1 << 60, 64)]);
-    }),
-    ("a readable piece behind a writable one", |c| {
-        let at = c.queues[0].alloc(1024);
-        framed(c, 1, &[Descriptor::writable(at, 512), Descriptor::readable(at + 512, 512)]);
-    }),
-    ("a chain that cannot be answered", |c| {
-        let at = c.queues[0].alloc(16);
-        c.queues[0].submit_raw(0xbad, &[Descriptor::readable(at, 16)]);
-    }),
-    ("a chain without header", |c| {
-        let at = c.queues[0].alloc(16);
-        c.queues[0].submit_raw(0xbad, &[Descriptor::writable(at, 1)]);
-    }),
-    ("a header cut short", |c| {
-        let at = c.queues[0].alloc(16);
-        c.queues[0].submit_raw(0xbad, &[Descriptor::readable(at, 8), Descriptor::writable(at, 1)]);
-    }),
-    ("a descriptor of nothing", |c| {
-        let at = c.queues[0].alloc(16);
-        framed(c, 1, &[Descriptor::readable(at, 0)]);
-    }),
-    ("a descriptor whose end overflows", |c| framed(c, 1, &[Descriptor::readable(u64::MAX - 16, 512)])),
-    ("4 GiB in one descriptor", |c| {
-        let at = c.queues[0].alloc(16);
-        framed(c, 1, &[Descriptor::readable(at, u32::MAX)]);
-    }),
-    ("a piece that runs out of its region", |c| {
-        let region = c.memory.regions()[0];
-        framed(c, 0, &[Descriptor::writable(region.guest + region.len - 256, 512)]);
-    }),
-    ("a status byte outside the memory", |c| {
-        let at = c.queues[0].alloc(16);
-        c.queues[0].submit_raw(0xbad, &[Descriptor::readable(at, 16), Descriptor::writable(1 << 60, 1)]);
-    }),
-    ("data over the rings themselves", |c| {
-        let (at, len) = (c.queues[0].desc_at, 512);
-        framed(c, 0, &[Descriptor::writable(at, len)]);
-    }),
-];
-
 #[test]
 fn a_bad_ring_breaks_itself_and_neither_its_neighbour_nor_the_server() {
     let (_workspace, mut daemon) = server(2, &[]);
-    for (name, attack) in ATTACKS {
+    for (name, attack) in attacks::split::ALL {
         eprintln!("attack: {name}");
         let mut client = Client::connect(daemon.socket(), options(2));
         client.assert_works(0, 1);

@@ -24,6 +24,8 @@ mod pairs;
 mod product;
 #[path = "mutants/rest.rs"]
 mod rest;
+#[path = "mutants/rings.rs"]
+mod rings;
 #[path = "mutants/shares.rs"]
 mod shares;
 #[path = "crash/sizes.rs"]
@@ -32,6 +34,8 @@ mod sizes;
 mod starts;
 #[path = "mutants/stories.rs"]
 mod stories;
+#[path = "mutants/upgrades.rs"]
+mod upgrades;
 
 use std::collections::BTreeMap;
 use std::panic;

@@ -5,6 +5,8 @@ mod client;
 
 use std::time::{Duration, Instant};
 
+use client::attacks;
+use client::attacks::packed::{WRITE, part};
 use client::request::{IOERR, OK};
 use client::ring::Descriptor;
 use client::{
@@ -137,74 +139,10 @@ fn chains_of_500_segments_in_any_split_are_served_on_split_rings() {
     long_chains(false);
 }
 
-/// Something bad done to ring 0.
-type Attack = fn(&mut Client);
-
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-
-fn offer(client: &mut Client, slots: &[(Descriptor, u16)]) {
-    client.queues[0].offer_packed(slots);
-}
-
-fn part(client: &mut Client, len: u32, flags: u16) -> Descriptor {
-    let addr = client.queues[0].alloc(len.into());
-    Descriptor { addr, len, flags, next: 0 }
-}
-
-fn indirect(client: &mut Client, entries: &[Descriptor], len: u32) {
-    let table = client.queues[0].alloc(4096);
-    client.queues[0].write_table(table, &mut entries.to_vec());
-    offer(client, &[(Descriptor { addr: table, len, flags: INDIRECT, next: 0 }, 0)]);
-}
-
-/// Attacks that leave no way to answer: the ring is broken and says so.
-const ATTACKS: &[(&str, Attack)] = &[
-    ("a chain as long as the ring that goes on", |c| {
-        let slots: Vec<_> = (0..16).map(|id| (part(c, 16, NEXT), id)).collect();
-        offer(c, &slots);
-    }),
-    ("an id outside the ring", |c| {
-        let one = part(c, 16, WRITE);
-        offer(c, &[(one, 16)]);
-    }),
-    ("the highest id", |c| {
-        let one = part(c, 16, WRITE);
-        offer(c, &[(one, u16::MAX)]);
-    }),
-    ("a piece to read behind one to write", |c| {
-        let (first, last) = (part(c, 16, WRITE | NEXT), part(c, 16, 0));
-        offer(c, &[(first, 0), (last, 0)]);
-    }),
-    ("a chain without room for a status", |c| {
-        let one = part(c, 16, 0);
-        offer(c, &[(one, 0)]);
-    }),
-    ("a status outside the memory", |c| {
-        let first = part(c, 16, NEXT);
-        offer(c, &[(first, 0), (Descriptor::writable(1 << 60, 1), 0)]);
-    }),
-    ("an indirect table of no bytes", |c| indirect(c, &[], 0)),
-    ("an indirect table of odd length", |c| indirect(c, &[Descriptor::readable(0, 16)], 17)),
-    ("an indirect table of 4 GiB", |c| indirect(c, &[Descriptor::readable(0, 16)], !15)),
-    ("an indirect table in an indirect table", |c| {
-        let at = c.queues[0].alloc(64);
-        indirect(c, &[Descriptor::indirect(at, 16)], 16);
-    }),
-    ("an indirect table outside the memory", |c| {
-        offer(c, &[(Descriptor::indirect(1 << 60, 64), 0)]);
-    }),
-    ("an indirect descriptor that goes on", |c| {
-        let (table, last) = (part(c, 64, INDIRECT | NEXT), part(c, 1, WRITE));
-        offer(c, &[(table, 0), (last, 0)]);
-    }),
-];
-
 #[test]
 fn a_bad_packed_ring_breaks_itself_and_neither_its_neighbour_nor_the_server() {
     let (_workspace, mut daemon) = server(2);
-    for (name, attack) in ATTACKS {
+    for (name, attack) in attacks::packed::ALL {
         eprintln!("attack: {name}");
         let mut client = Client::connect(daemon.socket(), options(2, 16));
         client.assert_works(0, 1);

@@ -168,6 +168,40 @@ fn the_manager_is_told_when_sockets_answer_of_a_reload_and_of_the_stop() {
 }
 
 #[test]
+fn the_manager_is_told_who_has_taken_over_when_that_serves_and_goes_on_being_told() {
+    let setup = Setup::new("");
+    let manager = UnixDatagram::bind(setup.path("notify")).expect("a socket");
+    manager.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let mut command = setup.command();
+    command.env("NOTIFY_SOCKET", setup.path("notify")).env("WATCHDOG_USEC", "200000");
+    let first = Running(command.spawn().expect("our binary runs"));
+    assert!(next_state(&manager).starts_with("READY=1\n"), "{}", setup.log());
+    // One that would serve something else, started by hand: nothing of it reaches the manager.
+    let other = setup.path("other.toml");
+    let config = setup.config().replace("name = \"vm1\"", "name = \"vm2\"");
+    fs::write(&other, config).expect("it can be written");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pcache-vhost"));
+    command.arg("--config").arg(other).arg("--take-over").env("NOTIFY_SOCKET", setup.path("notify"));
+    let refused = command.output().expect("our binary runs");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("add it, or detach it first"), "{refused:?}");
+    // One that does serve, from a shell without a manager.
+    let mut command = setup.command();
+    let second = Running(command.arg("--take-over").spawn().expect("our binary runs"));
+    assert_eq!(next_state(&manager), format!("MAINPID={}", second.0.id()), "{}", setup.log());
+    assert!(next_state(&manager).starts_with("READY=1\n"), "{}", setup.log());
+    UnixStream::connect(setup.path("control.sock")).expect("it serves");
+    first.ends_well();
+    for _ in 0..3 {
+        let mut text = [0; 64];
+        let len = manager.recv(&mut text).expect("the watchdog is fed by the second");
+        assert_eq!(&text[..len], b"WATCHDOG=1");
+    }
+    second.signal(libc::SIGTERM);
+    assert!(next_state(&manager).starts_with("STOPPING=1\n"));
+    second.ends_well();
+}
+
+#[test]
 fn a_daemon_that_stands_still_does_not_feed_its_watchdog() {
     let setup = Setup::new("");
     let manager = UnixDatagram::bind(setup.path("notify")).expect("a socket");

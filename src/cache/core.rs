@@ -154,6 +154,8 @@ impl<E: Env> Cache<E> {
             return Err(OpenError::SmallSegments { segment_size: media.geometry.segment_size });
         }
         let has_failed = doubt::has_failed(&media)?;
+        let nothing = ReadAhead::default();
+        let ahead = if has_failed { &nothing } else { ahead };
         if has_failed {
             // The device is the truth, not what still reads back (law 8).
             media.pmem.reread().map_err(|_| OpenError::NotDurable)?;

@@ -8,11 +8,13 @@
 //! All bytes read are hostile: a record counts only by its keyed check, its own position, its
 //! segment's generation and the start that opened it; its fields have been bounded by the decoder.
 
+use std::ops::Range;
+
 use super::media::Media;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::{
-    Corruption, Dual, Key, Record, RecordExpect, SegmentHeader, SegmentState, SummaryExpect, Witness,
-    decode_record_into, decode_summary, newest, record_len,
+    Corruption, Dual, Key, RECORD_LEN_MAX, Record, RecordExpect, SegmentHeader, SegmentState, SummaryExpect,
+    Witness, decode_record_into, decode_summary, newest, record_len,
 };
 use crate::pmem::{MediaError, Pmem};
 
@@ -29,6 +31,28 @@ pub(crate) struct Scan {
     pub last_sequence: u64,
     pub log_low: u32,
     pub payload_end: u32,
+    /// Bytes of the segment that count and that no witness vouches for: on media whose fence is durable,
+    /// what the one record that may not have been fenced consists of.
+    pub unwitnessed: Vec<Range<u32>>,
+}
+
+impl Scan {
+    /// Takes over the record that comes next.
+    fn take(&mut self, record: &Record) {
+        self.keys.extend_from_slice(&record.keys);
+        self.checksums.extend_from_slice(&record.checksums);
+        self.payload_end = self.payload_end.max(record.header.payload_end);
+        self.log_low = record.header.offset;
+        self.last_sequence = record.header.sequence;
+    }
+
+    /// Notes what a record that counts consists of.
+    fn doubt(&mut self, record: &Record) {
+        let (at, len) = (record.header.offset, record_len(record.keys.len(), record.checksums.len()));
+        self.unwitnessed.push(at..at + len as u32);
+        let pieces = record.keys.iter().flat_map(Key::pieces);
+        self.unwitnessed.extend(pieces.map(|p| p.start * 512..(p.start + p.sectors) * 512));
+    }
 }
 
 impl<P: Pmem> Media<P> {
@@ -86,25 +110,30 @@ impl<P: Pmem> Media<P> {
     /// # Errors
     /// Only when the media cannot be read at all; damaged parts are losses.
     pub fn scan_records(&self, id: u32, header: &SegmentHeader) -> Result<Scan, MediaError> {
-        let mut walk = Walk::new(self, id, header)?;
+        Ok(self.scan_on(id, header, self.nothing_yet()))
+    }
+
+    /// What a segment holds below what was scanned of it earlier, and that.
+    pub fn scan_on(&self, id: u32, header: &SegmentHeader, mut scan: Scan) -> Scan {
+        let mut walk = Walk::new(self, id, header, scan.log_low);
         let witness = self.load_witness(id, header.generation);
         let strict = self.pmem.class().fence_is_durable();
-        let mut scan = Scan {
-            log_low: self.geometry.data_end(),
-            payload_end: self.geometry.data_start(),
-            ..Scan::default()
-        };
-        let mut expected = 1;
+        let mut expected = scan.last_sequence + 1;
         while let Some(record) = walk.next_record(scan.payload_end) {
             let sequence = record.header.sequence;
             let sealed_out = header.state == SegmentState::Sealed && sequence > header.last_sequence;
             if sequence < expected || sealed_out {
                 continue;
             }
-            if sequence > witness && !self.payload_holds(id, record) {
-                // The end of what was fenced, or one of what no `sync` had reached.
-                scan.torn += 1;
-                continue;
+            if sequence > witness {
+                if !self.payload_holds(id, record) {
+                    // The end of what was fenced, or one of what no `sync` had reached.
+                    scan.torn += 1;
+                    continue;
+                }
+                if strict {
+                    scan.doubt(record);
+                }
             }
             let is_gap = sequence > expected && !mutated(Mutant::SequenceGapIgnored);
             if is_gap && (strict || expected <= witness) {
@@ -112,16 +141,36 @@ impl<P: Pmem> Media<P> {
                 scan.losses.push((record.header.epoch, what));
             }
             expected = sequence + 1;
-            scan.keys.extend_from_slice(&record.keys);
-            scan.checksums.extend_from_slice(&record.checksums);
-            scan.payload_end = scan.payload_end.max(record.header.payload_end);
-            scan.log_low = record.header.offset;
-            scan.last_sequence = sequence;
+            scan.take(record);
         }
         if witness >= expected {
             scan.losses.push((u64::MAX, format!("records {expected} to {witness} are missing")));
         }
-        Ok(scan)
+        scan
+    }
+
+    /// The records of a segment that nobody will change any more although others may follow: those up to
+    /// the witness, which was stored after they were fenced. `None` if not all of them are there.
+    pub fn scan_witnessed(&self, id: u32, header: &SegmentHeader) -> Option<Scan> {
+        let witness = self.load_witness(id, header.generation);
+        let mut scan = self.nothing_yet();
+        let mut walk = Walk::new(self, id, header, scan.log_low);
+        for sequence in 1..=witness {
+            let record = walk.next_record(scan.payload_end)?;
+            if record.header.sequence != sequence {
+                return None;
+            }
+            scan.take(record);
+        }
+        // On to the payload, for the pages' sake.
+        while walk.next_record(scan.payload_end).is_some() {}
+        Some(scan)
+    }
+
+    /// A segment before its first record.
+    fn nothing_yet(&self) -> Scan {
+        let geometry = &self.geometry;
+        Scan { log_low: geometry.data_end(), payload_end: geometry.data_start(), ..Scan::default() }
     }
 
     /// Whether every checksum of a record's payload holds.
@@ -241,29 +290,26 @@ pub(crate) enum WalkError {
     Missing { segment: u32, below: u32 },
 }
 
+/// Bytes that a walk reads at a time.
+const WINDOW: u32 = 64 << 10;
+
 /// Steps down through a segment, from record to record, over whatever lies between.
 struct Walk<'a, P> {
     media: &'a Media<P>,
     id: u32,
     header: &'a SegmentHeader,
+    /// What lies at and above `low`, as far up as a record from there may reach.
     bytes: Vec<u8>,
+    low: u32,
     /// Everything at and above this offset has been looked at.
     at: u32,
     record: Record,
 }
 
 impl<'a, P: Pmem> Walk<'a, P> {
-    fn new(media: &'a Media<P>, id: u32, header: &'a SegmentHeader) -> Result<Self, MediaError> {
-        let (start, end) = (media.geometry.data_start(), media.geometry.data_end());
-        let mut bytes = vec![0; (end - start) as usize];
-        // Page by page: a poisoned one costs what it holds, not the segment.
-        for (i, page) in bytes.chunks_mut(4096).enumerate() {
-            let at = media.in_segment(id, start + i as u32 * 4096);
-            if media.pmem.read(at, page).is_err() {
-                page.fill(0);
-            }
-        }
-        Ok(Self { media, id, header, bytes, at: end, record: Record::default() })
+    /// Begins below `at`, where a record begins or the data ends.
+    fn new(media: &'a Media<P>, id: u32, header: &'a SegmentHeader, at: u32) -> Self {
+        Self { media, id, header, bytes: Vec::new(), low: at, at, record: Record::default() }
     }
 
     /// The next valid record below, down to `floor`.
@@ -271,11 +317,32 @@ impl<'a, P: Pmem> Walk<'a, P> {
         let start = self.media.geometry.data_start();
         while self.at >= floor.max(start) + 256 {
             self.at -= 256;
-            let slice = &self.bytes[(self.at - start) as usize..];
+            if self.at < self.low {
+                self.read_on();
+            }
+            let slice = &self.bytes[(self.at - self.low) as usize..];
             if self.media.read_record(self.id, self.header, self.at, slice, &mut self.record) {
                 return Some(&self.record);
             }
         }
         None
+    }
+
+    /// Moves the window down. A record that begins in it may end above: so much is kept.
+    fn read_on(&mut self) {
+        let start = self.media.geometry.data_start();
+        // By page from the data's beginning: a poisoned one costs what it holds, not the segment.
+        let low = start + (self.low - start).saturating_sub(WINDOW) / 4096 * 4096;
+        let (fresh, kept) = ((self.low - low) as usize, self.bytes.len().min(RECORD_LEN_MAX));
+        self.bytes.resize(fresh.max(self.bytes.len()) + kept, 0);
+        self.bytes.copy_within(..kept, fresh);
+        self.bytes.truncate(fresh + kept);
+        for (i, page) in self.bytes[..fresh].chunks_mut(4096).enumerate() {
+            let at = self.media.in_segment(self.id, low + i as u32 * 4096);
+            if self.media.pmem.read(at, page).is_err() {
+                page.fill(0);
+            }
+        }
+        self.low = low;
     }
 }

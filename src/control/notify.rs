@@ -1,7 +1,8 @@
 //! What the service manager is told (`sd_notify(3)`): datagrams to the socket in `NOTIFY_SOCKET`.
 //!
 //! `READY=1` once sockets answer, `RELOADING=1` and `READY=1` around a reload, `STOPPING=1` at the
-//! stop, `STATUS=` a line that `systemctl status` shows, and `WATCHDOG=1` while all is well here.
+//! stop, `STATUS=` a line that `systemctl status` shows, `WATCHDOG=1` while all is well here, and
+//! `MAINPID=` where another process goes on (`handover`).
 //!
 //! Laws:
 //! - Telling never waits and never fails the daemon: a manager that does not read loses a line.
@@ -9,6 +10,8 @@
 //!   the volumes takes is held for ever. A disk that hangs is no reason to be killed: a start would
 //!   hang on it just the same, and until then the other volumes serve.
 //! - Without `NOTIFY_SOCKET` nothing is sent and nothing wakes up.
+//! - After a hand-over the manager is the predecessor's, whatever the successor's environment says: an
+//!   operator's shell has none, and the watchdog of the service goes on counting.
 //!
 //! Written here, since the protocol is a datagram and its stability is promised (systemd's "Portability
 //! and Stability Promise"); `libsystemd` would be a library to link for `sendto`.
@@ -20,6 +23,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::daemon::Daemon;
 use super::sys;
 use crate::cache::VolumeState;
@@ -30,9 +35,21 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// A way to the service manager; of no effect where there is none.
 pub struct Notifier {
     manager: Option<(UnixDatagram, SocketAddr)>,
+    /// What a successor is told of it.
+    address: Option<Manager>,
     watchdog: Option<Duration>,
     /// The last line told, so that the journal of the manager is not filled with one and the same.
     told: String,
+}
+
+/// A service manager, as one daemon tells another of it.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Manager {
+    /// As in `NOTIFY_SOCKET`.
+    pub socket: String,
+    /// As in `WATCHDOG_USEC`; 0 for no watchdog.
+    pub watchdog_us: u64,
 }
 
 /// Where it is and what it asks, as the environment has it.
@@ -70,8 +87,26 @@ impl Notifier {
         });
         let number = |text: Option<&OsStr>| text.and_then(OsStr::to_str).and_then(|text| text.parse().ok());
         let is_ours = number(wishes.watchdog_pid).is_none_or(|pid| pid == u64::from(std::process::id()));
-        let watchdog = number(wishes.watchdog_us).filter(|&us| is_ours && us > 0).map(Duration::from_micros);
-        Self { watchdog: watchdog.filter(|_| manager.is_some()), manager, told: String::new() }
+        let watchdog_us = number(wishes.watchdog_us).filter(|_| is_ours).unwrap_or(0);
+        let name = wishes.socket.and_then(OsStr::to_str).filter(|_| manager.is_some());
+        let address = name.map(|name| Manager { socket: name.into(), watchdog_us });
+        let watchdog = (watchdog_us > 0 && manager.is_some()).then(|| Duration::from_micros(watchdog_us));
+        Self { manager, address, watchdog, told: String::new() }
+    }
+
+    /// The manager that another daemon has told of.
+    pub fn at(manager: &Manager) -> Self {
+        let watchdog_us = manager.watchdog_us.to_string();
+        Self::new(&Wishes {
+            socket: Some(OsStr::new(&manager.socket)),
+            watchdog_us: Some(OsStr::new(&watchdog_us)),
+            watchdog_pid: None,
+        })
+    }
+
+    /// What another daemon has to know to tell the same manager.
+    pub fn manager(&self) -> Option<&Manager> {
+        self.address.as_ref()
     }
 
     /// How long the main thread may sleep before [`Notifier::alive`] is due.
@@ -91,6 +126,11 @@ impl Notifier {
     /// Says that the configuration is being read again; [`Notifier::ready`] ends that.
     pub fn reloading(&mut self) {
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={}", sys::monotonic_us()));
+    }
+
+    /// Says that another process is the service from now on.
+    pub fn succeeded_by(&self, process: u32) {
+        self.send(&format!("MAINPID={process}"));
     }
 
     /// Says that this is the end.

@@ -95,6 +95,9 @@ pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit
     if start.take_over && predecessor.is_none() {
         tracing::info!("nobody answers at the control socket: there is nothing to take over");
     }
+    if let Some(manager) = predecessor.as_ref().and_then(Predecessor::manager) {
+        notifier = Notifier::at(manager);
+    }
     let mut claims = Claims::new(config, predecessor.as_ref())?;
     let ((caches, volumes), predecessor) =
         open_all(config, &mut created, predecessor, &mut claims, start.wait_for_disks)?;
@@ -109,7 +112,7 @@ pub fn serve(config: &Config, file: Option<&Path>, start: &Start) -> Result<Exit
         if let Some(claim) = claims.control {
             *lock(&api) = Some(claim.open(&daemon, signals.servers().running())?);
         }
-        claims.upgrade.map(|claim| Giver::open(claim, &daemon, &api, &gate)).transpose()
+        claims.upgrade.map(|claim| Giver::open(claim, &daemon, &api, &gate, notifier.manager())).transpose()
     });
     let giver = match opened {
         Ok(giver) => giver,

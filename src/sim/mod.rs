@@ -40,6 +40,7 @@ mod scenario;
 mod scene;
 mod stats;
 pub mod timed;
+pub mod upgrade;
 mod world;
 
 pub use backing::{SimBacking, SimChannel};

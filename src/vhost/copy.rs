@@ -14,10 +14,10 @@ pub(super) use crate::pmem::guard::{Fault, copy_in, copy_out};
 use crate::sync::access;
 
 /// A moment at which a test may let the process die: before each access to what outlives it.
-#[cfg(not(test))]
+#[cfg(not(any(test, feature = "sim")))]
 #[inline(always)]
 pub(super) fn step() {}
-#[cfg(test)]
+#[cfg(any(test, feature = "sim"))]
 pub(super) use super::testing::step;
 
 /// Reads a 16-bit index; what its writer stored before it is visible afterwards (acquire).

@@ -39,6 +39,7 @@ use super::copy::Fault;
 use super::inflight::{InflightArea, Part, Recovery, Tracker};
 use super::packed::{PackedRing, Position};
 use super::ring::Descriptor;
+use crate::mutant::{Mutant, mutated};
 
 /// Bytes before the entries.
 pub(super) const HEADER_LEN: usize = 32;
@@ -145,7 +146,8 @@ impl PackedTracker {
         let Some((new, old)) = self.load_used() else { return Ok(None) };
         let free = self.part.word(FREE_AT).load(Acquire);
         let (new_free, old_free) = (free as u16, (free >> 16) as u16);
-        let was_shown = new != old && !old.is_available(ring.flags(old.index)?);
+        let is_believed = mutated(Mutant::TrackedBatchBelieved);
+        let was_shown = new != old && (is_believed || !old.is_available(ring.flags(old.index)?));
         let (used, free) = if was_shown { (new, new_free) } else { (old, old_free) };
         Ok(self.chains(free).map(|chains| (used, chains)))
     }
@@ -266,6 +268,9 @@ impl Tracker<PackedRing> for PackedTracker {
         self.part.long(at(first, COUNTER_AT)).store(self.counter, Release);
         self.part.byte(at(first, MARK_AT)).store(1, Release);
         (self.first[usize::from(head)], self.last[usize::from(first)]) = (first, last);
+        if mutated(Mutant::TrackedTooLate) {
+            self.part.byte(at(first, MARK_AT)).store(0, Release);
+        }
         self.counter = self.counter.wrapping_add(1);
         self.free = entry;
         self.store_free(entry, entry);
@@ -303,12 +308,14 @@ impl Tracker<PackedRing> for PackedTracker {
         self.store_free(self.free, old_free);
         if let Some(new) = Position::decode(used as u16, self.part.entries) {
             self.store_used(new, self.shown);
-            self.shown = new;
+            if !mutated(Mutant::TrackedPositionStays) {
+                self.shown = new;
+            }
         }
     }
 
     fn end_batch(&mut self, heads: &[u16], _used: u32) {
-        for &head in heads {
+        for &head in heads.iter().filter(|_| !mutated(Mutant::TrackedChainStays)) {
             let first = self.first[usize::from(head)];
             self.part.byte(at(first, MARK_AT)).store(0, Release);
         }

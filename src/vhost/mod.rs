@@ -46,11 +46,16 @@ pub use channel::Handle;
 pub use crew::Crew;
 pub use idle::{PollMode, Polling};
 #[cfg(feature = "sim")]
+pub use inflight_packed_lives::packed_ring_lives;
+#[cfg(feature = "sim")]
 pub use queue::stepper::{QueueStepper, RingSetup};
 pub use server::{Endpoint, Options, Parked, Presence, Server, Stopper};
 pub use session::{ParkedSession, Saved};
 
-#[cfg(test)]
+#[cfg(any(test, feature = "sim"))]
+mod inflight_packed_lives;
+#[cfg(any(test, feature = "sim"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "only unit tests need all of it"))]
 mod testing;
 #[cfg(all(test, feature = "weave"))]
 mod weave_tests;

@@ -33,6 +33,7 @@ use super::features::Features;
 use super::inflight_packed::PackedTracker;
 use super::memory::MemoryMap;
 use super::ring::{ChainError, DESCRIPTOR_LEN, Descriptor, Ring, RingError, RingPlace};
+use crate::mutant::{Mutant, mutated};
 use crate::sync;
 
 /// Descriptors a packed ring may have (virtio 1.3 §2.8.10.1).
@@ -170,7 +171,9 @@ impl PackedRing {
         for &(id, slots) in in_flight {
             self.lens[usize::from(id)] = slots;
             for _ in 0..slots {
-                self.store_flags(self.avail.index, self.avail.available_flags())?;
+                if !mutated(Mutant::UsedNotTakenBack) {
+                    self.store_flags(self.avail.index, self.avail.available_flags())?;
+                }
                 self.avail = self.avail.plus(1, self.size);
             }
             self.taken += slots;

@@ -1,6 +1,8 @@
 //! What the unit tests of this module share: guest memory of memfds, a driver's side of a ring, and
 //! a random generator.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::OwnedFd;

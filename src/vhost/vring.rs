@@ -185,6 +185,16 @@ impl Vring {
         self.left > 0
     }
 
+    /// The used position it last stopped at with everything returned, until its base is taken.
+    pub fn stopped_at(&self) -> Option<u32> {
+        self.stopped_at.filter(|_| self.left == 0)
+    }
+
+    /// Says where another process's ring, which this one goes on for, has stopped.
+    pub fn set_stopped_at(&mut self, used: u32) {
+        self.stopped_at = Some(used);
+    }
+
     /// Stops the thread, when everything in flight is returned, or when nothing has been for
     /// `patience`.
     pub fn stop(&mut self, patience: Option<Duration>) {

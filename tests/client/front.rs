@@ -140,7 +140,8 @@ pub struct Client {
     /// The configuration space at the last handshake.
     pub config: Vec<u8>,
     path: PathBuf,
-    inflight: Option<Inflight>,
+    /// Of a client that tracks what is in flight.
+    pub inflight: Option<Inflight>,
 }
 
 impl Client {

@@ -16,6 +16,7 @@
 #![allow(dead_code, unused_imports, reason = "each test binary uses its own part of the client")]
 
 pub mod arena;
+pub mod attacks;
 pub mod daemon;
 pub mod front;
 pub mod fuse;

@@ -5,10 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use pcache_vhost::cache::Order;
 use pcache_vhost::mutant::Mutant;
-use pcache_vhost::pmem::MediaClass::PageCache;
+use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{failing, fellows, growth, held, pairs, rest, shares, sizes, starts, stories};
+use super::{failing, fellows, growth, held, pairs, rest, rings, shares, sizes, starts, stories, upgrades};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -49,6 +49,15 @@ impl Instrument {
             | M::SequenceGapIgnored
             | M::WitnessIgnored => ("damage at rest", Rest),
             M::DescriptorNewestOverwritten | M::StartPageNewestOverwritten => ("torn starts", Starts),
+            M::TrackedChainStays
+            | M::TrackedPositionStays
+            | M::TrackedTooLate
+            | M::TrackedBatchBelieved
+            | M::UsedNotTakenBack => ("story of packed rings", Story(rings::packed_rings_that_die)),
+            M::AheadOutlivesHeader | M::AheadTakenForAll => {
+                ("story of an upgrade", Story(upgrades::with_a_look_ahead))
+            }
+            M::UnwitnessedNotSettled => run(|s| s.class == AssumeDax),
             M::GrownUnannounced | M::GrownUnnoted => ("story of growth", Story(growth::growing)),
             M::SidecarUnannounced => ("story of a pair", Story(pairs::steps_of_a_pair)),
             M::DroppedCleanCounts => ("story of another disk", Story(pairs::dropped_clean_data)),

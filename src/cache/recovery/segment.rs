@@ -4,6 +4,11 @@
 //! are recovered by several threads at once, in any order, to the same end.
 //! What it stores (a summary and header, a floor, a volume's mark of damage) it fences itself: a fence
 //! covers its own thread's stores only.
+//!
+//! What it believes is durable first, for whoever stored it may have died before its fence. That is little,
+//! and all else need not be written back once more while guests wait: a summary was fenced before the
+//! header that points to it was stored, a record and its payload before the witness that counts it. What is
+//! left are headers, witnesses and words themselves, and the record above the witness.
 
 use std::sync::atomic::Ordering;
 
@@ -81,28 +86,38 @@ fn scan_segment<E: Env>(
     ahead: &ReadAhead,
     found: &mut Found,
 ) -> Scan {
-    let mut scan = Scan::default();
-    let geometry = &cache.media.geometry;
-    match header.state {
-        // Its records were fenced by those who wrote them before it was sealed.
-        SegmentState::Sealed => {
-            let end = header.summary_offset.saturating_add(header.summary_len).min(geometry.data_end());
-            cache.media.settle_range(id, header.summary_offset, end);
-        }
-        _ => cache.media.settle_range(id, geometry.data_start(), geometry.data_end()),
-    }
+    let seen = ahead.take(id, header);
     if header.state == SegmentState::Sealed && header.summary_len > 0 {
-        match ahead.take(id, header).map_or_else(|| cache.media.scan_summary(id, header), Ok) {
+        match seen.map_or_else(|| cache.media.scan_summary(id, header), Ok) {
             Ok(scan) => return scan,
             Err(error) => {
                 let what = format!("segment {id}: its summary is damaged ({error}); reading its records");
                 found.findings.push(what);
             }
         }
+    } else if let Some(scan) = seen {
+        let is_all = mutated(Mutant::AheadTakenForAll);
+        let scan = if is_all { scan } else { cache.media.scan_on(id, header, scan) };
+        return end_scan(cache, id, header, volume, scan, found);
     }
-    match cache.media.scan_records(id, header) {
-        Ok(by_records) => scan = by_records,
-        Err(error) => scan.losses.push((u64::MAX, error.to_string())),
+    let scan = cache
+        .media
+        .scan_records(id, header)
+        .unwrap_or_else(|error| Scan { losses: vec![(u64::MAX, error.to_string())], ..Scan::default() });
+    end_scan(cache, id, header, volume, scan, found)
+}
+
+/// Judges what is missing among a segment's records; seals it if it was found open.
+fn end_scan<E: Env>(
+    cache: &Cache<E>,
+    id: u32,
+    header: &SegmentHeader,
+    volume: &VolumeCore,
+    mut scan: Scan,
+    found: &mut Found,
+) -> Scan {
+    for range in scan.unwitnessed.iter().filter(|_| !mutated(Mutant::UnwitnessedNotSettled)) {
+        cache.media.settle_range(id, range.start, range.end);
     }
     if header.state == SegmentState::Sealed && scan.last_sequence < header.last_sequence {
         scan.losses.push((u64::MAX, "its last records are missing".to_owned()));

@@ -24,6 +24,7 @@ use crate::control::config::{ControlConfig, Endpoint};
 use crate::control::daemon::front_end::FrontEnd;
 use crate::control::daemon::{Daemon, Served, lock};
 use crate::control::exit::{Exit, sentence};
+use crate::control::notify::{Manager, Notifier};
 use crate::control::run::RunError;
 use crate::control::socket::{Bound, Claimed, Incoming};
 use crate::control::sys;
@@ -63,6 +64,7 @@ struct Shared {
     daemon: Arc<Daemon>,
     api: Arc<Mutex<Option<Api>>>,
     gate: Arc<Gate>,
+    manager: Option<Manager>,
     listener: UnixListener,
     bound: Mutex<Option<Bound>>,
 }
@@ -95,6 +97,7 @@ impl Giver {
         daemon: &Arc<Daemon>,
         api: &Arc<Mutex<Option<Api>>>,
         gate: &Arc<Gate>,
+        manager: Option<&Manager>,
     ) -> Result<Self, RunError> {
         let (incoming, bound) = claim.open()?;
         let Incoming::Listener(listener) = incoming else {
@@ -104,6 +107,7 @@ impl Giver {
             daemon: Arc::clone(daemon),
             api: Arc::clone(api),
             gate: Arc::clone(gate),
+            manager: manager.cloned(),
             listener,
             bound: Mutex::new(bound),
         });
@@ -143,9 +147,11 @@ impl Shared {
             tracing::warn!(uid, "somebody who is not our user has tried to take over");
             return;
         }
+        // As the kernel says: a process of another PID namespace is nobody the manager could watch.
+        let process = sys::peer_process(stream.as_fd()).ok();
         let mut wire = Wire::new(stream);
         // It does not return when it succeeds.
-        let Err(error) = self.give(&mut wire);
+        let Err(error) = self.give(&mut wire, process);
         match &error {
             HandoverError::Refused(why) => {
                 tracing::warn!("not handed over, serving on: the successor says: {why}")
@@ -158,7 +164,7 @@ impl Shared {
         }
     }
 
-    fn give(&self, wire: &mut Wire) -> Result<std::convert::Infallible, HandoverError> {
+    fn give(&self, wire: &mut Wire, process: Option<u32>) -> Result<std::convert::Infallible, HandoverError> {
         let (version, program, pid) = match wire.hear(PROMPT)?.word {
             Word::Hello { version, program, pid } => (version, program, pid),
             word => return Err(super::wire::unexpected(&word)),
@@ -186,7 +192,13 @@ impl Shared {
         // The point of no return is behind us.
         tracing::info!("handed over to process {pid}: rest_us={}", rested.as_micros());
         let code = match wire.expect(&Word::Serving, RECOVERY) {
-            Ok(()) => Exit::Done,
+            Ok(()) => {
+                // Not before: a manager that watches who does not serve yet would miss its death.
+                if let (Some(manager), Some(process)) = (&self.manager, process) {
+                    Notifier::at(manager).succeeded_by(process);
+                }
+                Exit::Done
+            }
             Err(error) => {
                 tracing::error!("process {pid} has taken over and does not serve: {}", sentence(&error));
                 Exit::Failed
@@ -257,7 +269,7 @@ impl Shared {
         }
         let control = self.daemon.control().map(|control| absolute(control.socket.as_path())).transpose();
         let control = control.map_err(failed)?.unwrap_or_default();
-        wire.say(&Word::Offered { volumes, control }, &[], PROMPT)
+        wire.say(&Word::Offered { volumes, control, manager: self.manager.clone() }, &[], PROMPT)
     }
 
     /// Stops everything that works. On an error everything works again.

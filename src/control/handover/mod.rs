@@ -29,6 +29,8 @@
 //!   are another's. If the successor dies, that is a death like any other: VMMs reconnect, and what was
 //!   in flight is in their in-flight areas. For the same reason the engine is not told of the change: it
 //!   recovers from the media as after a kill, the path that is proven best.
+//! - The service manager hears of the successor from the predecessor, when that serves: a manager that
+//!   watched it earlier would take its death for that of the service, while the predecessor serves on.
 //! - Both ends are of one user, or root's, as the kernel says; nobody else is answered.
 //! - Every wait is bounded, and so is every message, before it is believed.
 //! - One hand-over at a time, and none while the daemon stops, a job runs, a checkpoint holds a disk, or a

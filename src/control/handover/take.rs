@@ -20,6 +20,7 @@ use super::wire::{Message, OfferedVolume, VERSION, Wire, Word, unexpected};
 use super::{HandoverError, socket};
 use crate::control::api;
 use crate::control::config::{ControlConfig, Endpoint, VolumeConfig};
+use crate::control::notify::Manager;
 use crate::control::socket::{Bound, Claimed, Incoming};
 use crate::control::sys;
 use crate::control::value::SocketPath;
@@ -43,6 +44,7 @@ pub struct Predecessor {
     disks: BTreeMap<String, Arc<File>>,
     redos: BTreeMap<String, Arc<File>>,
     volumes: Vec<OfferedVolume>,
+    manager: Option<Manager>,
 }
 
 /// What it leaves.
@@ -103,6 +105,7 @@ impl Predecessor {
             disks: BTreeMap::new(),
             redos: BTreeMap::new(),
             volumes: Vec::new(),
+            manager: None,
         };
         predecessor.hear_offer()?;
         Ok(Some(predecessor))
@@ -117,8 +120,8 @@ impl Predecessor {
                 Word::Cache { .. } => self.caches.push(file(message)?),
                 Word::Disk { volume } => drop(self.disks.insert(volume, file(message)?)),
                 Word::Redo { volume } => drop(self.redos.insert(volume, file(message)?)),
-                Word::Offered { volumes, .. } => {
-                    self.volumes = volumes;
+                Word::Offered { volumes, manager, .. } => {
+                    (self.volumes, self.manager) = (volumes, manager);
                     return Ok(());
                 }
                 word => return Err(unexpected(&word)),
@@ -251,10 +254,21 @@ impl Predecessor {
         Ok((Parked { listener, session }, place))
     }
 
-    /// Says that guests are served again: the other one ends.
+    /// The service manager that it tells of itself.
+    pub fn manager(&self) -> Option<&Manager> {
+        self.manager.as_ref()
+    }
+
+    /// Says that guests are served again: the other one ends. Waits for that, because a manager listens
+    /// to us only after it has been told by the other one that we are the service.
     pub fn say_serving(mut self) {
         if let Err(error) = self.wire.say(&Word::Serving, &[], PROMPT) {
             tracing::warn!("the predecessor does not hear that it is over: {error}");
+            return;
+        }
+        match self.wire.hear(PROMPT) {
+            Err(HandoverError::Io { source, .. }) if source.kind() != io::ErrorKind::TimedOut => {}
+            _ => tracing::warn!("the predecessor serves no more and does not end"),
         }
     }
 

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::HandoverError;
+use crate::control::notify::Manager;
 use crate::control::sys;
 
 /// Version of what is said here. A daemon gives itself only to one that says the same.
@@ -66,6 +67,8 @@ pub enum Word {
         volumes: Vec<OfferedVolume>,
         /// The control socket, from the root.
         control: String,
+        /// The service manager, if there is one.
+        manager: Option<Manager>,
     },
     /// The successor can serve all of it.
     Ready,

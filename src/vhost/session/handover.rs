@@ -10,10 +10,11 @@
 //! - order: what was negotiated, then memory, log and in-flight area, then the rings, each one's kick
 //!   and enabling last. A ring starts when it has all it needs, as after a connection;
 //! - a ring that was broken gets no kick: it stays stopped until its VMM sets it up again;
-//! - the VMM gets no answer to these messages: it has had its own.
-//!
-//! What a driver's reset would forget is not saved: where a stopped ring's in-flight part was to be
-//! cleared at. It has no marks, so whoever starts the ring next finds nothing to do in it.
+//! - the VMM gets no answer to these messages: it has had its own;
+//! - one thing is said that no VMM says: where a ring has stopped ([`STOPPED_AT`]). When its base is asked
+//!   for, its part of the in-flight area is cleared there. Left as it is, that part would have the next
+//!   driver's ring begin where the last one's ended; cleared without the ring ever having stopped in good
+//!   order, it would forget what an earlier life has left in flight.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -26,17 +27,20 @@ use vhost::vhost_user::message::{
 };
 
 use super::super::config_space::WRITEBACK_AT;
-use super::super::decode::{NO_FD, bytes_of};
+use super::super::decode::{NO_FD, body, bytes_of};
 use super::super::memory::RegionSpec;
 use super::super::message::Message;
 use super::super::vring::{Kick, Vring};
 use super::{Refusal, Session, SessionEnd, VRING_F_LOG};
 use crate::volume::Disk;
 
+/// Where a ring has stopped: its index, and its used position. Above all `FrontendReq`s.
+const STOPPED_AT: u32 = 1 << 16;
+
 /// A message of a VMM's, as it would have to be sent again.
 #[derive(Debug)]
 pub struct Saved {
-    /// Which: a `FrontendReq`.
+    /// Which: a `FrontendReq`, or our own.
     pub code: u32,
     /// What follows the header.
     pub body: Vec<u8>,
@@ -161,6 +165,12 @@ impl<D: Disk> Session<D> {
     /// The first message that cannot be obeyed: then the connection cannot go on.
     pub(in super::super) fn resume(&mut self, messages: Vec<Saved>) -> Result<(), SessionEnd> {
         for Saved { code, body, fds } in messages {
+            if code == STOPPED_AT {
+                self.note_stop(&Message { code, need_reply: false, body, fds }).map_err(|refusal| {
+                    SessionEnd::Refused { request: "where a ring has stopped".into(), refusal }
+                })?;
+                continue;
+            }
             let request = FrontendReq::try_from(code).map_err(|_| SessionEnd::Refused {
                 request: format!("request {code}"),
                 refusal: Refusal::Unknown,
@@ -169,6 +179,15 @@ impl<D: Disk> Session<D> {
             self.obey(request, message)
                 .map_err(|refusal| SessionEnd::Refused { request: format!("{request:?}"), refusal })?;
         }
+        Ok(())
+    }
+}
+
+impl<D: Disk> Session<D> {
+    fn note_stop(&mut self, message: &Message) -> Result<(), Refusal> {
+        let VhostUserVringState { index, num } = body(message)?;
+        let (_, ring) = self.ring(index.into())?;
+        ring.set_stopped_at(num);
         Ok(())
     }
 }
@@ -200,6 +219,10 @@ impl Vring {
         }
         if self.enabled {
             script.ring(FrontendReq::SET_VRING_ENABLE, index, 1);
+        }
+        if let Some(used) = self.stopped_at() {
+            let body = bytes_of(&VhostUserVringState::new(index.into(), used));
+            script.0.push(Saved { code: STOPPED_AT, body, fds: Vec::new() });
         }
         match &self.kick {
             _ if self.is_broken() => {}
