@@ -152,24 +152,66 @@ impl<E: Env> Cache<E> {
 }
 
 impl<E: Env, B: Buffer> Queue<E, B> {
-    /// Answers what is cached and starts disk reads for the rest.
-    pub(super) fn start_read(&mut self, slot: u32, range: SectorRange) {
+    /// Takes a read, which is answered when its batch ends.
+    pub(super) fn gather_read(&mut self, slot: u32, range: SectorRange) {
+        if !self.reads.is_empty() {
+            // Needed after the copies of those before it. Alone, a read would only look it up twice.
+            self.volume.core.index.prefetch(range.start);
+        }
+        self.reads.push((slot, range));
+    }
+
+    /// Answers the gathered reads. Each is looked up, and its first bytes and its checksum are asked for,
+    /// before the one in front of it is copied: these lines are seldom in the processor's caches, and a copy
+    /// is longer than a processor sees ahead. The section is open from the first look to the last copy.
+    pub(super) fn start_reads(&mut self) {
+        let mut reads = std::mem::take(&mut self.reads);
+        let (mut found, mut ahead) = (std::mem::take(&mut self.found), std::mem::take(&mut self.found_ahead));
+        if let Some(&(_, first)) = reads.first() {
+            self.look_up(first, &mut found);
+        }
+        for (n, &(slot, range)) in reads.iter().enumerate() {
+            if let Some(&(_, next)) = reads.get(n + 1) {
+                self.look_up(next, &mut ahead);
+            }
+            self.start_read(slot, range, &found);
+            std::mem::swap(&mut found, &mut ahead);
+        }
+        reads.clear();
+        (self.reads, self.found, self.found_ahead) = (reads, found, ahead);
+    }
+
+    /// What is cached of a range.
+    fn look_up(&self, range: SectorRange, found: &mut Vec<Extent>) {
+        found.clear();
+        if self.volume.mode() == super::super::volume::Mode::Passthrough {
+            return;
+        }
+        let cache = &self.volume.cache;
+        self.volume.core.index.lookup(range, found);
+        if let Some(Extent { place, .. }) = found.first()
+            && !place.is_lost()
+            && !place.zero
+        {
+            let (id, offset) = cache.media.locate(place.position);
+            cache.media.pmem.prefetch(cache.media.in_segment(id, offset));
+            cache.segments[id as usize].prefetch_block(offset / 4096);
+        }
+    }
+
+    /// Answers what is cached, which has been `found`, and starts disk reads for the rest.
+    fn start_read(&mut self, slot: u32, range: SectorRange, found: &[Extent]) {
         add(&self.shared().tally.reads, 1);
         self.slots.get(slot).left = 1;
         let cutoff = self.volume.reads.sequential_cutoff / 512;
         let is_admitted = self.sequential.note(range) <= cutoff || cutoff == 0;
         let (core, cache) = (&self.volume.core, &self.volume.cache);
         core.reuse.read(range, cache.opened.load(Ordering::Relaxed));
-        let mut found = std::mem::take(&mut self.found);
         let mut gaps = std::mem::take(&mut self.gaps);
-        found.clear();
         gaps.clear();
-        if self.volume.mode() != super::super::volume::Mode::Passthrough {
-            self.volume.core.index.lookup(range, &mut found);
-        }
         let mut ok = true;
         let mut at = range.start;
-        for extent in &found {
+        for extent in found {
             if extent.range.start > at {
                 gaps.push(SectorRange::new(at, extent.range.start - at));
             }
@@ -192,7 +234,6 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 self.start_miss(slot, *gap, is_admitted);
             }
         }
-        self.found = found;
         self.gaps = gaps;
         self.part_done(slot, ok);
     }
