@@ -74,6 +74,9 @@ mutants! {
     GenerationFloorForgotten 5 "segments made anew begin in their first generation again",
     MoveNotMirrored 2 "while the back metadata is being moved it is stored at its old place alone",
     SignpostForgotten 2 "a cache that ends before its media has no signpost",
+    // Checkpoints.
+    CheckpointForgotten 7 "write-back goes on while a checkpoint is held",
+    CheckpointUnbounded 7 "a member of a group goes beyond the epoch of their checkpoint",
     // Consistency groups.
     EpochNotShared 7 "the volumes of a consistency group count epochs each by itself",
     MemberGoesAhead 7 "a volume writes an epoch back before its group has the one before",

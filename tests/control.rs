@@ -478,6 +478,69 @@ fn a_checkpoint_has_what_was_acknowledged_and_stays_still_while_the_guest_writes
 }
 
 #[test]
+fn a_checkpoint_of_one_disk_of_a_group_keeps_all_its_disks_at_one_moment() {
+    for order in ["strict", "grouped"] {
+        let site = Site::with(&["a", "b"], &format!("order = \"{order}\"\ngroup = \"vm\"\n"));
+        let mut guests = ["a", "b"].map(|volume| {
+            let client =
+                Client::connect(&site.socket(volume), ClientOptions { queues: 2, ..Default::default() });
+            (volume, Traffic::new(client, Rng::seed_from_env("PCACHE_SEED"), Mix::overlapping()))
+        });
+        let run = |guests: &mut [(&str, Traffic); 2], operations| {
+            for (_, traffic) in guests.iter_mut() {
+                traffic.run(operations);
+                traffic.quiesce();
+            }
+        };
+        run(&mut guests, 800);
+        let (held, go) = (site.path("held"), site.path("go"));
+        let command = format!("touch {held}; until [ -e {go} ]; do sleep 0.05; done");
+        let mut verb = site.spawn(&["checkpoint", "a", "--exec", &command]);
+        site.wait(|| fs::exists(&held).unwrap());
+        guests.iter_mut().for_each(|(volume, traffic)| site.agrees(volume, traffic));
+        let disks = || ["a.img", "b.img"].map(|disk| fs::read(site.path(disk)).unwrap());
+        let before = disks();
+        let checkpoints = ["a", "b"].map(|volume| site.status(volume)["checkpoint"].clone());
+        assert!(checkpoints.iter().all(|c| c["is_reached"] == true), "{checkpoints:?}");
+        assert_eq!(checkpoints[0]["job"], checkpoints[1]["job"]);
+
+        run(&mut guests, 400);
+        for words in [
+            &["set", "b", "--order", "relaxed"][..],
+            &["detach", "b", "--drain", "--force"],
+            &["checkpoint", "b"],
+        ] {
+            site.verb(words).fails(1, &["a checkpoint holds the disk of volume `b` still"]);
+        }
+        let (socket, disk) = (site.path("c.sock"), site.path("c.img"));
+        let words =
+            ["attach", "--name", "c", "--socket", &socket, "--backing", &disk, "--backing-size", "64MiB"];
+        let joins = [&words[..], &["--group", "vm", "--order", order]].concat();
+        site.verb(&joins).fails(1, &["a checkpoint holds the disk of volume `a` still"]);
+        // A guest that falls silent is reason enough to write back.
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(disks() == before, "order {order}: the disks were not kept still");
+
+        fs::write(&go, "").unwrap();
+        assert!(verb.wait().unwrap().success());
+        assert!(["a", "b"].iter().all(|volume| site.status(volume)["checkpoint"].is_null()));
+        // Either name ends it for both.
+        let mut verb = site.spawn(&["checkpoint", "b", "--hold", "3600"]);
+        site.wait(|| site.status("a")["checkpoint"]["is_reached"] == true);
+        site.verb(&["checkpoint", "a", "--release"]).succeeds();
+        assert!(["a", "b"].iter().all(|volume| site.status(volume)["checkpoint"].is_null()));
+        Verb::interrupt(&verb);
+        assert!(!verb.wait().unwrap().success(), "what it copied was not kept still");
+        for (volume, traffic) in &mut guests {
+            site.verb(&["flush", volume]).succeeds();
+            site.agrees(volume, traffic);
+        }
+        drop(guests);
+        site.stop();
+    }
+}
+
+#[test]
 fn a_checkpoint_under_load_is_of_one_moment_and_can_be_repeated() {
     let site = Site::new(&["a"]);
     let load = Load::begin(&site, "a", Mix::overlapping());

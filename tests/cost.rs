@@ -368,7 +368,7 @@ fn no_request_takes_more_instructions_than_the_table_says() {
 }
 
 #[test]
-#[ignore = "what the test above counts; it runs this under valgrind"]
+#[ignore = "what the test above counts, which runs it under valgrind: cargo test --test cost"]
 fn the_phases_under_callgrind() {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
     let mut world = World::new(dir.path());

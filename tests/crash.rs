@@ -15,6 +15,10 @@ mod fellows;
 mod groups;
 #[path = "crash/growth.rs"]
 mod growth;
+#[path = "crash/held.rs"]
+mod held;
+#[path = "crash/images.rs"]
+mod images;
 #[path = "crash/index_memory.rs"]
 mod index_memory;
 #[path = "crash/lost.rs"]
@@ -202,7 +206,7 @@ fn looking_at_crashes_changes_nothing_of_a_run() {
 
 /// Not a claim but an instrument: which seeds fail, and of what, one line each.
 #[test]
-#[ignore = "prints a survey of seeds: PCACHE_SIM_SEED to begin with, PCACHE_SIM_IMAGES for how many"]
+#[ignore = "prints a survey of seeds, from PCACHE_SIM_SEED on, PCACHE_SIM_IMAGES of them: cargo test --release --features sim --test crash survey -- --ignored --nocapture"]
 fn survey() {
     std::panic::set_hook(Box::new(|_| {}));
     let first = number("PCACHE_SIM_SEED").unwrap_or(1);

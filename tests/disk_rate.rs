@@ -188,7 +188,7 @@ impl Drop for Target {
 }
 
 #[test]
-#[ignore = "a measurement that wants a real disk to itself: see the head for how"]
+#[ignore = "a measurement that wants a real disk to itself: cargo test --features sim --test disk_rate -- --ignored --nocapture"]
 fn long_runs_come_to_the_disk_as_fast_as_fio_writes_them() {
     let bytes = (number("PCACHE_DISK_MIB", 1024) << 20).next_power_of_two();
     let target = Target::new(bytes);

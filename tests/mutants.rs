@@ -14,6 +14,8 @@ mod failing;
 mod fellows;
 #[path = "crash/growth.rs"]
 mod growth;
+#[path = "crash/held.rs"]
+mod held;
 #[path = "mutants/instruments.rs"]
 mod instruments;
 #[path = "crash/pairs.rs"]

@@ -197,6 +197,22 @@ fn systemd_finds_no_fault_with_the_units_and_little_exposed() {
     assert!(said(&analyze(&["verify", "--man=no", "pcache-vhost.service"])).contains("ProtectSystm"));
 }
 
+/// A reload runs as the daemon's user, who has no place of his own where a control socket is by convention.
+#[test]
+fn a_unit_reloads_by_the_socket_in_its_own_directory() {
+    for unit in ["pcache-vhost.service", "pcache-vhost@.service"] {
+        let text = fs::read_to_string(tree().join("dist/systemd").join(unit)).expect("a unit");
+        let of =
+            |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).expect("it is set").to_owned();
+        let socket = format!("/run/{}/control.sock", of("RuntimeDirectory="));
+        assert_eq!(of("ExecReload="), format!("/usr/bin/pcache-vhost reload --control {socket}"), "{unit}");
+        if !unit.contains('@') {
+            let config = fs::read_to_string(tree().join("dist/config.toml")).expect("the packaged file");
+            assert!(config.contains(&format!("socket = \"{socket}\"")), "the packaged file has another one");
+        }
+    }
+}
+
 #[test]
 fn a_template_and_its_single_sibling_differ_only_in_what_they_serve() {
     let read = |name: &str| fs::read_to_string(tree().join("dist/systemd").join(name)).expect("a unit");

@@ -418,7 +418,7 @@ fn what_a_process_that_was_taken_over_would_try_is_refused() {
 }
 
 #[test]
-#[ignore = "what the test above watches; it runs this in a process of its own, which may be killed"]
+#[ignore = "what the test above watches, in a process of its own, which may be killed: cargo test --test service"]
 fn a_process_that_was_taken_over() {
     let what = std::env::var("PCACHE_TEST_TRY").expect("what to try");
     let setup = Setup::new("");

@@ -134,7 +134,6 @@ fn script() -> String {
 }
 
 #[test]
-#[ignore = "installs and boots a Debian, minutes: cargo test --test guests guide -- --ignored --nocapture"]
 fn a_new_operator_comes_from_the_package_to_a_vm_on_a_cached_disk_in_ten_commands() {
     let Some(host) = host() else { return };
     let files = tempfile::tempdir().expect("a directory");

@@ -146,7 +146,7 @@ fn the_front_end_inside_a_guest_agrees_with_the_storage_daemon_and_finds_a_wrong
 
 /// The front end: writes or verifies the first megabytes of the disk.
 #[test]
-#[ignore = "runs inside a guest, started by the scripts of the scenarios beside it"]
+#[ignore = "runs inside a guest, started by the scripts of the scenarios beside it: cargo test --test guests"]
 fn client_inside_a_guest() {
     let work = std::env::var(WORK).expect("the work is set by the script");
     let mut words = work.split_whitespace();

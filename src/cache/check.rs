@@ -305,7 +305,7 @@ pub fn dump<P: Pmem>(pmem: &Arc<P>, keys: bool, out: &mut dyn Write) -> io::Resu
 }
 
 fn dump_superblock(s: &Superblock, out: &mut dyn Write) -> io::Result<()> {
-    let uuid: String = s.uuid.iter().map(|b| format!("{b:02x}")).collect();
+    let uuid = hex(&s.uuid);
     writeln!(
         out,
         "cache    uuid={uuid} device_size={} segment_size={} segments={} slots={} created_by={} label={}",
@@ -315,7 +315,21 @@ fn dump_superblock(s: &Superblock, out: &mut dyn Write) -> io::Result<()> {
         s.volume_slots,
         String::from_utf8_lossy(unpad(&s.created_by)).escape_debug(),
         String::from_utf8_lossy(unpad(&s.label)).escape_debug(),
-    )
+    )?;
+    for (index, member) in s.members().iter().enumerate() {
+        writeln!(
+            out,
+            "member   index={index} uuid={} base={} start={}",
+            hex(&member.uuid),
+            member.base,
+            member.start
+        )?;
+    }
+    Ok(())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn dump_segment<P: Pmem>(media: &Media<P>, id: u32, keys: bool, out: &mut dyn Write) -> io::Result<()> {

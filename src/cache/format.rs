@@ -6,7 +6,8 @@
 use super::env::Clock;
 use super::syncer::{Outcome, Syncer};
 use crate::onmedia::{
-    Geometry, GeometryError, Secret, SegmentHeader, StartPage, Superblock, VolumeDescriptor, pad, pad_cut,
+    Geometry, GeometryError, Member, Secret, SegmentHeader, StartPage, Superblock, Uuid, VolumeDescriptor,
+    pad, pad_cut,
 };
 use crate::pmem::{MediaClass, MediaError, Pmem};
 
@@ -19,6 +20,10 @@ pub struct FormatOptions {
     pub label: String,
     /// A geometry of one's own, for simulations.
     pub geometry: Option<Geometry>,
+    /// The cache's identity, if it is on its members' labels already; else it is drawn.
+    pub identity: Option<Uuid>,
+    /// The devices it lies on, if they are several.
+    pub members: Vec<Member>,
 }
 
 /// Smallest segment where durability comes by `sync`: there payload and records begin new pages
@@ -93,6 +98,7 @@ pub fn format<P: Pmem>(
     for bytes in [&mut uuid, &mut secret] {
         getrandom::fill(bytes).map_err(|e| FormatError::Random(e.to_string()))?;
     }
+    let uuid = options.identity.unwrap_or(uuid);
     let secret = Secret::new(secret);
     for copy in 0..2 {
         pmem.write(geometry.superblock(copy), &[0; 4096])?;
@@ -105,7 +111,7 @@ pub fn format<P: Pmem>(
         created_at: clock.unix_ms() / 1000,
         created_by: pad_cut(concat!("pcache-vhost ", env!("CARGO_PKG_VERSION"))),
         label,
-        ..Superblock::new(&geometry, uuid, secret)
+        ..Superblock::new(&geometry, uuid, secret).on_members(&options.members)
     };
     for copy in 0..2 {
         pmem.write(geometry.superblock(copy), &superblock.encode()[..])?;

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use super::attach::{AttachError, AttachOptions};
-use super::core::load_media;
+use super::core::{load_media, load_superblock};
 use super::env::Env;
 use super::media::Media;
 use super::membership::judge_group;
@@ -18,7 +18,7 @@ use super::pair::{has_sidecar, judge_sidecar, look};
 use super::volume::Mode;
 use crate::backing::{Backing, BackingIdentity, Traces};
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{Uuid, VolumeDescriptor, VolumeState, unpad};
+use crate::onmedia::{Superblock, Uuid, VolumeDescriptor, VolumeState, unpad};
 use crate::pmem::boot_id;
 use crate::pmem::{MediaClass, Pmem};
 
@@ -42,6 +42,11 @@ pub fn would_attach<E: Env>(pmem: &Arc<E::Pmem>, options: &AttachOptions<E>) -> 
 /// cache.
 pub fn has_volume<P: Pmem>(pmem: &Arc<P>, name: &str) -> bool {
     load_media(Arc::clone(pmem)).is_ok_and(|media| find(&media, name).is_some())
+}
+
+/// The newest superblock, if these media hold a cache of which one counts. Writes nothing.
+pub fn superblock<P: Pmem>(pmem: &P) -> Option<Superblock> {
+    load_superblock(pmem).ok().map(|(superblock, _)| superblock)
 }
 
 /// The descriptor of the volume of this name.

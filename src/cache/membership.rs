@@ -201,4 +201,10 @@ impl<E: Env> Volume<E> {
     pub fn group(&self) -> Option<String> {
         self.core.group().map(|group| group.name.clone())
     }
+
+    /// The other members of its group, attached or not: their names, and whether they have nothing dirty.
+    pub fn fellows(&self) -> Vec<(String, bool)> {
+        let fellows = self.core.group().map(|group| group.fellows(&self.core)).unwrap_or_default();
+        fellows.iter().map(|fellow| (fellow.descriptor_name(), fellow.is_clean())).collect()
+    }
 }

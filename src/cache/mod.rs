@@ -84,7 +84,7 @@ pub use failing::OnBackingError;
 pub use flush::FlushError;
 pub use format::{FormatError, FormatOptions, format};
 pub use health::{Health, STALL_MS, VolumeState};
-pub use judge::{has_volume, would_attach};
+pub use judge::{has_volume, superblock, would_attach};
 pub use limits::{BURST_MS_DEFAULT, IoLimits};
 pub use mismatch::Mismatch;
 pub use positions::{Position, Positions};

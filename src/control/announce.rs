@@ -10,13 +10,14 @@ use std::path::Path;
 use super::config::{Endpoint, VolumeConfig};
 use crate::cache::{Health, ScrubStatus, VolumeState};
 use crate::pmem::MediaClass;
+use crate::tools::members::CachePaths;
 use crate::units::Bytes;
 
 /// A cache that was opened.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheLine<'a> {
     /// Where it is.
-    pub path: &'a Path,
+    pub path: &'a CachePaths,
     /// Its size in bytes.
     pub size: u64,
     /// Whether this start made it.
@@ -175,7 +176,7 @@ mod tests {
     #[test]
     fn the_announcement_says_what_where_how_safe_and_how_to_attach() {
         let cache = CacheLine {
-            path: Path::new("/state/cache.img"),
+            path: &"/state/cache.img".into(),
             size: 1 << 30,
             created: true,
             class: MediaClass::PageCache,

@@ -165,10 +165,10 @@ impl ControlArgs {
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Cache")]
 pub struct CacheArgs {
-    /// Cache: devdax device, file on a DAX file system, or any file or block device
-    /// [default: cache.img in the state directory]
+    /// Cache: devdax device, file on a DAX file system, or any file or block device; once for each of
+    /// several that are one cache, in order [default: cache.img in the state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    pub cache: Option<PathBuf>,
+    pub cache: Vec<PathBuf>,
     /// Create the cache with this size if it does not exist
     #[arg(long, value_name = "SIZE", value_parser = value::cache_size)]
     pub cache_size: Option<u64>,
@@ -326,9 +326,10 @@ impl VolumeArgs {
 /// Options of `format`.
 #[derive(Args, Debug)]
 pub struct FormatArgs {
-    /// Cache to format [default: cache.img in the state directory]
+    /// Cache to format, once for each of several devices that are to be one [default: cache.img in the
+    /// state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    pub cache: Option<PathBuf>,
+    pub cache: Vec<PathBuf>,
     /// Size of the file to create; an existing one keeps its size
     #[arg(long, value_name = "SIZE", value_parser = value::cache_size)]
     pub cache_size: Option<u64>,
@@ -354,7 +355,7 @@ pub struct FormatArgs {
 pub struct CheckArgs {
     /// Cache to read [default: cache.img in the state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    pub cache: Option<PathBuf>,
+    pub cache: Vec<PathBuf>,
     /// Where the default cache is
     #[arg(long, value_name = "DIR", value_parser = path_parser())]
     pub state_dir: Option<PathBuf>,
@@ -368,7 +369,7 @@ pub struct CheckArgs {
 pub struct DumpArgs {
     /// Cache to read [default: cache.img in the state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    pub cache: Option<PathBuf>,
+    pub cache: Vec<PathBuf>,
     /// Also print every key of every segment
     #[arg(long)]
     pub keys: bool,
@@ -388,7 +389,7 @@ pub struct DrainArgs {
     pub config: Option<PathBuf>,
     /// Cache to drain [default: cache.img in the state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    pub cache: Option<PathBuf>,
+    pub cache: Vec<PathBuf>,
     /// Drain this volume only
     #[arg(long, value_name = "NAME")]
     pub name: Option<Name>,
@@ -450,7 +451,7 @@ pub struct RecoverArgs {
 pub struct ResolveArgs {
     /// Cache [default: cache.img in the state directory]
     #[arg(long, value_name = "PATH", value_parser = path_parser())]
-    pub cache: Option<PathBuf>,
+    pub cache: Vec<PathBuf>,
     /// The volume, if there are several
     #[arg(long, value_name = "NAME")]
     pub name: Option<Name>,

@@ -21,6 +21,7 @@ use super::suggest;
 use super::threads::ThreadsConfig;
 use super::value::{Name, Serial, SocketPath};
 use crate::tools::image::Sizing;
+use crate::tools::members::CachePaths;
 
 /// Size of the embedded default's cache.
 pub const DEFAULT_CACHE_SIZE: u64 = 1 << 30;
@@ -117,8 +118,8 @@ pub enum BackingFormat {
 pub struct CacheConfig {
     /// What volumes call it.
     pub name: Name,
-    /// Device or file.
-    pub path: PathBuf,
+    /// Device or file, or several that are one cache.
+    pub path: CachePaths,
     /// How large.
     pub size: Sizing,
     /// Segment size if it is created.
@@ -352,7 +353,7 @@ impl Config {
         refuse_shared_volumes(&volumes)?;
         for volume in &volumes {
             let path = canonical(&volume.backing.path);
-            if caches.iter().any(|cache| canonical(&cache.path) == path) {
+            if caches.iter().flat_map(|cache| cache.path.all()).any(|cache| canonical(cache) == path) {
                 let path = volume.backing.path.display().to_string();
                 return Err(ConfigError::CacheIsBacking { path, volume: volume.name.clone() });
             }
@@ -385,14 +386,14 @@ impl Config {
             (None, Some(fd)) => Endpoint::Inherited(fd),
             (None, None) => return Err(ConfigError::NoEndpoint),
         };
-        if cache.cache.is_some() && volume.backing.is_none() {
+        if !cache.cache.is_empty() && volume.backing.is_none() {
             return Err(ConfigError::CacheWithoutBacking);
         }
         let state = StateDir::new(cache.state_dir.clone(), default_state_dir);
-        let cache_default = cache.cache.is_none().then_some(DEFAULT_CACHE_SIZE);
+        let cache_default = cache.cache.is_empty().then_some(DEFAULT_CACHE_SIZE);
         let cache = CacheConfig {
             name: default_name(),
-            path: state.or_in(cache.cache.as_ref(), CACHE_FILE)?,
+            path: state.cache(&cache.cache)?,
             size: Sizing::of(cache.cache_size, cache_default),
             segment_size: cache.segment_size,
             assume_dax: cache.assume_dax,
@@ -433,7 +434,7 @@ impl Config {
         let consents =
             Consents { force_identity: args.force_identity.clone(), accept_loss: args.accept_loss.clone() };
         let mut config = Self::controlled(vec![cache], vec![config], &consents, args.control.config())?;
-        let by_default = args.cache.cache.is_none() || volume.backing.is_none();
+        let by_default = args.cache.cache.is_empty() || volume.backing.is_none();
         config.state_dir = state.0.filter(|_| by_default);
         config.confine(args.sandbox);
         Ok(config)
@@ -475,11 +476,11 @@ const DISK_FILE: &str = "disk.img";
 /// # Errors
 /// There is no place where the default could be.
 pub fn cache_path(
-    cache: &Option<PathBuf>,
+    cache: &[PathBuf],
     state_dir: &Option<PathBuf>,
     default_state_dir: Option<PathBuf>,
-) -> Result<PathBuf, ConfigError> {
-    StateDir::new(state_dir.clone(), default_state_dir).or_in(cache.as_ref(), CACHE_FILE)
+) -> Result<CachePaths, ConfigError> {
+    StateDir::new(state_dir.clone(), default_state_dir).cache(cache)
 }
 
 /// Where state is kept by convention: the user's own place, or for root the system's.
@@ -504,6 +505,13 @@ impl StateDir {
         Self(given.or(default))
     }
 
+    fn cache(&self, given: &[PathBuf]) -> Result<CachePaths, ConfigError> {
+        match CachePaths::new(given.to_vec()) {
+            Some(paths) => Ok(paths),
+            None => Ok(self.or_in(None, CACHE_FILE)?.into()),
+        }
+    }
+
     fn or_in(&self, given: Option<&PathBuf>, file: &str) -> Result<PathBuf, ConfigError> {
         match (given, &self.0) {
             (Some(path), _) => Ok(path.clone()),
@@ -523,8 +531,13 @@ fn refuse_shared_caches(caches: &[CacheConfig]) -> Result<(), ConfigError> {
         if earlier.iter().any(|other| other.name == cache.name) {
             return Err(ConfigError::SharedCache { what: "name", value: cache.name.to_string() });
         }
-        if earlier.iter().any(|other| canonical(&other.path) == canonical(&cache.path)) {
-            return Err(ConfigError::SharedCache { what: "path", value: cache.path.display().to_string() });
+        let others = earlier.iter().flat_map(|other| other.path.all());
+        let mut seen: Vec<PathBuf> = others.map(|path| canonical(path)).collect();
+        for path in cache.path.all() {
+            if seen.contains(&canonical(path)) {
+                return Err(ConfigError::SharedCache { what: "path", value: path.display().to_string() });
+            }
+            seen.push(canonical(path));
         }
     }
     Ok(())
@@ -600,7 +613,7 @@ mod tests {
         assert_eq!(config.state_dir(), Some(Path::new("/state")));
         let cache = &config.caches()[0];
         assert_eq!(
-            (cache.path.as_path(), cache.size),
+            (cache.path.first(), cache.size),
             (Path::new("/state/cache.img"), Sizing::AsFoundOr(1 << 30))
         );
         let volume = &config.volumes()[0];
@@ -709,7 +722,7 @@ mod tests {
     #[test]
     fn a_blk_file_without_a_cache_uses_the_default_cache_and_is_never_created() {
         let config = serve("pcache-vhost --fd 3 --blk-file /disk --read-only").unwrap();
-        assert_eq!(config.caches()[0].path, Path::new("/state/cache.img"));
+        assert_eq!(config.caches()[0].path.first(), Path::new("/state/cache.img"));
         assert_eq!(config.volumes()[0].backing.size, Sizing::AsFound);
         assert_eq!(config.volumes()[0].endpoint, Endpoint::Inherited(3));
     }

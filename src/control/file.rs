@@ -4,12 +4,15 @@
 //! line and column, values are parsed by the very functions of the command line, and the keys that
 //! exist are exactly those that were asked for, so a suggestion can never name one that does not.
 
+mod section;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml::de::DeTable;
 
+use self::section::Section;
 use super::config::{
     BackingConfig, BackingFormat, CacheConfig, Config, ConfigError, Confinement, Consents, ControlConfig,
     DEFAULT_SCRUB_INTERVAL_H, DEFAULT_SCRUB_MIB_S, Endpoint, VolumeConfig,
@@ -19,6 +22,7 @@ use super::suggest;
 use super::threads::{self, ThreadArgs, ThreadsConfig};
 use super::value::{self, Name, ValueError};
 use crate::tools::image::Sizing;
+use crate::tools::members::CachePaths;
 
 /// Why a file was refused.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +107,9 @@ pub enum Complaint {
         /// What may have been meant.
         nearest: Option<String>,
     },
+    /// One device and several.
+    #[error("this [[cache]] has `path` and `paths`: write one device as `path`, several as `paths`")]
+    PathAndPaths,
     /// Several caches and a volume that names none.
     #[error("this [[volume]] must say its `cache`: there are {0}")]
     WhichCache(usize),
@@ -193,6 +200,7 @@ fn control_of(mut section: Section<'_>) -> Result<ControlConfig, Fault> {
 fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
     let name = section.text("name", str::parse)?;
     let path = section.text("path", value::path)?;
+    let paths = section.texts("paths", value::path)?;
     let size = section.size("size", value::cache_size)?;
     let segment_size = section.size("segment_size", value::segment_size)?;
     let assume_dax = section.flag("assume_dax")?;
@@ -201,7 +209,11 @@ fn cache(mut section: Section<'_>) -> Result<CacheConfig, Fault> {
     let scrub_interval_h = section.number("scrub_interval_h", value::scrub_interval_h)?;
     let index_memory_max = section.size("index_memory_max", value::index_memory_max)?.unwrap_or(0);
     let name = section.required("name", name)?;
-    let path = section.required("path", path)?;
+    let path = match (path, CachePaths::new(paths)) {
+        (Some(_), Some(_)) => return Err(Fault(section.at, Complaint::PathAndPaths)),
+        (None, Some(paths)) => paths,
+        (path, None) => section.required("path", path)?.into(),
+    };
     section.finish()?;
     let size = size.map_or(Sizing::AsFound, Sizing::Exactly);
     let scrub_mib_s = scrub_mib_s.unwrap_or(DEFAULT_SCRUB_MIB_S);
@@ -327,156 +339,6 @@ fn which_cache(
             Fault(span, Complaint::NoSuchCache { given: name.into(), nearest })
         }),
     }
-}
-
-/// One table of the file, and which of its keys have been asked for.
-struct Section<'a> {
-    title: &'static str,
-    at: Range<usize>,
-    table: &'a DeTable<'a>,
-    known: Vec<&'static str>,
-}
-
-impl<'a> Section<'a> {
-    fn new(title: &'static str, at: Range<usize>, table: &'a DeTable<'a>) -> Self {
-        Self { title, at, table, known: Vec::new() }
-    }
-
-    fn get(&mut self, key: &'static str) -> Option<&'a Spanned<DeValue<'a>>> {
-        self.known.push(key);
-        self.table.get(key)
-    }
-
-    /// The tables of an array of tables.
-    fn sections(&mut self, key: &'static str, title: &'static str) -> Result<Vec<Section<'a>>, Fault> {
-        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
-        let expected = match key {
-            "cache" => "written as [[cache]]",
-            _ => "written as [[volume]]",
-        };
-        let wrong = |value: &Spanned<DeValue<'_>>| wrong_type(key, value, expected);
-        let array = value.get_ref().as_array().ok_or_else(|| wrong(value))?;
-        array
-            .iter()
-            .map(|item| match item.get_ref().as_table() {
-                Some(table) => Ok(Section::new(title, item.span(), table)),
-                None => Err(wrong(item)),
-            })
-            .collect()
-    }
-
-    /// A table.
-    fn section(&mut self, key: &'static str, title: &'static str) -> Result<Option<Section<'a>>, Fault> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        match value.get_ref().as_table() {
-            Some(table) => Ok(Some(Section::new(title, value.span(), table))),
-            None => Err(wrong_type(key, value, "a table")),
-        }
-    }
-
-    /// A string and where it is.
-    fn located(&mut self, key: &'static str) -> Result<Option<(&'a str, Range<usize>)>, Fault> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        match value.get_ref().as_str() {
-            Some(text) => Ok(Some((text, value.span()))),
-            None => Err(wrong_type(key, value, "a string")),
-        }
-    }
-
-    fn text<T>(
-        &mut self,
-        key: &'static str,
-        parse: impl Fn(&str) -> Result<T, ValueError>,
-    ) -> Result<Option<T>, Fault> {
-        let Some((text, span)) = self.located(key)? else { return Ok(None) };
-        parse(text).map(Some).map_err(|source| Fault(span, Complaint::Value { key, source }))
-    }
-
-    /// A list of strings.
-    fn texts<T>(
-        &mut self,
-        key: &'static str,
-        parse: impl Fn(&str) -> Result<T, ValueError>,
-    ) -> Result<Vec<T>, Fault> {
-        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
-        let list = value.get_ref().as_array();
-        let list = list.ok_or_else(|| wrong_type(key, value, "a list of strings"))?;
-        list.iter()
-            .map(|item| {
-                let text = item.get_ref().as_str();
-                let text = text.ok_or_else(|| wrong_type(key, item, "a list of strings"))?;
-                parse(text).map_err(|source| Fault(item.span(), Complaint::Value { key, source }))
-            })
-            .collect()
-    }
-
-    /// A string with a unit. A bare number is refused: nobody counts the digits of 4294967296.
-    fn size<T>(
-        &mut self,
-        key: &'static str,
-        parse: impl Fn(&str) -> Result<T, ValueError>,
-    ) -> Result<Option<T>, Fault> {
-        match self.table.get(key) {
-            Some(value) if value.get_ref().is_integer() => {
-                Err(wrong_type(key, value, "a string with a unit, like \"4GiB\""))
-            }
-            _ => self.text(key, parse),
-        }
-    }
-
-    fn number<T>(
-        &mut self,
-        key: &'static str,
-        parse: impl Fn(&str) -> Result<T, ValueError>,
-    ) -> Result<Option<T>, Fault> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let integer = value.get_ref().as_integer().ok_or_else(|| wrong_type(key, value, "an integer"))?;
-        let text = i64::from_str_radix(integer.as_str(), integer.radix())
-            .map_or_else(|_| integer.as_str().to_owned(), |number| number.to_string());
-        parse(&text).map(Some).map_err(|source| Fault(value.span(), Complaint::Value { key, source }))
-    }
-
-    fn flag(&mut self, key: &'static str) -> Result<bool, Fault> {
-        Ok(self.choice(key)?.unwrap_or(false))
-    }
-
-    /// A flag of which it matters whether it was said.
-    fn choice(&mut self, key: &'static str) -> Result<Option<bool>, Fault> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.get_ref().as_bool().map(Some).ok_or_else(|| wrong_type(key, value, "true or false"))
-    }
-
-    fn required<T>(&self, key: &'static str, value: Option<T>) -> Result<T, Fault> {
-        // A missing key is often a misspelt one, and then the misspelling is the better message.
-        self.refuse_unknown()?;
-        value.ok_or_else(|| Fault(self.at.clone(), Complaint::Missing { key, section: self.title }))
-    }
-
-    fn finish(self) -> Result<(), Fault> {
-        self.refuse_unknown()
-    }
-
-    fn refuse_unknown(&self) -> Result<(), Fault> {
-        let unknown = self.table.keys().filter(|key| !self.known.contains(&key.get_ref().as_ref()));
-        let Some(first) = unknown.min_by_key(|key| key.span().start) else { return Ok(()) };
-        let key = first.get_ref().to_string();
-        let nearest = suggest::nearest(&key, self.known.iter().copied());
-        let nearest = self.known.iter().copied().find(|known| Some(*known) == nearest);
-        Err(Fault(first.span(), Complaint::UnknownKey { key, section: self.title, nearest }))
-    }
-}
-
-fn wrong_type(key: &'static str, value: &Spanned<DeValue<'_>>, expected: &'static str) -> Fault {
-    let found = match value.get_ref() {
-        DeValue::String(_) => "a string",
-        DeValue::Integer(_) => "a number",
-        DeValue::Float(_) => "a fraction",
-        DeValue::Boolean(_) => "a truth value",
-        DeValue::Datetime(_) => "a date",
-        DeValue::Array(_) => "an array",
-        DeValue::Table(_) => "a table",
-    };
-    Fault(value.span(), Complaint::Type { key, found, expected })
 }
 
 /// Line and column, both from 1, of a byte of the text.
@@ -621,6 +483,23 @@ backing = "/dev/vg/db"
                 "5:1: unknown key `nmae` in [[volume]]: did you mean `name`?",
             ),
             ("[[cache]]\nname = \"c\"\n".into(), "1:1: [[cache]] has no `path`"),
+            ("[[cache]]\nname = \"c\"\npaths = []\n".into(), "1:1: [[cache]] has no `path`"),
+            (
+                format!("{cache}paths = [\"/d\"]\n{volume}"),
+                "1:1: this [[cache]] has `path` and `paths`: write one device as `path`, several as `paths`",
+            ),
+            (
+                "[[cache]]\nname = \"c\"\npaths = [\"/c\", 7]\n".into(),
+                "3:16: `paths` is a number, it must be a list of strings",
+            ),
+            (
+                format!("[[cache]]\nname = \"c\"\npaths = [\"/c\", \"/./c\"]\n{volume}"),
+                "pcache.toml: two caches have the same path /./c: each needs its own",
+            ),
+            (
+                format!("[[cache]]\nname = \"c\"\npaths = [\"/c\", \"/b\"]\n{volume}"),
+                "pcache.toml: /b is both a cache and the backing disk of volume `v`",
+            ),
             (
                 format!("{cache}[[volume]]\nname = \"v\"\nbacking = \"/b\"\n"),
                 "4:1: [[volume]] has no `socket`",
@@ -674,6 +553,16 @@ backing = "/dev/vg/db"
             assert!(format!("{error}\n").contains(expected), "{text}\n gave: {error}\n not: {expected}");
             assert!(error.starts_with("pcache.toml:"), "{error}");
         }
+    }
+
+    #[test]
+    fn several_devices_are_one_cache_in_the_order_in_which_they_are_named() {
+        let text = "[[cache]]\nname = \"c\"\npaths = [\"/dev/b\", \"/dev/a\"]\n\
+                    [[volume]]\nname = \"v\"\nsocket = \"/s\"\nbacking = \"/b\"\n";
+        let config = read(text).unwrap();
+        let path = &config.caches()[0].path;
+        assert_eq!(path.all(), [PathBuf::from("/dev/b"), PathBuf::from("/dev/a")]);
+        assert_eq!((path.first(), path.to_string().as_str()), (Path::new("/dev/b"), "/dev/b + /dev/a"));
     }
 
     #[test]

@@ -128,7 +128,7 @@ impl RunError {
 
     /// Wraps why `volume` cannot be attached to `cache`.
     pub fn attach(cache: &CacheConfig, volume: &VolumeConfig) -> impl Fn(AttachError) -> Self {
-        let (path, volume) = (cache.path.clone(), volume.name.clone());
+        let (path, volume) = (cache.path.first().to_owned(), volume.name.clone());
         move |source| match source {
             // The cache itself, whatever the volume.
             AttachError::Cache(source) => Self::Cache { path: path.clone(), source: Box::new(source) },

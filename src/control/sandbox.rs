@@ -70,7 +70,7 @@ pub(super) fn keep_to_paths(config: &Config, file: Option<&Path>) -> Result<(), 
     if how == Sandbox::Off {
         return Ok(());
     }
-    config.caches().iter().for_each(|cache| pmem::notice_holder(&cache.path));
+    config.caches().iter().flat_map(|cache| cache.path.all()).for_each(|path| pmem::notice_holder(path));
     match confine_paths(config, file) {
         Ok(what) => tracing::debug!("sandbox: {what}"),
         Err(error) if how == Sandbox::Strict => return Err(error.into()),
@@ -151,7 +151,7 @@ fn filters() -> Result<[BpfProgram; 2], SandboxError> {
 /// The directories in which files may be made, written and removed.
 fn writable(config: &Config) -> BTreeSet<PathBuf> {
     let mut named: Vec<&Path> = Vec::new();
-    named.extend(config.caches().iter().map(|cache| cache.path.as_path()));
+    named.extend(config.caches().iter().flat_map(|cache| cache.path.all()).map(PathBuf::as_path));
     for volume in config.volumes() {
         named.push(&volume.backing.path);
         named.extend(volume.redo.as_deref());

@@ -283,7 +283,7 @@ fn prepare<'a>(
     // What exists first, then the disks: a cache is made only once those are known to be there.
     let mut existing = Vec::new();
     for cache in config.caches() {
-        existing.push(if cache.path.exists() {
+        existing.push(if !cache.path.is_one() || cache.path.first().exists() {
             Some(open_image(cache, predecessor, created)?)
         } else {
             None
@@ -329,19 +329,20 @@ fn open_image(
     predecessor: Option<&Predecessor>,
     created: &mut Created,
 ) -> Result<Image, RunError> {
+    let taken = predecessor.and_then(|other| other.cache(&config.path)).unwrap_or_default();
     let options = ImageOptions {
         path: &config.path,
         size: config.size,
         segment_size: config.segment_size,
         assume_dax: config.assume_dax,
-        taken: predecessor.and_then(|other| other.cache(&config.path)),
+        taken: &taken,
     };
     Ok(image::open_or_create(&options, created)?)
 }
 
 fn open_cache(config: &CacheConfig, image: Image, ahead: &ReadAhead) -> Result<OpenCache, RunError> {
     let (cache, report) = Cache::open_after(Arc::clone(&image.pmem), SystemClock::default(), ahead)
-        .map_err(of_cache(&config.path))?;
+        .map_err(of_cache(config.path.first()))?;
     log_opened(config, &image.pmem, &report);
     cache.set_scrub(ScrubOptions {
         bytes_per_s: u64::from(config.scrub_mib_s) << 20,

@@ -20,6 +20,7 @@ use crate::tools::Host;
 use crate::tools::created::Created;
 use crate::tools::drain::{DrainOptions, Drained, drain as drain_volume};
 use crate::tools::image::{self, ImageError, ImageOptions, Sizing};
+use crate::tools::members::CachePaths;
 use crate::tools::recover;
 use crate::tools::resolve::{self, Keep, ResolveOptions, Standing};
 use crate::units::Bytes;
@@ -27,10 +28,10 @@ use crate::units::Bytes;
 /// `format`: an empty cache where there was nothing, or where `--force` allows it.
 pub(super) fn format(args: &FormatArgs) -> Result<Exit, RunError> {
     let path = config::cache_path(&args.cache, &args.state_dir, state_dir())?;
-    let default = args.cache.is_none().then_some(config::DEFAULT_CACHE_SIZE);
+    let default = args.cache.is_empty().then_some(config::DEFAULT_CACHE_SIZE);
     let size = Sizing::of(args.cache_size, default);
     let mut created = Created::default();
-    if let (true, Some(directory)) = (args.cache.is_none(), path.parent()) {
+    if let (true, Some(directory)) = (args.cache.is_empty(), path.first().parent()) {
         created
             .make_directory(directory)
             .map_err(|source| RunError::Directory { path: directory.into(), source })?;
@@ -40,12 +41,12 @@ pub(super) fn format(args: &FormatArgs) -> Result<Exit, RunError> {
         size,
         segment_size: args.segment_size,
         assume_dax: args.assume_dax,
-        taken: None,
+        taken: &[],
     };
     let image = image::format(&options, args.force)?;
     created.keep();
     let geometry = Geometry::choose(image.pmem.len(), args.segment_size)
-        .map_err(|source| ImageError::Geometry { path: path.clone(), source })?;
+        .map_err(|source| ImageError::Geometry { path: path.first().into(), source })?;
     let (class, what) = (image.pmem.class(), image::describe(&geometry));
     print(&format!(
         "cache   {}: formatted, {what}, {class}\n        {}\n",
@@ -62,7 +63,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<Exit, RunError> {
     let mut report = cache::check(&pmem);
     if report.verdict == Verdict::NotOurs {
         // The engine knows only that it is not a cache; what it is instead helps more.
-        report.findings = vec![format!("holds {}", image::content(&path, &*pmem)?)];
+        report.findings = vec![format!("holds {}", image::content(path.first(), &*pmem)?)];
     }
     print(&check_text(&path, &report));
     Ok(match report.verdict {
@@ -72,7 +73,7 @@ pub(super) fn check(args: &CheckArgs) -> Result<Exit, RunError> {
     })
 }
 
-fn check_text(path: &Path, report: &CheckReport) -> String {
+fn check_text(path: &CachePaths, report: &CheckReport) -> String {
     let mut text = String::new();
     for finding in &report.findings {
         text.push_str(&format!("damage  {finding}\n"));
@@ -113,13 +114,15 @@ pub(super) fn dump(args: &DumpArgs) -> Result<Exit, RunError> {
         Ok(()) => Ok(Exit::Done),
         // `dump | head` has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Done),
-        Err(source) => Err(RunError::Image(ImageError::Io { path, step: "dumped", source })),
+        Err(source) => {
+            Err(RunError::Image(ImageError::Io { path: path.first().into(), step: "dumped", source }))
+        }
     }
 }
 
 /// A cache to drain, and where the disks of its volumes are said to be.
 struct DrainJob<'a> {
-    cache: &'a Path,
+    cache: &'a CachePaths,
     assume_dax: bool,
     /// Disks by volume, where the configuration knows better than the cache.
     disks: Vec<(&'a str, &'a Path, bool)>,
@@ -144,10 +147,11 @@ pub(super) fn drain(args: &DrainArgs) -> Result<Exit, RunError> {
 }
 
 /// Opens a cache that nobody serves, and recovers it.
-fn open_cache(path: &Path, assume_dax: bool) -> Result<Arc<Cache<Host>>, RunError> {
-    let options = ImageOptions { path, size: Sizing::AsFound, segment_size: None, assume_dax, taken: None };
+fn open_cache(path: &CachePaths, assume_dax: bool) -> Result<Arc<Cache<Host>>, RunError> {
+    let options = ImageOptions { path, size: Sizing::AsFound, segment_size: None, assume_dax, taken: &[] };
     let opened = image::open_or_create(&options, &mut Created::default())?;
-    let (cache, report) = Cache::<Host>::open(opened.pmem, SystemClock::default()).map_err(of_cache(path))?;
+    let (cache, report) =
+        Cache::<Host>::open(opened.pmem, SystemClock::default()).map_err(of_cache(path.first()))?;
     for finding in &report.findings {
         tracing::warn!("cache {}: {finding}", path.display());
     }
@@ -160,7 +164,7 @@ fn drain_cache(job: &DrainJob<'_>, args: &DrainArgs) -> Result<(), RunError> {
     for name in &names {
         drain_one(job, args, &cache, name)?;
     }
-    cache.close().map_err(of_cache(job.cache))?;
+    cache.close().map_err(of_cache(job.cache.first()))?;
     if names.is_empty() {
         print(&format!("{}: no volume, nothing to drain\n", job.cache.display()));
     }
@@ -206,8 +210,8 @@ fn drain_one(
         progress.show(step.total_bytes.saturating_sub(step.dirty_bytes), step.total_bytes);
     });
     progress.finish();
-    let drained =
-        drained.map_err(|source| RunError::Drain { cache: job.cache.into(), source: Box::new(source) })?;
+    let drained = drained
+        .map_err(|source| RunError::Drain { cache: job.cache.first().into(), source: Box::new(source) })?;
     print(&match drained {
         Drained::WasClean => format!("volume  {name}: clean already\n"),
         Drained::Done { backing, bytes, lost_sectors } => {
@@ -257,7 +261,7 @@ pub(super) fn resolve(args: &ResolveArgs) -> Result<Exit, RunError> {
             let mut names: Vec<String> = cache.volumes().into_iter().map(|(name, _, _)| name).collect();
             match names.len() {
                 0 => {
-                    cache.close().map_err(of_cache(&path))?;
+                    cache.close().map_err(of_cache(path.first()))?;
                     print(&format!("{}: no volume, nothing to resolve\n", path.display()));
                     return Ok(Exit::Done);
                 }
@@ -272,12 +276,12 @@ pub(super) fn resolve(args: &ResolveArgs) -> Result<Exit, RunError> {
         accept_loss: args.accept_loss,
         statement: args.statement.as_deref(),
     };
-    let failed = |source| RunError::Resolve { cache: path.clone(), source: Box::new(source) };
+    let failed = |source| RunError::Resolve { cache: path.first().into(), source: Box::new(source) };
     let text = match args.keep.map(keep) {
         None => standing(&resolve::judge(&cache, &name, &options).map_err(failed)?),
         Some(keep) => resolve::resolve(&cache, &name, keep, &options).map_err(failed)?,
     };
-    cache.close().map_err(of_cache(&path))?;
+    cache.close().map_err(of_cache(path.first()))?;
     print(&format!("volume  {name}: {text}\n"));
     Ok(Exit::Done)
 }

@@ -5,8 +5,8 @@
 
 use super::Input;
 use crate::onmedia::{
-    Geometry, KEY_SECTORS_MAX, Key, PAGE, RecordExpect, RecordHeader, Secret, SegmentHeader, StartPage,
-    SummaryExpect, SummaryHeader, Superblock, Tail, VOLUME_SECTORS_MAX, VolumeDescriptor, Witness,
+    Geometry, KEY_SECTORS_MAX, Key, MemberLabel, PAGE, RecordExpect, RecordHeader, Secret, SegmentHeader,
+    StartPage, SummaryExpect, SummaryHeader, Superblock, Tail, VOLUME_SECTORS_MAX, VolumeDescriptor, Witness,
     backup_superblock, decode_record, decode_summary, encode_record, encode_summary, liveness_bits,
     liveness_word, record_len, sip, summary_len,
 };
@@ -45,6 +45,9 @@ pub fn media(bytes: &[u8]) {
             crc_at(repaired, &mut bytes, PAGE, 8);
             if let Ok(value) = StartPage::decode(&bytes, &UUID) {
                 assert_eq!(StartPage::decode(&value.encode(), &UUID), Ok(value));
+            }
+            if let Ok(value) = MemberLabel::decode(&bytes) {
+                assert_eq!(MemberLabel::decode(&value.encode()), Ok(value));
             }
         }
         2 => {

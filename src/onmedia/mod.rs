@@ -22,6 +22,7 @@ mod key;
 mod layout;
 mod liveness;
 mod lost;
+mod member;
 mod record;
 mod redo;
 mod segment;
@@ -46,6 +47,7 @@ pub use key::{KEY_SECTORS_MAX, Key, KeyKind, Piece, VOLUME_SECTORS_MAX};
 pub use layout::Field;
 pub use liveness::{LIVENESS_SECTORS, LIVENESS_WORD, LivenessFloor, liveness_bits, liveness_word};
 pub use lost::{LOST_MAX, LostCause, LostRange};
+pub use member::{MEMBER_LABELS, MEMBER_MAGIC, MEMBER_START_MIN, MEMBERS_MAX, Member, MemberLabel};
 pub use record::{
     RECORD_LEN_MAX, RECORD_MAGIC, Record, RecordError, RecordExpect, RecordHeader, decode_record,
     decode_record_into, encode_record, record_len,
@@ -62,8 +64,8 @@ pub use summary::{
     encode_summary, summary_len,
 };
 pub use superblock::{
-    FEATURES_COMPAT, FEATURES_INCOMPAT, FEATURES_RO_COMPAT, GENERATION_FLOOR, SUPERBLOCK_MAGIC, Superblock,
-    SuperblockError, VERSION, VOID_SEGMENTS,
+    FEATURES_COMPAT, FEATURES_INCOMPAT, FEATURES_RO_COMPAT, GENERATION_FLOOR, MEMBERS, SUPERBLOCK_MAGIC,
+    Superblock, SuperblockError, VERSION, VOID_SEGMENTS,
 };
 pub use text::{pad, pad_cut, text, unpad};
 pub use volume::{
@@ -90,6 +92,8 @@ pub const STRUCTURES: &[(&str, usize, &[Field])] = &[
     ("VolumeDescriptor", VolumeDescriptor::SIZE, VolumeDescriptor::FIELDS),
     ("Tail", Tail::SIZE, Tail::FIELDS),
     ("LostRange", LostRange::SIZE, LostRange::FIELDS),
+    ("Member", Member::SIZE, Member::FIELDS),
+    ("MemberLabel", MemberLabel::SIZE, MemberLabel::FIELDS),
     ("Sidecar", Sidecar::SIZE, Sidecar::FIELDS),
     ("SegmentHeader", SegmentHeader::SIZE, SegmentHeader::FIELDS),
     ("Witness", Witness::SIZE, Witness::FIELDS),

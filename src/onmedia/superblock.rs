@@ -8,6 +8,7 @@ use super::check::{judge_crc, put_crc};
 use super::corruption::Judge;
 use super::dual::{Dual, Sequenced, newest};
 use super::layout::{layout, offset_of};
+use super::member::{MEMBERS_MAX, Member, judge_members};
 use super::{Corruption, Geometry, GeometryError, PAGE, SEGMENT_COUNT_MIN, Secret, Uuid};
 
 /// The first 8 bytes of a cache, as a little-endian number.
@@ -20,10 +21,12 @@ pub const FEATURES_COMPAT: u64 = 0;
 pub const GENERATION_FLOOR: u64 = 1;
 /// Incompatible: `void_from` counts, because a change of size is not finished.
 pub const VOID_SEGMENTS: u64 = 1;
+/// Incompatible: the cache lies on several devices, which `members` names.
+pub const MEMBERS: u64 = 2;
 /// Read-only compatible features this code knows: with others the cache may be read, not written.
 pub const FEATURES_RO_COMPAT: u64 = GENERATION_FLOOR;
 /// Incompatible features this code knows: with others the cache must be left alone.
-pub const FEATURES_INCOMPAT: u64 = VOID_SEGMENTS;
+pub const FEATURES_INCOMPAT: u64 = VOID_SEGMENTS | MEMBERS;
 
 const CRC: usize = offset_of(Superblock::FIELDS, "crc");
 const VERSION_AT: usize = offset_of(Superblock::FIELDS, "version");
@@ -66,6 +69,10 @@ layout! {
         152 label: [u8; 64],
         /// With [`GENERATION_FLOOR`]: no segment that is made anew begins with a lower generation.
         216 generation_floor: u64,
+        /// With [`MEMBERS`]: how many of `members` count.
+        224 member_count: u32,
+        /// With [`MEMBERS`]: the devices, in order.
+        232 members: [Member; MEMBERS_MAX],
     }
 }
 
@@ -121,7 +128,27 @@ impl Superblock {
             created_by: [0; 32],
             label: [0; 64],
             generation_floor: 0,
+            member_count: 0,
+            members: [Member::default(); MEMBERS_MAX],
         }
+    }
+
+    /// The same cache on several devices, at most [`MEMBERS_MAX`]; on one if none is named.
+    pub fn on_members(mut self, members: &[Member]) -> Superblock {
+        if !members.is_empty() {
+            self.features_incompat |= MEMBERS;
+        }
+        self.member_count = members.len() as u32;
+        self.members[..members.len()].copy_from_slice(members);
+        self
+    }
+
+    /// The devices it lies on, in order; none if it is one, which has nothing to be known by.
+    pub fn members(&self) -> &[Member] {
+        if self.features_incompat & MEMBERS == 0 {
+            return &[];
+        }
+        &self.members[..(self.member_count as usize).min(MEMBERS_MAX)]
     }
 
     /// The same cache with another geometry, of which segments from `void_from` on hold nothing yet.
@@ -220,6 +247,10 @@ impl Superblock {
             JUDGE.at_most("void_from", count, from)?;
         }
         JUDGE.counter("generation_floor", superblock.first_generation())?;
+        if superblock.features_incompat & MEMBERS != 0 {
+            JUDGE.at_most("member_count", MEMBERS_MAX as u64, superblock.member_count.into())?;
+            judge_members(superblock.members())?;
+        }
         Ok(superblock)
     }
 
@@ -341,6 +372,42 @@ mod tests {
             assert!(
                 matches!(Superblock::decode(&bad.encode()), Err(SuperblockError::Damaged(c)) if c.field == "void_from")
             );
+        }
+    }
+
+    #[test]
+    fn a_table_of_members_counts_with_its_feature_and_must_be_possible() {
+        let member = |n: u8, base, start| Member { uuid: [n; 16], base, start };
+        let table = [member(1, 0, 0), member(2, 8 << 20, 4 << 20), member(3, 16 << 20, 4 << 20)];
+        let several = example().on_members(&table);
+        let read = Superblock::decode(&several.encode()).unwrap();
+        assert_eq!((read.members(), read.features_incompat), (&table[..], MEMBERS));
+        let one = example().on_members(&[]);
+        assert_eq!((one.members(), one.encode()), (&[][..], example().encode()), "one device: as ever");
+        let without = Superblock { features_incompat: 0, ..several.clone() };
+        assert_eq!(Superblock::decode(&without.encode()).unwrap().members(), []);
+        let mut cases = vec![
+            (Superblock { member_count: 1, ..several.clone() }, "member_count"),
+            (Superblock { member_count: 17, ..several.clone() }, "member_count"),
+        ];
+        for (index, bad, field) in [
+            (0, member(1, 4096, 0), "base"),
+            (0, member(1, 0, 4096), "start"),
+            (1, member(2, 0, 4 << 20), "base"),
+            (2, member(3, 8 << 20, 4 << 20), "base"),
+            (2, member(3, (16 << 20) + 1, 4 << 20), "base"),
+            (2, member(3, 16 << 20, 0), "start"),
+            (2, member(3, u64::MAX - 4095, 4 << 20), "base"),
+        ] {
+            let mut superblock = several.clone();
+            superblock.members[index] = bad;
+            cases.push((superblock, field));
+        }
+        for (bad, field) in cases {
+            match Superblock::decode(&bad.encode()) {
+                Err(SuperblockError::Damaged(c)) if c.field == field => {}
+                other => panic!("{field}: {other:?}"),
+            }
         }
     }
 

@@ -22,12 +22,13 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
 use super::guard::{ForeignSlice, ForeignSliceMut};
-use super::mapping::Mapping;
+use super::join::flush_each;
+use super::mapping::{Mapping, Part};
 use super::store::complete_stores;
 use super::{MediaClass, MediaError, Pmem, StoreMethod, StorePlan, SyncError, create, guard, open};
 
@@ -40,8 +41,8 @@ const ZERO_STEP: usize = 16 << 10;
 /// A cache's media. See the head of the file.
 #[derive(Debug)]
 pub struct MappedPmem {
-    path: PathBuf,
-    file: File,
+    /// In order, one at least; only the last changes its length.
+    parts: Vec<Part>,
     mapping: Mapping,
     class: MediaClass,
     reason: String,
@@ -53,8 +54,7 @@ pub struct MappedPmem {
 
 impl MappedPmem {
     pub(super) fn new(
-        path: PathBuf,
-        file: File,
+        parts: Vec<Part>,
         mapping: Mapping,
         class: MediaClass,
         reason: String,
@@ -63,20 +63,47 @@ impl MappedPmem {
         assert!(!class.fence_is_durable() || store.is_durable(), "{store} is not durable on {class}");
         let sums_in_one_pass = store.method(BLOCK).sums_in_one_pass();
         let durability = Durability::default();
-        Self { path, file, mapping, class, reason, store, sums_in_one_pass, durability }
+        Self { parts, mapping, class, reason, store, sums_in_one_pass, durability }
     }
 
-    /// As it was opened.
+    /// As it was opened; of several members, the first.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.parts[0].path
     }
 
-    /// The open file with its lock, for the process that is to have it next.
+    /// Each member's path and its bytes of the whole, in order.
+    pub fn members(&self) -> impl Iterator<Item = (&Path, Range<u64>)> {
+        self.parts
+            .iter()
+            .enumerate()
+            .map(|(index, part)| (part.path.as_path(), part.base..self.end_of(index)))
+    }
+
+    /// The open files with their locks, for the process that is to have them next.
     ///
     /// # Errors
     /// The process has as many descriptors as it may have.
-    pub fn source(&self) -> io::Result<File> {
-        self.file.try_clone()
+    pub fn sources(&self) -> io::Result<Vec<File>> {
+        self.parts.iter().map(|part| part.file.try_clone()).collect()
+    }
+
+    pub(super) fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// Its files, which nothing maps any more.
+    pub(super) fn into_parts(self) -> Vec<Part> {
+        self.parts
+    }
+
+    /// Where a part ends in the whole.
+    fn end_of(&self, index: usize) -> u64 {
+        self.parts.get(index + 1).map_or(self.mapping.len(), |next| next.base)
+    }
+
+    /// The part that changes its length.
+    fn last(&self) -> &Part {
+        &self.parts[self.parts.len() - 1]
     }
 
     /// How its class was recognised, a clause: "a file in memory (tmpfs)".
@@ -117,32 +144,26 @@ impl MappedPmem {
         Ok(true)
     }
 
-    /// Allocates every block of a file that was made sparse, without changing a byte, so that a
+    /// Allocates every block of files that were made sparse, without changing a byte, so that a
     /// full file system cannot fail a store later. Nothing to do for devices.
     ///
     /// # Errors
     /// The file system is full, or does not know how.
-    #[expect(unsafe_code, reason = "calls fallocate")]
     pub fn allocate(&self) -> io::Result<()> {
-        if self.is_read_only() || !self.file.metadata()?.is_file() {
-            return Ok(());
-        }
-        loop {
-            // SAFETY: the descriptor is open; the range is the file's own.
-            let done = unsafe {
-                libc::fallocate(
-                    self.file.as_raw_fd(),
-                    libc::FALLOC_FL_KEEP_SIZE,
-                    0,
-                    self.mapping.len() as i64,
-                )
-            };
-            match io::Error::last_os_error() {
-                _ if done == 0 => return Ok(()),
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
+        for (index, part) in self.parts.iter().enumerate() {
+            if !self.is_read_only() && part.file.metadata()?.is_file() {
+                allocate(&part.file, part.start + self.end_of(index) - part.base)?;
             }
         }
+        Ok(())
+    }
+
+    /// Touches every page now, so that no request pays for a first touch.
+    ///
+    /// # Errors
+    /// Some of it cannot be reached.
+    pub fn prefault(&self) -> io::Result<()> {
+        self.mapping.prefault(self.class).map_err(|failure| failure.source)
     }
 
     /// The address of byte `at`, of which `len` follow. Panics past the end.
@@ -161,25 +182,28 @@ impl Pmem for MappedPmem {
 
     fn resize(&self, len: u64) -> io::Result<u64> {
         assert!(!self.is_read_only(), "a change of media opened for reading");
-        let meta = self.file.metadata()?;
+        let last = self.last();
+        let own = |len: u64| len - last.base + last.start;
+        let meta = last.file.metadata()?;
         if !meta.is_file() {
             // Whoever gives a device its size has done so already.
-            let found = open::device_len(&self.file, &meta)?;
+            let found = open::device_len(&last.file, &meta)?;
+            let found = found.saturating_sub(last.start).saturating_add(last.base);
             if found > self.len() {
-                self.mapping.grow(&self.file, found, self.class)?;
+                self.mapping.grow(last, found, self.class)?;
             }
             return Ok(self.len());
         }
         let len = len.next_multiple_of(self.mapping.page_size);
         if len > self.len() {
-            if len > meta.len() {
-                create::extend(&self.file, meta.len(), len)?;
+            if own(len) > meta.len() {
+                create::extend(&last.file, meta.len(), own(len))?;
             }
-            self.mapping.grow(&self.file, len, self.class)?;
-        } else if len < self.len() {
+            self.mapping.grow(last, len, self.class)?;
+        } else if len < self.len() && len > last.base {
             self.mapping.cut(len)?;
-            self.file.set_len(len)?;
-            self.file.sync_all()?;
+            last.file.set_len(own(len))?;
+            last.file.sync_all()?;
         }
         Ok(self.len())
     }
@@ -238,7 +262,9 @@ impl Pmem for MappedPmem {
 
     fn sync(&self) -> Result<(), SyncError> {
         match self.class {
-            MediaClass::PageCache if self.mapping.writable => self.durability.sync(|| self.file.sync_data()),
+            MediaClass::PageCache if self.mapping.writable => {
+                self.durability.sync(|| flush_each(&self.parts, File::sync_data))
+            }
             _ => {
                 self.fence();
                 Ok(())
@@ -263,7 +289,7 @@ impl Pmem for MappedPmem {
         match self.class {
             MediaClass::PageCache if self.mapping.writable => {
                 let _turn = self.durability.failed.lock().unwrap_or_else(PoisonError::into_inner);
-                drop_pages(&self.file, &self.mapping).map_err(SyncError)
+                drop_pages(&self.parts, &self.mapping).map_err(SyncError)
             }
             _ => Ok(()),
         }
@@ -273,14 +299,38 @@ impl Pmem for MappedPmem {
         if self.class != MediaClass::PageCache {
             return Ok(true);
         }
-        let device = open_past_cache(&self.file)?;
+        for (index, part) in self.parts.iter().enumerate() {
+            let device = open_past_cache(&part.file)?;
+            let end = self.end_of(index);
+            let own = ranges.iter().map(|range| range.start.max(part.base)..range.end.min(end));
+            let own: Vec<Range<u64>> = own.filter(|range| !range.is_empty()).collect();
+            if !self.is_on(&device, part, &own)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    #[inline]
+    fn prefetch(&self, at: u64) {
+        // A record's header and keys, or the beginning of a block, whose rest the processor foresees.
+        let first = self.address(at, 0);
+        for line in 0..4 {
+            guard::prefetch(first.wrapping_add(line * 64));
+        }
+    }
+}
+
+impl MappedPmem {
+    /// Whether the part's file, read past the page cache, has what these ranges of the part show.
+    fn is_on(&self, device: &File, part: &Part, ranges: &[Range<u64>]) -> io::Result<bool> {
         let (mut shown, mut room) = (vec![0; COMPARE_STEP], vec![0; COMPARE_STEP + COMPARE_ALIGN]);
         let skew = room.as_ptr().align_offset(COMPARE_ALIGN);
         for range in ranges {
             for at in range.clone().step_by(COMPARE_STEP) {
                 let len = (range.end - at).min(COMPARE_STEP as u64) as usize;
                 let had = &mut room[skew..skew + len];
-                match device.read_exact_at(had, at) {
+                match device.read_exact_at(had, at - part.base + part.start) {
                     Ok(()) => {}
                     Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Err(error),
                     // Whatever reads back from it, the device does not have it.
@@ -294,13 +344,19 @@ impl Pmem for MappedPmem {
         }
         Ok(true)
     }
+}
 
-    #[inline]
-    fn prefetch(&self, at: u64) {
-        // A record's header and keys, or the beginning of a block, whose rest the processor foresees.
-        let first = self.address(at, 0);
-        for line in 0..4 {
-            guard::prefetch(first.wrapping_add(line * 64));
+/// Takes the space of the first `len` bytes of a file, whose length stays.
+#[expect(unsafe_code, reason = "calls fallocate")]
+fn allocate(file: &File, len: u64) -> io::Result<()> {
+    loop {
+        // SAFETY: the descriptor is open; the range is checked by the kernel.
+        let done =
+            unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, 0, len as libc::off_t) };
+        match io::Error::last_os_error() {
+            _ if done == 0 => return Ok(()),
+            error if error.kind() == io::ErrorKind::Interrupted => {}
+            error => return Err(error),
         }
     }
 }
@@ -319,19 +375,21 @@ fn open_past_cache(file: &File) -> io::Result<File> {
 /// Times the kernel is asked to drop pages: it skips those that somebody happens to look at.
 const DROP_TRIES: u32 = 50;
 
-/// Drops a file's pages from the page cache, and makes sure that none is left.
+/// Drops the files' pages from the page cache, and makes sure that none is left.
 #[expect(unsafe_code, reason = "calls madvise and posix_fadvise")]
-fn drop_pages(file: &File, mapping: &Mapping) -> io::Result<()> {
+fn drop_pages(parts: &[Part], mapping: &Mapping) -> io::Result<()> {
     // Dirty pages are not dropped: each must be written, or given up by the kernel. What it says is
     // news of the stores that are about to be forgotten, and by reporting it the kernel forgets it.
-    if let Err(error) = file.sync_data() {
+    if let Err(error) = flush_each(parts, File::sync_data) {
         tracing::warn!(%error, "stores that never reached the cache's device are forgotten");
     }
     for _ in 0..DROP_TRIES {
         // SAFETY: our own mapping of a file: what is not mapped any more is read again when touched.
         unsafe { libc::madvise(mapping.base.cast(), mapping.mapped_len(), libc::MADV_DONTNEED) };
-        // SAFETY: the descriptor is open.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        for part in parts {
+            // SAFETY: the descriptor is open.
+            unsafe { libc::posix_fadvise(part.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        }
         if !mapping.is_resident()? {
             return Ok(());
         }

@@ -1,4 +1,8 @@
-//! A file's bytes in the address space: reserved, mapped, grown and cut.
+//! The bytes of a file, or of several one after the other, in the address space: reserved, mapped, grown
+//! and cut.
+//!
+//! Several look like one from outside: each is mapped at its place in one reservation, so a copy may
+//! begin in one and end in the next, and who copies knows nothing of it.
 //!
 //! Invariant: the mapping never moves. What it may grow to is reserved from the start, and a part that
 //! is cut off stays reserved, so that `len` may change while others copy; they touch nothing past it.
@@ -6,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -28,18 +33,32 @@ impl MapFailure {
     }
 }
 
-/// A file's bytes in the address space.
+/// A file, and which of the mapping's bytes are its.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+    /// The mapping's byte with which it begins; its end is the next one's `base`, or the mapping's.
+    pub(super) base: u64,
+    /// Its own byte where that is.
+    pub(super) start: u64,
+    /// Alignment of address, offset and length that the kernel demands.
+    pub(super) page_size: u64,
+    /// Whether its pages need no `fsync` to stay, if mapped so.
+    pub(super) map_sync: bool,
+}
+
+/// The bytes of files in the address space.
 #[derive(Debug)]
 pub(super) struct Mapping {
     pub(super) base: *mut u8,
-    /// Bytes that are the file's.
+    /// Bytes that are the files'.
     len: AtomicU64,
     /// Bytes of addresses that are ours, from `base` on; at least `len`.
     reserved_len: AtomicUsize,
-    /// Alignment of address and length that the kernel demands.
+    /// What the last part demands: only its length changes.
     pub(super) page_size: u64,
     pub(super) writable: bool,
-    map_sync: bool,
 }
 
 /// Addresses reserved for a mapping to grow into: so many times what it has, and this at least.
@@ -71,17 +90,14 @@ impl Mapping {
         true
     }
 
-    /// Maps `len` bytes of the file, whose mappings come in pages of `page_size`.
+    /// Maps `len` bytes of the parts, which follow one another: the `base` and `start` of each is a multiple
+    /// of its page size, and the first's `base` is 0.
     #[expect(unsafe_code, reason = "calls munmap")]
-    pub(super) fn new(
-        file: &File,
-        len: u64,
-        page_size: u64,
-        writable: bool,
-        map_sync: bool,
-    ) -> Result<Self, MapFailure> {
+    pub(super) fn new(parts: &[Part], len: u64, writable: bool) -> Result<Self, MapFailure> {
         let too_long = || MapFailure { step: "mapped", source: io::Error::from_raw_os_error(libc::ENOMEM) };
-        let align = BASE_ALIGN.max(page_size.next_power_of_two());
+        let largest = parts.iter().map(|part| part.page_size).max().unwrap_or(1);
+        let page_size = parts.last().map_or(1, |part| part.page_size);
+        let align = BASE_ALIGN.max(largest.next_power_of_two());
         let mapped_len = len.checked_next_multiple_of(page_size).ok_or_else(too_long)?;
         let least = mapped_len.checked_add(align).ok_or_else(too_long)?;
         let most = mapped_len.saturating_mul(if writable { GROWTH } else { 1 }).max(least);
@@ -105,29 +121,29 @@ impl Mapping {
             reserved_len: AtomicUsize::new(reserved_len),
             page_size,
             writable,
-            map_sync,
         };
-        match mapping.map(file, 0, mapped_len) {
-            Ok(()) => Ok(mapping),
-            Err(failure) => {
+        let ends = parts.iter().skip(1).map(|part| part.base as usize).chain([mapped_len]);
+        for (part, end) in parts.iter().zip(ends) {
+            if let Err(failure) = mapping.map(part, part.base as usize, end) {
                 // The reservation is left as it is: the kernel may have opened a hole in it already, in
                 // which another thread's mapping may lie by now. It costs addresses, not memory.
                 std::mem::forget(mapping);
-                Err(failure)
+                return Err(failure);
             }
         }
+        Ok(mapping)
     }
 
-    /// Maps bytes `from` to `end` of the file, whole pages within the reservation.
+    /// Maps bytes `from` to `end`, whole pages of the part within the reservation.
     #[expect(unsafe_code, reason = "calls mmap and madvise")]
-    fn map(&self, file: &File, from: usize, end: usize) -> Result<(), MapFailure> {
-        let how = if self.map_sync { libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC } else { libc::MAP_SHARED };
+    fn map(&self, part: &Part, from: usize, end: usize) -> Result<(), MapFailure> {
+        let how = if part.map_sync { libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC } else { libc::MAP_SHARED };
         let (at, len) = (self.base.wrapping_add(from).cast(), end - from);
-        let fd = file.as_raw_fd();
+        let fd = part.file.as_raw_fd();
+        let offset = (from as u64 - part.base + part.start) as libc::off_t;
         // SAFETY: replaces a part of our own reservation, in which nobody copies yet.
-        let mapped = unsafe {
-            libc::mmap(at, len, protection(self.writable), how | libc::MAP_FIXED, fd, from as libc::off_t)
-        };
+        let mapped =
+            unsafe { libc::mmap(at, len, protection(self.writable), how | libc::MAP_FIXED, fd, offset) };
         if mapped == libc::MAP_FAILED {
             return Err(MapFailure::last("mapped"));
         }
@@ -140,19 +156,19 @@ impl Mapping {
         Ok(())
     }
 
-    /// Bytes that are the file's.
+    /// Bytes that are the files'.
     #[inline]
     pub(super) fn len(&self) -> u64 {
         self.len.load(Ordering::Acquire)
     }
 
-    /// Bytes mapped: those of the file, rounded up to the media's page size.
+    /// Bytes mapped: those of the files, rounded up to the last one's page size.
     pub(super) fn mapped_len(&self) -> usize {
         self.len().next_multiple_of(self.page_size) as usize
     }
 
-    /// Maps what the file has become longer by.
-    pub(super) fn grow(&self, file: &File, len: u64, class: MediaClass) -> io::Result<()> {
+    /// Maps what the last part has become longer by.
+    pub(super) fn grow(&self, last: &Part, len: u64, class: MediaClass) -> io::Result<()> {
         let (from, end) = (self.mapped_len(), len.next_multiple_of(self.page_size) as usize);
         let reserved_len = self.reserved_len.load(Ordering::Relaxed);
         if end > reserved_len {
@@ -160,7 +176,7 @@ impl Mapping {
             return Err(io::Error::other(what));
         }
         if from < end {
-            self.map(file, from, end).map_err(|failure| {
+            self.map(last, from, end).map_err(|failure| {
                 // As in `new`: what is behind may be another's by now, and is left as it is.
                 self.reserved_len.store(from, Ordering::Relaxed);
                 failure.source
@@ -174,7 +190,7 @@ impl Mapping {
         Ok(())
     }
 
-    /// Unmaps what the file is about to be shorter by; the addresses stay ours. Nobody copies there.
+    /// Unmaps what the last part is about to be shorter by; the addresses stay ours. Nobody copies there.
     #[expect(unsafe_code, reason = "calls mmap")]
     pub(super) fn cut(&self, len: u64) -> io::Result<()> {
         let (from, end) = (len.next_multiple_of(self.page_size) as usize, self.mapped_len());

@@ -18,6 +18,7 @@
 mod classify;
 mod create;
 pub mod guard;
+mod join;
 mod lock;
 mod mapped;
 mod mapping;
@@ -36,6 +37,7 @@ use std::sync::OnceLock;
 use self::guard::{ForeignSlice, ForeignSliceMut};
 
 pub use create::{CreateError, create};
+pub use join::{JoinError, Place};
 pub use lock::Holder;
 pub use mapped::MappedPmem;
 pub use open::{OpenError, OpenOptions, notice_holder};

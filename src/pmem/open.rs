@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::classify::{self, Medium, PersistenceDomain, Refusal};
 use super::lock::{self, Holder, LockError};
 use super::mapped::MappedPmem;
-use super::mapping::{MapFailure, Mapping};
+use super::mapping::{MapFailure, Mapping, Part};
 use super::{MediaClass, StorePlan, guard};
 
 /// How to open a cache's media.
@@ -163,7 +163,9 @@ impl MappedPmem {
             return Err(OpenError::Empty { path: path() });
         }
         let map_sync = matches!(found.medium, Medium::File { map_sync: true, dax_attribute: true, .. });
-        let mapping = Mapping::new(&found.file, found.len, found.page_size, !options.read_only, map_sync)
+        let Found { file, len, page_size, .. } = found;
+        let part = Part { path: path(), file, base: 0, start: 0, page_size, map_sync };
+        let mapping = Mapping::new(std::slice::from_ref(&part), len, !options.read_only)
             .and_then(|mapping| {
                 if options.prefault {
                     mapping.prefault(class)?;
@@ -174,7 +176,7 @@ impl MappedPmem {
         let store = options.store.unwrap_or_else(|| {
             if class.fence_is_durable() { StorePlan::measured() } else { StorePlan::plain() }
         });
-        Ok(Self::new(path(), found.file, mapping, class, reason, store))
+        Ok(Self::new(vec![part], mapping, class, reason, store))
     }
 }
 

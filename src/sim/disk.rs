@@ -109,6 +109,24 @@ impl DiskState {
         DiskState { book: Some(Book::default()), ..DiskState::new(vec![0; sectors as usize]) }
     }
 
+    /// A disk of any bytes, these, all of them durable.
+    pub fn raw_of(bytes: &[u8]) -> DiskState {
+        let blank = DiskState::raw(0);
+        let value = |(sector, bytes)| blank.decode(0, sector as u64, bytes).expect("a book takes anything");
+        let durable = bytes.chunks_exact(BYTES).enumerate().map(value).collect();
+        DiskState { durable, ..blank.clone() }
+    }
+
+    /// What sectors of a disk of any bytes hold.
+    pub fn bytes(&self, sectors: std::ops::Range<u64>) -> Vec<u8> {
+        assert!(self.book.is_some(), "a guest's disk is told by its values");
+        let mut bytes = vec![0; (sectors.end - sectors.start) as usize * BYTES];
+        for (sector, out) in sectors.zip(bytes.chunks_exact_mut(BYTES)) {
+            self.encode(0, sector, out);
+        }
+        bytes
+    }
+
     /// Fills `out` with what the sector `sector` of disk number `disk` holds.
     pub(super) fn encode(&self, disk: usize, sector: u64, out: &mut [u8]) {
         let value = self.value(sector);

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::created::Created;
+use super::members::{self, CachePaths, How, MemberError};
 use super::signature::{self, Content};
 use crate::cache::{self, FormatError, FormatOptions, SystemClock};
 use crate::onmedia::{Geometry, GeometryError};
@@ -51,16 +52,16 @@ impl Sizing {
 /// Which image, and what it may become.
 #[derive(Clone, Copy, Debug)]
 pub struct ImageOptions<'a> {
-    /// Device or file.
-    pub path: &'a Path,
+    /// Device or file, or several.
+    pub path: &'a CachePaths,
     /// How large.
     pub size: Sizing,
     /// Segment size if it is formatted now; `None` goes by the image's size.
     pub segment_size: Option<u32>,
     /// Whether RAM passes as persistent.
     pub assume_dax: bool,
-    /// Opened already, by a process that gives it up.
-    pub taken: Option<&'a Arc<fs::File>>,
+    /// Opened already, by a process that gives them up: every path's file, or none.
+    pub taken: &'a [Arc<fs::File>],
 }
 
 /// An open image.
@@ -77,6 +78,9 @@ pub enum ImageError {
     /// It could not be opened.
     #[error(transparent)]
     Open(#[from] pmem::OpenError),
+    /// It is not all of one cache.
+    #[error(transparent)]
+    Members(#[from] MemberError),
     /// It could not be made.
     #[error(transparent)]
     Create(#[from] CreateError),
@@ -153,17 +157,20 @@ pub enum ImageError {
 /// # Errors
 /// [`ImageError`]; nothing has been changed.
 pub fn open_or_create(options: &ImageOptions<'_>, created: &mut Created) -> Result<Image, ImageError> {
-    let path = options.path;
-    if is_missing(path)? {
+    let path = options.path.first();
+    if options.path.is_one() && is_missing(path)? {
         let size = options.size.to_create().ok_or_else(|| ImageError::Missing(path.into()))?;
         let pmem = create(options, size)?;
         created.file(path);
         return Ok(Image { pmem, is_new: true });
     }
-    let pmem = match options.taken {
-        Some(file) => take(path, options.assume_dax, file)?,
-        None => open(path, options.assume_dax, false)?,
-    };
+    let how = How { assume_dax: options.assume_dax, read_only: false, taken: options.taken };
+    let pmem = members::open(options.path, how)?;
+    if !options.taken.is_empty() {
+        // Every page is touched now, while the other process still serves: later guests would wait for it.
+        let failed = |source| ImageError::Io { path: path.into(), step: "pre-faulted", source };
+        pmem.prefault().map_err(failed)?;
+    }
     refuse_other_size(options, pmem.len())?;
     match content(path, &*pmem)? {
         Content::Ours => Ok(Image { pmem, is_new: false }),
@@ -178,12 +185,15 @@ pub fn open_or_create(options: &ImageOptions<'_>, created: &mut Created) -> Resu
 /// # Errors
 /// [`ImageError`]; nothing has been changed, unless formatting itself failed.
 pub fn format(options: &ImageOptions<'_>, force: bool) -> Result<Image, ImageError> {
-    let path = options.path;
+    if !options.path.is_one() {
+        return Ok(Image { pmem: members::format(options, force)?, is_new: false });
+    }
+    let path = options.path.first();
     if is_missing(path)? {
         let size = options.size.to_create().ok_or_else(|| ImageError::Missing(path.into()))?;
         return Ok(Image { pmem: create(options, size)?, is_new: true });
     }
-    let pmem = open(path, options.assume_dax, false)?;
+    let pmem = open_alone(path, options.assume_dax)?;
     refuse_other_size(options, pmem.len())?;
     choose_geometry(path, pmem.len(), options.segment_size)?;
     let content = content(path, &*pmem)?;
@@ -194,24 +204,17 @@ pub fn format(options: &ImageOptions<'_>, force: bool) -> Result<Image, ImageErr
     Ok(Image { pmem, is_new: false })
 }
 
-/// Opens whatever is at `path`, alone or, to look only, with others who look.
+/// Opens the media of a cache, all of them, alone or, to look only, with others who look.
 ///
 /// # Errors
-/// [`ImageError::Open`].
-pub fn open(path: &Path, assume_dax: bool, read_only: bool) -> Result<Arc<MappedPmem>, ImageError> {
-    let mut options = pmem::OpenOptions::new(path);
-    options.assume_dax = assume_dax;
-    options.read_only = read_only;
-    Ok(Arc::new(MappedPmem::open(&options)?))
+/// [`ImageError::Open`], [`ImageError::Members`].
+pub fn open(paths: &CachePaths, assume_dax: bool, read_only: bool) -> Result<Arc<MappedPmem>, ImageError> {
+    members::open(paths, How { assume_dax, read_only, taken: &[] })
 }
 
-/// Maps what another process has opened. Every page is touched now, while that one still serves: later
-/// guests would wait for it.
-fn take(path: &Path, assume_dax: bool, file: &Arc<fs::File>) -> Result<Arc<MappedPmem>, ImageError> {
-    let mut options = pmem::OpenOptions::new(path);
-    options.assume_dax = assume_dax;
-    options.taken = Some(Arc::clone(file));
-    options.prefault = true;
+/// Opens whatever is at `path`, for it to become something else.
+fn open_alone(path: &Path, assume_dax: bool) -> Result<Arc<MappedPmem>, ImageError> {
+    let options = pmem::OpenOptions { assume_dax, ..pmem::OpenOptions::new(path) };
     Ok(Arc::new(MappedPmem::open(&options)?))
 }
 
@@ -232,16 +235,20 @@ fn is_missing(path: &Path) -> Result<bool, ImageError> {
     }
 }
 
-fn refuse_other_size(options: &ImageOptions<'_>, found: u64) -> Result<(), ImageError> {
+pub(super) fn refuse_other_size(options: &ImageOptions<'_>, found: u64) -> Result<(), ImageError> {
     match options.size {
         Sizing::Exactly(asked) if asked != found => {
-            Err(ImageError::SizeDiffers { path: options.path.into(), found, asked })
+            Err(ImageError::SizeDiffers { path: options.path.first().into(), found, asked })
         }
         _ => Ok(()),
     }
 }
 
-fn choose_geometry(path: &Path, size: u64, segment_size: Option<u32>) -> Result<Geometry, ImageError> {
+pub(super) fn choose_geometry(
+    path: &Path,
+    size: u64,
+    segment_size: Option<u32>,
+) -> Result<Geometry, ImageError> {
     Geometry::choose(size, segment_size).map_err(|source| ImageError::Geometry { path: path.into(), source })
 }
 
@@ -255,19 +262,19 @@ fn format_as_cache(path: &Path, pmem: &MappedPmem, segment_size: Option<u32>) ->
 /// Makes a formatted file of `size` bytes at `path`, where nothing is. The file stays locked from
 /// before it has its name.
 fn create(options: &ImageOptions<'_>, size: u64) -> Result<Arc<MappedPmem>, ImageError> {
-    let path = options.path;
+    let path = options.path.first();
     let failed = |step| move |source| ImageError::Io { path: path.into(), step, source };
     choose_geometry(path, size, options.segment_size)?;
     let unfinished = unfinished(path);
     if !is_missing(&unfinished)? {
         // Left by a kill. Whoever is still at work on it holds its lock, and then this is an error.
-        drop(open(&unfinished, false, false)?);
+        drop(open_alone(&unfinished, false)?);
         fs::remove_file(&unfinished).map_err(failed("made: its unfinished predecessor stays"))?;
     }
     pmem::create(&unfinished, size)?;
     let mut made = Created::default();
     made.file(&unfinished);
-    let pmem = open(&unfinished, options.assume_dax, false)?;
+    let pmem = open_alone(&unfinished, options.assume_dax)?;
     format_as_cache(path, &pmem, options.segment_size)?;
     // Fails if something has appeared there meanwhile; a rename would replace it.
     fs::hard_link(&unfinished, path).map_err(failed("given its name"))?;

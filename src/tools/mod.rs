@@ -7,6 +7,7 @@ pub mod created;
 pub mod disk;
 pub mod drain;
 pub mod image;
+pub mod members;
 pub mod recover;
 pub mod redo;
 pub mod resolve;

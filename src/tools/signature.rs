@@ -82,6 +82,9 @@ const NAMES: &[(&str, Offset, &[u8])] = &[
     ("an MBR partition table or boot sector", 0x1fe, b"\x55\xaa"),
 ];
 
+/// The label of a member of a cache of ours, where FORMAT.md has its copies.
+const MEMBER: &[u8; 8] = b"PCVMEMBR";
+
 /// The first bytes of a cache of ours, which FORMAT.md promises never to change.
 const OURS: &[u8; 8] = b"PCVHOST\x01";
 
@@ -90,6 +93,12 @@ const OURS: &[u8; 8] = b"PCVHOST\x01";
 /// # Errors
 /// Whatever `read` fails with.
 pub fn identify<E>(len: u64, mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>) -> Result<Content, E> {
+    // Before all else: behind its labels a member may hold anything, its own earlier lives included.
+    for label in [0, END] {
+        if holds(len, label, MEMBER, &mut read)? {
+            return Ok(Content::Known("a member of a pcache-vhost cache on several devices"));
+        }
+    }
     for superblock in [Some(0), len.checked_sub(END)].into_iter().flatten() {
         // The back copy stands a fixed way before the end of the last whole page.
         let superblock = superblock / BLOCK * BLOCK;

@@ -24,21 +24,26 @@ fn served(order: Order) -> Style {
 }
 
 /// Two volumes of one group, before disks that hold write *s* + 1 in sector *s*.
-struct Pair {
-    world: Arc<World>,
-    machine: Machine,
+pub struct Pair {
+    pub world: Arc<World>,
+    pub machine: Machine,
     order: Order,
     next_tag: u32,
 }
 
 impl Pair {
     fn new(class: MediaClass, order: Order) -> Pair {
+        Pair::sized(class, order, 12)
+    }
+
+    /// On a cache of so many segments.
+    pub fn sized(class: MediaClass, order: Order, segments: u32) -> Pair {
         let disk = |n| DiskState::new((1..=SECTORS).collect()).named(n).in_group("vm");
         let mut disks = vec![disk(1), disk(2)];
         if order == Order::Grouped {
             disks.extend((3..5).map(|n| DiskState::raw(REDO_SECTORS).named(n)));
         }
-        let geometry = Geometry::custom(24 << 10, 64 << 10, 12, 2).expect("a geometry");
+        let geometry = Geometry::custom(32 << 10, 64 << 10, segments, 2).expect("a geometry");
         let memory = Memory::new(class, geometry.device_size);
         let world = World::new(Snapshot { what: "the beginning", memory, disks }, 1);
         let options = FormatOptions { geometry: Some(geometry), ..FormatOptions::default() };
@@ -64,21 +69,23 @@ impl Pair {
                 assert_eq!((done.tag, done.status), (tag, Status::Ok), "{kind:?} of volume {volume}");
                 return;
             }
+            self.machine.clock.advance(1);
             self.machine.sync();
         }
-        panic!("{kind:?} of volume {volume} never ends");
+        let volume = &self.machine.served[volume].volume;
+        panic!("{kind:?} never ends: {:?}, {:?}", self.machine.cache.space(), volume.counters());
     }
 
-    fn write(&mut self, volume: usize, first: u64, value: u64) {
+    pub fn write(&mut self, volume: usize, first: u64, value: u64) {
         self.request(volume, RequestKind::Write, first, SimBuffer::of_write(volume, first, 8, value));
     }
 
-    fn flush(&mut self, volume: usize) {
+    pub fn flush(&mut self, volume: usize) {
         self.request(volume, RequestKind::Flush, 0, SimBuffer::default());
     }
 
     /// Lets write-back of these volumes do so many steps.
-    fn work(&mut self, volumes: &[usize], steps: u32) {
+    pub fn work(&mut self, volumes: &[usize], steps: u32) {
         for _ in 0..steps {
             self.machine.clock.advance(500);
             volumes.iter().for_each(|&volume| _ = self.machine.writeback(volume));
@@ -86,7 +93,7 @@ impl Pair {
         }
     }
 
-    fn drain(&mut self) {
+    pub fn drain(&mut self) {
         self.work(&[0, 1], 400);
         assert!(self.machine.served.iter().all(|s| s.volume.is_clean()), "write-back never ends");
     }
@@ -95,16 +102,21 @@ impl Pair {
         self.world.with(|w| w.disks[volume].value(sector))
     }
 
-    /// What sectors 0 and 8 of both disks hold with the cache lost now.
-    fn alone(&self) -> [[u64; 2]; 2] {
-        let world = World::new(self.world.photograph("lost").daemon_crash(&mut Rng::new(1)), 1);
+    /// Does for the disks of `world`, which has no cache, what `recover-backing` does.
+    pub fn recover_disks(&self, world: &Arc<World>) {
         if self.order == Order::Grouped {
-            let disks = [0, 1].map(|n| SimBacking::new(&world, n));
+            let disks = [0, 1].map(|n| SimBacking::new(world, n));
             let members: Vec<_> = (disks.iter().enumerate())
-                .map(|(n, disk)| Member { redo: Arc::new(SimBacking::new(&world, n + 2)), disk })
+                .map(|(n, disk)| Member { redo: Arc::new(SimBacking::new(world, n + 2)), disk })
                 .collect();
             recover_group(&members, false, false).expect("both disks and their areas are there");
         }
+    }
+
+    /// What sectors 0 and 8 of both disks hold with the cache lost now.
+    fn alone(&self) -> [[u64; 2]; 2] {
+        let world = World::new(self.world.photograph("lost").daemon_crash(&mut Rng::new(1)), 1);
+        self.recover_disks(&world);
         [0, 1].map(|n| [0, 8].map(|sector| world.with(|w| w.disks[n].value(sector))))
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use pcache_vhost::cache::{Mode, Order, recover_backing};
+use pcache_vhost::cache::{Mode, Order, Volume, recover_backing};
 use pcache_vhost::pmem::MediaClass::{self, AssumeDax, PageCache};
 use pcache_vhost::sim::{DiskSurvival, Rng, Scene, SimBacking, Style, Survival, World};
 
@@ -90,7 +90,7 @@ fn strike(scene: &mut Scene, blow: Blow) {
         Blow::OrderChanges => {
             volume.change_order(Order::Strict).expect("any order is possible");
         }
-        Blow::Checkpoint => volume.begin_checkpoint(),
+        Blow::Checkpoint => Volume::begin_checkpoint([&**volume]),
     }
 }
 

@@ -8,7 +8,7 @@ use pcache_vhost::mutant::Mutant;
 use pcache_vhost::pmem::MediaClass::PageCache;
 use pcache_vhost::sim::{Scenario, run_seed};
 
-use super::{failing, fellows, growth, pairs, rest, shares, sizes, starts, stories};
+use super::{failing, fellows, growth, held, pairs, rest, shares, sizes, starts, stories};
 
 /// Images judged in each seed of a random run.
 const IMAGES_PER_SEED: u64 = 1200;
@@ -89,6 +89,8 @@ impl Instrument {
             | M::RedoBelievedUnflushed
             | M::RedoLeftUnapplied => run(|s| s.styles.iter().any(|s| s.order == Order::Grouped)),
             M::EpochNotShared | M::MemberGoesAhead => run(|s| s.is_joint),
+            M::CheckpointForgotten => ("story of a disk kept still", Story(held::a_disk_that_is_kept_still)),
+            M::CheckpointUnbounded => ("story of disks kept still", Story(held::a_group_that_is_kept_still)),
             M::MemberForgotten => ("story of a late member", Story(fellows::a_member_that_comes_late)),
             M::JointDecidedByOne
             | M::JointPartBelieved

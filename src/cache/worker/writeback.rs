@@ -33,6 +33,7 @@
 mod ahead;
 mod damage;
 mod group;
+mod hold;
 mod joint;
 mod journal;
 mod op;
@@ -227,6 +228,9 @@ impl<E: Env> Writeback<E> {
             return self.fail(failure);
         }
         let mut plan = lock(&core.plan);
+        if self.is_preparing() {
+            return Progress::Idle;
+        }
         plan.clear();
         let round = match self.round_order() {
             Order::Relaxed => self.gather_relaxed(),

@@ -40,8 +40,11 @@ pub struct DaemonStatus {
 pub struct CacheStatus {
     /// What volumes call it.
     pub name: String,
-    /// Device or file.
+    /// Device or file; of several the first.
     pub path: String,
+    /// Its devices or files in order, one or several.
+    #[serde(default)]
+    pub members: Vec<CacheMember>,
     /// Its identity, made at format.
     pub uuid: String,
     /// Its size.
@@ -66,6 +69,18 @@ pub struct CacheStatus {
     pub index_memory_max_bytes: u64,
     /// Whether it could not be made durable once: it takes no more writes.
     pub has_failed: bool,
+}
+
+/// One of the devices or files of a cache.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug, Default)]
+#[cfg_attr(test, derive(JsonSchema))]
+pub struct CacheMember {
+    /// Which.
+    pub path: String,
+    /// The cache's byte with which it begins.
+    pub base_bytes: u64,
+    /// Bytes of the cache that it has.
+    pub size_bytes: u64,
 }
 
 /// A volume in short.

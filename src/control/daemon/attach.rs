@@ -155,6 +155,7 @@ impl Daemon {
             Some(Entry::Changing) => return Err(DaemonError::Changing(name.to_string())),
             None => {}
         }
+        self.refuse_beside_held(config.cache, config.group.as_ref().map(|group| group.as_str()))?;
         let caches = self.caches.iter().map(|cache| cache.config.clone()).collect();
         let others = self.served().into_iter().map(|served| served.config.clone());
         let all = others.chain([config.clone()]).collect();

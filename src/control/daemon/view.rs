@@ -1,11 +1,13 @@
 //! The daemon as values of the API: a look from outside that holds nothing up.
 
+use std::ops::Range;
+use std::path::Path;
 use std::time::Instant;
 
 use super::super::announce::word;
 use super::super::api::model::{
-    CacheStatus, DaemonStatus, DmPcacheStatus, ShareSettings, VolumeSettings, VolumeStats, VolumeStatus,
-    VolumeSummary,
+    CacheMember, CacheStatus, DaemonStatus, DmPcacheStatus, ShareSettings, VolumeSettings, VolumeStats,
+    VolumeStatus, VolumeSummary,
 };
 use super::super::config::Endpoint;
 use super::super::share::{GC_PERCENT_NONE, ShareConfig};
@@ -183,7 +185,8 @@ fn view_cache(open: &OpenCache) -> CacheStatus {
     let uuid: String = cache.uuid().iter().map(|byte| format!("{byte:02x}")).collect();
     CacheStatus {
         name: config.name.to_string(),
-        path: config.path.display().to_string(),
+        path: config.path.first().display().to_string(),
+        members: open.pmem.members().map(view_member).collect(),
         uuid,
         size_bytes: open.pmem.len(),
         media_class: open.pmem.class().to_string(),
@@ -196,6 +199,14 @@ fn view_cache(open: &OpenCache) -> CacheStatus {
         index_memory_bytes: cache.index_memory_bytes(),
         index_memory_max_bytes: cache.index_memory_max(),
         has_failed: cache.has_failed(),
+    }
+}
+
+fn view_member((path, range): (&Path, Range<u64>)) -> CacheMember {
+    CacheMember {
+        path: path.display().to_string(),
+        base_bytes: range.start,
+        size_bytes: range.end - range.start,
     }
 }
 

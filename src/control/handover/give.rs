@@ -234,9 +234,11 @@ impl Shared {
     fn offer(&self, wire: &mut Wire, served: &[Arc<Served>]) -> Result<(), HandoverError> {
         let failed = HandoverError::io("giving descriptors to");
         for cache in self.daemon.caches() {
-            let image = cache.pmem.source().map_err(&failed)?;
-            let path = cache.config.path.display().to_string();
-            wire.say(&Word::Cache { path }, &[image.as_raw_fd()], PROMPT)?;
+            let images = cache.pmem.sources().map_err(&failed)?;
+            for (path, image) in cache.config.path.all().iter().zip(images) {
+                let path = path.display().to_string();
+                wire.say(&Word::Cache { path }, &[image.as_raw_fd()], PROMPT)?;
+            }
         }
         let mut volumes = Vec::new();
         for served in served {

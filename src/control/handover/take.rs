@@ -23,6 +23,7 @@ use crate::control::config::{ControlConfig, Endpoint, VolumeConfig};
 use crate::control::socket::{Bound, Claimed, Incoming};
 use crate::control::sys;
 use crate::control::value::SocketPath;
+use crate::tools::members::CachePaths;
 use crate::vhost::{Parked, ParkedSession, Saved};
 
 /// For what the predecessor says at once.
@@ -162,9 +163,9 @@ impl Predecessor {
         self.volumes.iter().any(|offered| offered.name == volume)
     }
 
-    /// The cache image at `path`, if it has it.
-    pub fn cache(&self, path: &Path) -> Option<&Arc<File>> {
-        same(path, self.caches.iter())
+    /// The images of the cache at `paths`, if it has all of them.
+    pub fn cache(&self, paths: &CachePaths) -> Option<Vec<Arc<File>>> {
+        paths.all().iter().map(|path| same(path, self.caches.iter()).cloned()).collect()
     }
 
     /// The disk of a volume, if it is the one at `path`.

@@ -301,10 +301,13 @@ fn find_holder(args: &DrainArgs) -> Result<Option<(Client, Vec<String>)>, RunErr
     let (caches, configured) = match &args.config {
         Some(path) => {
             let config = file::load(path, &Consents::default())?;
-            let caches = config.caches().iter().map(|cache| cache.path.clone()).collect();
+            let caches = config.caches().iter().map(|cache| cache.path.first().to_owned()).collect();
             (caches, config.control().map(|control| control.socket.clone()))
         }
-        None => (vec![config::cache_path(&args.cache, &args.state_dir, state_dir())?], None),
+        None => {
+            let path = config::cache_path(&args.cache, &args.state_dir, state_dir())?;
+            (vec![path.first().to_owned()], None)
+        }
     };
     let Ok(client) = client(args.control.as_ref().or(configured.as_ref())) else { return Ok(None) };
     let Ok(status) = client.ask::<DaemonStatus>("GET", "/v1/status", None) else { return Ok(None) };

@@ -36,6 +36,10 @@ fn daemon_text(status: &DaemonStatus) -> String {
         let failed = if cache.has_failed { ", FAILED: takes no more writes" } else { "" };
         let (size, segment) = (Bytes(cache.size_bytes), Bytes(cache.segment_size_bytes));
         line(format!("cache   {}: {} {size}, {}{failed}", cache.name, cache.path, cache.media_class));
+        for member in cache.members.iter().skip(1) {
+            let (size, base) = (Bytes(member.size_bytes), Bytes(member.base_bytes));
+            line(format!("        and {}: {size} from {base} on", member.path));
+        }
         let (total, free, used, bad) =
             (cache.segments_total, cache.segments_free, cache.segments_used, cache.segments_bad);
         line(format!("        {total} segments of {segment}: {used} used, {free} free, {bad} bad"));

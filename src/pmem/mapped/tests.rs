@@ -1,6 +1,7 @@
 use std::fs;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 

@@ -121,6 +121,9 @@ impl<E: Env> Writeback<E> {
     pub(in super::super) fn may_write(&self, epoch: u64) -> bool {
         let core = &self.volume.core;
         core.settled.fetch_max(epoch - 1, Ordering::SeqCst);
+        if epoch > self.epoch_bound() {
+            return false;
+        }
         let Some(group) = core.group() else { return true };
         if mutated(Mutant::MemberGoesAhead) {
             return true;
@@ -178,8 +181,9 @@ impl<E: Env> Writeback<E> {
                 let round = self.gather_upto(plan, target)?;
                 match &mut self.group {
                     Some(group) => group.joint = Some(JointPart { uuid, base, members }),
-                    // Nothing needs the area.
-                    None => _ = self.joint(|joint| (joint.commit(me), joint.end(me))),
+                    // What it bid for is not there: its area will never name the round, so the round
+                    // must not count for anybody.
+                    None => _ = self.joint(|joint| joint.give_up(me, true)),
                 }
                 Ok(round)
             }
@@ -190,13 +194,16 @@ impl<E: Env> Writeback<E> {
     fn begin_joint(&self, group: &ConsistencyGroup) {
         let core = &self.volume.core;
         if lock(&group.joint).is_under_way() {
-            let awaited = lock(&group.joint).silent();
+            let awaited = {
+                let joint = lock(&group.joint);
+                joint.silent().or(joint.late())
+            };
             let fellows = group.fellows(core);
             self.awaits(fellows.iter().find(|f| Some(f.incarnation) == awaited).map(|f| &**f));
             return;
         }
         core.raise_epoch();
-        let target = core.closed_epoch();
+        let target = core.closed_epoch().min(self.epoch_bound());
         let dirty: Vec<_> = group.members().into_iter().filter(|m| m.owes(target)).collect();
         let absent = dirty.iter().find(|member| lock(&member.area).is_none());
         if absent.is_some() {
@@ -237,6 +244,9 @@ impl<E: Env> Writeback<E> {
                 Some(Failure::applying(format!("an epoch of the group needs more than `{path}` has")));
             self.joint(|joint| joint.give_up(me, true));
             return Ok(());
+        }
+        if low > target {
+            self.note_settled(target);
         }
         self.joint(|joint| joint.bid(me, low, upto));
         Ok(())

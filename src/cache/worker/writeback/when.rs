@@ -1,4 +1,4 @@
-//! When a round begins, and in which order: age, idleness and space; changes of order; checkpoints.
+//! When a round begins, and in which order: age, idleness and space; changes of order.
 //!
 //! Laws:
 //! - To an order that promises less: the descriptor says so durably before the first round that is.
@@ -7,8 +7,6 @@
 //!   rounds are strict, and when the tail has reached that epoch the disk alone is consistent; then the
 //!   new order holds, durably said.
 //! - Another order than its group's ends a volume's membership, durably, before anything else.
-//! - A checkpoint is reached when everything acknowledged before it was asked for is on the disk,
-//!   flushed, and nothing is on its way there; nothing is written until it is released.
 //! - The disk alone is never said to be younger than it is: what counts is when the oldest data came
 //!   that it has not.
 
@@ -52,9 +50,9 @@ pub(crate) struct Wishes {
     pub group_bytes: crate::sync::atomic::AtomicU64,
     /// The order to change to, by its code and 1; 0 for none.
     pub order: crate::sync::atomic::AtomicU8,
-    /// The epoch that a checkpoint waits for; 0 for none.
+    /// The epoch that a checkpoint waits for, and 1; 0 for none (`hold.rs`).
     pub checkpoint: crate::sync::atomic::AtomicU64,
-    /// The epoch of the checkpoint that is reached; an older one's says nothing of a newer one.
+    /// The same of the checkpoint that is reached; an older one's says nothing of a newer one.
     pub reached: crate::sync::atomic::AtomicU64,
 }
 
@@ -204,18 +202,6 @@ impl<E: Env> Writeback<E> {
     pub(super) fn round_order(&self) -> Order {
         if self.when.switching.is_some() { Order::Strict } else { self.volume.order() }
     }
-
-    /// Whether a checkpoint keeps the disk still.
-    pub(super) fn is_held(&self) -> bool {
-        let (core, wishes) = (&self.volume.core, &self.volume.wishes);
-        let epoch = wishes.checkpoint.load(Ordering::SeqCst);
-        let is_held =
-            epoch > 0 && !self.owes_part() && (core.tail.load(Ordering::SeqCst) >= epoch || core.is_clean());
-        if is_held {
-            wishes.reached.store(epoch, Ordering::SeqCst);
-        }
-        is_held
-    }
 }
 
 /// Why the order of write-back cannot be changed.
@@ -300,28 +286,6 @@ impl<E: Env> Volume<E> {
             0 => 0,
             since => self.cache.clock.now_ms().saturating_sub(since),
         }
-    }
-
-    /// Asks for a checkpoint: everything acknowledged before this call goes to the disk, and then
-    /// nothing until [`Volume::release_checkpoint`]. Meanwhile the guest goes on as long as there is
-    /// space. In `strict` and `grouped` order the disk then shows exactly one moment of the guest's.
-    pub fn begin_checkpoint(&self) {
-        self.core.raise_epoch();
-        let epoch = self.core.epoch() - 1;
-        self.wishes.checkpoint.store(epoch.max(1), Ordering::SeqCst);
-        self.core.writeback.raise();
-    }
-
-    /// Whether the checkpoint is reached and the disk is still.
-    pub fn is_at_checkpoint(&self) -> bool {
-        let epoch = self.wishes.checkpoint.load(Ordering::SeqCst);
-        epoch > 0 && self.wishes.reached.load(Ordering::SeqCst) == epoch
-    }
-
-    /// Ends a checkpoint, reached or not.
-    pub fn release_checkpoint(&self) {
-        self.wishes.checkpoint.store(0, Ordering::SeqCst);
-        self.core.writeback.raise();
     }
 
     /// Ends its membership of a consistency group, if it has one. Nothing is under way to its disk.
