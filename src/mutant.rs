@@ -120,6 +120,7 @@ mutants! {
     AttachUnflushed 6 "an attach does not flush what an earlier life wrote to the disk",
     PlaceholderSurvivesBypass 4 "a write around the cache does not break the misses that overlap it",
     PlaceholderBornWhole 4 "a miss that begins under a write around the cache may fill",
+    BrokenMissJoined 4 "a read waits for a miss that something newer has overtaken",
     FillOverNewer 4 "a fill covers what was written since its miss began",
     FillOutlivesDiskCache 6 "a fill counts although the disk may lose the bytes it came from",
     DamagedDirtyReadFromDisk 3 "a damaged dirty block is answered with the disk's older bytes",

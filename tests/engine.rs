@@ -485,3 +485,31 @@ fn a_flush_to_the_disk_ends_under_a_guest_that_never_stops_and_can_be_given_up()
     let disk = std::fs::read(dir.path().join("disk")).expect("reads");
     assert!(disk[..64 * 4096].iter().all(|&byte| byte == 0xa1), "what was acknowledged before is there");
 }
+
+/// Reads that come while another is on its way to the same bytes ask the disk for nothing; all get what is
+/// there, and so does one that asks for a part.
+#[test]
+fn reads_of_one_missing_range_share_one_read_of_the_disk() {
+    use pcache_vhost::cache::latency::Stage;
+    let dir = memory_dir();
+    let setup = Setup { assume_dax: true, mode: Mode::Writeback, order: Order::Strict };
+    make(dir.path(), 64 << 20, 16 << 20, setup);
+    let pattern: Vec<u8> = (0..16 << 20).map(|at| (at / 512 % 251) as u8).collect();
+    std::fs::write(dir.path().join("disk"), &pattern).expect("writes");
+    let mut world = World::open(dir.path(), setup);
+    let asked = |world: &World| world.volume.latencies()[Stage::DiskRead as usize].samples();
+    let before = asked(&world);
+    let parts = [(800u64, 16usize), (800, 16), (800, 16), (808, 8), (804, 4)];
+    for (tag, (sector, sectors)) in parts.into_iter().enumerate() {
+        let data = Bytes(vec![0; sectors * 512]);
+        world.queues[0].submit(Request { tag: tag as u32, kind: RequestKind::Read, sector, data });
+    }
+    let mut done = Vec::new();
+    world.settle(&mut done);
+    assert_eq!((done.len(), asked(&world) - before), (parts.len(), 1));
+    for (_, done) in done {
+        let (sector, sectors) = parts[done.tag as usize];
+        let expected = &pattern[sector as usize * 512..][..sectors * 512];
+        assert!(done.status == Status::Ok && done.data.0 == expected, "read {}", done.tag);
+    }
+}

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
+use pcache_vhost::pmem::guard::ForeignSliceMut;
 use pcache_vhost::pmem::{MappedPmem, OpenOptions, Pmem};
 use pcache_vhost::vhost::{Options, Server};
 use pcache_vhost::volume::{Buffer, Disk, DiskConfig, DiskQueue, Done, Request, RequestKind, Status};
@@ -71,7 +72,12 @@ impl<B: Buffer> NullQueue<B> {
                     stored.flatten().is_some()
                         || (request.data.copy_out(at, part).is_ok() && memory.write(place, part).is_ok())
                 }
-                _ => memory.read(place, part).is_ok() && request.data.copy_in(at, part).is_ok(),
+                _ => {
+                    let len = 4096 * usize::from(is_whole);
+                    let pass = |mut to: ForeignSliceMut<'_>| memory.read_summed(place, &mut to);
+                    request.data.lend_mut(at, len, pass).flatten().is_some()
+                        || (memory.read(place, part).is_ok() && request.data.copy_in(at, part).is_ok())
+                }
             };
             if !copied {
                 return false;

@@ -18,6 +18,11 @@ use crate::onmedia::{
 };
 use crate::pmem::{MediaError, Pmem};
 
+/// Bytes that are read at a time: three times the longest record.
+const WINDOW: u32 = 32 << 10;
+/// And at first: who looks for the records of one FLUSH wants one or two.
+const FIRST_WINDOW: u32 = 4 << 10;
+
 /// What a segment holds.
 #[derive(Debug, Default)]
 pub(crate) struct Scan {
@@ -225,19 +230,25 @@ impl<P: Pmem> Media<P> {
         let mut cursor = cursor;
         let mut record = Record::default();
         let mut expected = self.sequence_from(id, header, cursor, &mut record)?;
+        // What was read last lies between `low` and a cursor, and is looked at until nothing is left of it:
+        // a record of one key is a hundredth of it.
+        let (mut bytes, mut low, mut span) = (Vec::new(), cursor, FIRST_WINDOW);
         while cursor > log_low {
-            // A record is at most about 10 KiB; a generous window saves reads.
-            let low = log_low.max(cursor.saturating_sub(32 << 10));
-            let mut bytes = vec![0; (cursor - low) as usize];
-            self.pmem.read(self.in_segment(id, low), &mut bytes).map_err(WalkError::Media)?;
             let mut at = cursor - 256;
             loop {
-                let slice = &bytes[(at - low) as usize..];
+                if at < low {
+                    if low == log_low || cursor - low >= WINDOW {
+                        return Err(WalkError::Missing { segment: id, below: cursor });
+                    }
+                    low = log_low.max(cursor.saturating_sub(span));
+                    span = WINDOW;
+                    bytes.resize((cursor - low) as usize, 0);
+                    self.pmem.read(self.in_segment(id, low), &mut bytes).map_err(WalkError::Media)?;
+                    continue;
+                }
+                let slice = &bytes[(at - low) as usize..(cursor - low) as usize];
                 if self.read_record(id, header, at, slice, &mut record) {
                     break;
-                }
-                if at < low + 256 {
-                    return Err(WalkError::Missing { segment: id, below: cursor });
                 }
                 at -= 256;
             }
@@ -274,10 +285,15 @@ impl<P: Pmem> Media<P> {
         if cursor == top {
             return Ok(Some(1));
         }
-        let mut bytes = vec![0; (top - cursor).min(32 << 10) as usize];
-        self.pmem.read(self.in_segment(id, cursor), &mut bytes).map_err(WalkError::Media)?;
-        let is_whole = self.read_record(id, header, cursor, &bytes, record);
-        Ok(is_whole.then_some(record.header.sequence + 1))
+        let mut bytes = Vec::new();
+        for window in [FIRST_WINDOW, WINDOW] {
+            bytes.resize((top - cursor).min(window) as usize, 0);
+            self.pmem.read(self.in_segment(id, cursor), &mut bytes).map_err(WalkError::Media)?;
+            if self.read_record(id, header, cursor, &bytes, record) {
+                return Ok(Some(record.header.sequence + 1));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -290,8 +306,8 @@ pub(crate) enum WalkError {
     Missing { segment: u32, below: u32 },
 }
 
-/// Bytes that a walk reads at a time.
-const WINDOW: u32 = 64 << 10;
+/// Bytes that a scan of a whole segment reads at a time.
+const SCAN_WINDOW: u32 = 64 << 10;
 
 /// Steps down through a segment, from record to record, over whatever lies between.
 struct Walk<'a, P> {
@@ -332,7 +348,7 @@ impl<'a, P: Pmem> Walk<'a, P> {
     fn read_on(&mut self) {
         let start = self.media.geometry.data_start();
         // By page from the data's beginning: a poisoned one costs what it holds, not the segment.
-        let low = start + (self.low - start).saturating_sub(WINDOW) / 4096 * 4096;
+        let low = start + (self.low - start).saturating_sub(SCAN_WINDOW) / 4096 * 4096;
         let (fresh, kept) = ((self.low - low) as usize, self.bytes.len().min(RECORD_LEN_MAX));
         self.bytes.resize(fresh.max(self.bytes.len()) + kept, 0);
         self.bytes.copy_within(..kept, fresh);

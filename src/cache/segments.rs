@@ -10,6 +10,7 @@
 
 use std::sync::OnceLock;
 
+use super::index::hint::prefetch;
 use crate::mutant::{Mutant, mutated};
 use crate::onmedia::Geometry;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
@@ -346,6 +347,13 @@ impl Segment {
         let marks = &body.marks[block as usize / 32];
         let packed = marks.packed.load(Ordering::Relaxed) & (1 << (block % 32)) != 0;
         (!packed).then(|| body.blocks[block as usize].load(Ordering::Relaxed))
+    }
+
+    /// Asks for what a verified read of a block looks at, and does not wait.
+    pub fn prefetch_block(&self, block: u32) {
+        let body = self.body();
+        prefetch(&body.marks[block as usize / 32]);
+        prefetch(&body.blocks[block as usize]);
     }
 
     /// What it holds.

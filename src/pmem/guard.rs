@@ -83,6 +83,23 @@ pub unsafe fn copy_out(src: &[u8], dst: *mut u8) -> Result<(), Fault> {
     answer(unsafe { routines::copy(dst, src.as_ptr(), src.len()) })
 }
 
+/// Asks the processor for the line at an address, mapped or not, and does not wait for it.
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "the intrinsic takes a pointer")]
+#[inline]
+pub(crate) fn prefetch(line: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a prefetch reads nothing into the program and faults nowhere, wherever it points.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+}
+
+/// Elsewhere the copies are left to themselves.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline]
+pub(crate) fn prefetch(line: *const u8) {
+    _ = line;
+}
+
 /// Copies what is lent to private memory and returns its CRC-32, of the bytes that are copied: each is
 /// loaded once. `None`: there is no such way here for that length, or some of it is not there.
 #[expect(unsafe_code, reason = "copies what is lent")]

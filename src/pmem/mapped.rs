@@ -316,7 +316,7 @@ impl Pmem for MappedPmem {
         // A record's header and keys, or the beginning of a block, whose rest the processor foresees.
         let first = self.address(at, 0);
         for line in 0..4 {
-            prefetch_line(first.wrapping_add(line * 64));
+            guard::prefetch(first.wrapping_add(line * 64));
         }
     }
 }
@@ -360,18 +360,6 @@ fn allocate(file: &File, len: u64) -> io::Result<()> {
         }
     }
 }
-
-#[cfg(target_arch = "x86_64")]
-#[expect(unsafe_code, reason = "a prefetch takes a pointer")]
-#[inline]
-fn prefetch_line(line: *const u8) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    // SAFETY: a prefetch never faults, wherever it points.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn prefetch_line(_line: *const u8) {}
 
 /// Bytes compared with the device at a time.
 const COMPARE_STEP: usize = 1 << 20;

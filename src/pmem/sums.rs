@@ -7,8 +7,9 @@
 //!
 //! How it sums (Gopal et al., "Fast CRC Computation Using PCLMULQDQ"): a lane of 128 bits is moved D bits
 //! ahead, over the bytes between, by two carry-less products, of its halves with x^(D±32) mod P, and
-//! added to the lane it meets there. What is left in the end, 16 bytes, has the remainder of them all, and
-//! is summed like any others.
+//! added to the lane it meets there. What is left in the end, 16 bytes, has the remainder of them all: it
+//! is moved ahead by 64 and 32 bits, and reduced as Barrett does it, by two products more. A table of
+//! remainders would take sixteen loads for that, each waiting for the one before.
 //!
 //! These are routines like those of `routines.rs`, with a range and exits of their own, and keep the
 //! same three things true: no frame, one range, whole words.
@@ -35,7 +36,33 @@ global_asm!(
     .hidden pcache_vhost_sums_begin
 pcache_vhost_sums_begin:
 
-    # (rdi = to, rsi = from, rdx = length, rcx = constants, r8 = 16 bytes for the remainder)
+    # (rdi = to, rsi = from, rdx = length, rcx = constants, r8 = where the sum goes)
+
+    # From the remainder of all in xmm3 to the sum, and back. Constants are aligned.
+    .macro PCACHE_VHOST_SUM_FINISH
+    movdqa xmm2, [rcx + 128]
+    movdqa xmm0, xmm3
+    pclmulqdq xmm0, [rcx + 64], 0x10
+    psrldq xmm3, 8
+    pxor xmm3, xmm0
+    movdqa xmm0, xmm3
+    pand xmm0, xmm2
+    pclmulqdq xmm0, [rcx + 96], 0x00
+    psrldq xmm3, 4
+    pxor xmm3, xmm0
+    movdqa xmm0, xmm3
+    pand xmm0, xmm2
+    pclmulqdq xmm0, [rcx + 112], 0x10
+    pand xmm0, xmm2
+    pclmulqdq xmm0, [rcx + 112], 0x00
+    pxor xmm0, xmm3
+    psrldq xmm0, 4
+    movd eax, xmm0
+    not eax
+    mov [r8], eax
+    xor eax, eax
+    ret
+    .endm
 
     .macro PCACHE_VHOST_SUM_NARROW name, store
     .globl pcache_vhost_sums_\name
@@ -108,9 +135,7 @@ pcache_vhost_sums_\name:
     pclmulqdq xmm2, xmm9, 0x11
     pxor xmm3, xmm11
     pxor xmm3, xmm2
-    movdqu [r8], xmm3
-    xor eax, eax
-    ret
+    PCACHE_VHOST_SUM_FINISH
     .cfi_endproc
     .size pcache_vhost_sums_\name, . - pcache_vhost_sums_\name
     .endm
@@ -187,11 +212,9 @@ pcache_vhost_sums_\name:
     vpxor ymm5, ymm5, ymm6
     vextracti128 xmm6, ymm5, 1
     vpxor xmm5, xmm5, xmm6
-    vpxor xmm5, xmm5, xmm7
-    vmovdqu [r8], xmm5
+    vpxor xmm3, xmm5, xmm7
     vzeroupper
-    xor eax, eax
-    ret
+    PCACHE_VHOST_SUM_FINISH
     .cfi_endproc
     .size pcache_vhost_sums_\name, . - pcache_vhost_sums_\name
     .endm
@@ -217,8 +240,8 @@ pcache_vhost_sums_exit:
 "#
 );
 
-/// A copy of `len` bytes, a multiple of [`UNIT`] and not zero, which leaves 16 bytes with its remainder.
-type Routine = unsafe extern "C" fn(*mut u8, *const u8, usize, &Constants, &mut [u8; 16]) -> u32;
+/// A copy of `len` bytes, a multiple of [`UNIT`] and not zero, which leaves their CRC-32.
+type Routine = unsafe extern "C" fn(*mut u8, *const u8, usize, &Constants, &mut u32) -> u32;
 
 #[expect(unsafe_code, reason = "the routines above are assembly")]
 unsafe extern "C" {
@@ -234,21 +257,56 @@ unsafe extern "C" {
     static EXIT_WIDE: u8;
 
     #[link_name = "pcache_vhost_sums_narrow_cached"]
-    fn narrow_cached(to: *mut u8, from: *const u8, len: usize, by: &Constants, rest: &mut [u8; 16]) -> u32;
+    fn narrow_cached(to: *mut u8, from: *const u8, len: usize, by: &Constants, sum: &mut u32) -> u32;
     #[link_name = "pcache_vhost_sums_narrow_nt"]
-    fn narrow_nt(to: *mut u8, from: *const u8, len: usize, by: &Constants, rest: &mut [u8; 16]) -> u32;
+    fn narrow_nt(to: *mut u8, from: *const u8, len: usize, by: &Constants, sum: &mut u32) -> u32;
     #[link_name = "pcache_vhost_sums_wide_cached"]
-    fn wide_cached(to: *mut u8, from: *const u8, len: usize, by: &Constants, rest: &mut [u8; 16]) -> u32;
+    fn wide_cached(to: *mut u8, from: *const u8, len: usize, by: &Constants, sum: &mut u32) -> u32;
     #[link_name = "pcache_vhost_sums_wide_nt"]
-    fn wide_nt(to: *mut u8, from: *const u8, len: usize, by: &Constants, rest: &mut [u8; 16]) -> u32;
+    fn wide_nt(to: *mut u8, from: *const u8, len: usize, by: &Constants, sum: &mut u32) -> u32;
 }
 
 /// What lanes are multiplied by, as the routines find it: distances of 2048, 512, 384, 256, 128 bits, and
-/// nothing.
+/// nothing; then what the last one is: a distance of 64 bits, what divides, and the bits that are multiplied.
 #[repr(C, align(64))]
-struct Constants([[u64; 2]; 6]);
+struct Constants([[u64; 2]; 9]);
 
-static CONSTANTS: Constants = Constants([by(2048), by(512), by(384), by(256), by(128), [0, 0]]);
+static CONSTANTS: Constants = Constants([
+    by(2048),
+    by(512),
+    by(384),
+    by(256),
+    by(128),
+    [0, 0],
+    [power(64), 0],
+    [DIVISOR, QUOTIENT],
+    [u32::MAX as u64, 0],
+]);
+
+/// P without its highest power, highest bit first.
+const P: u32 = 0x04c1_1db7;
+
+/// P and the quotient of x^64 by it, both of 33 bits, reversed.
+const DIVISOR: u64 = reversed((1 << 32) | P as u64);
+const QUOTIENT: u64 = reversed(quotient());
+
+/// 33 bits, the lowest for the highest.
+const fn reversed(bits: u64) -> u64 {
+    bits.reverse_bits() >> 31
+}
+
+/// x^64 divided by P.
+const fn quotient() -> u64 {
+    let (mut rest, mut found, mut power) = (1u128 << 64, 0, 64);
+    while power >= 32 {
+        if rest >> power & 1 == 1 {
+            rest ^= ((1 << 32) | P as u128) << (power - 32);
+            found |= 1 << (power - 32);
+        }
+        power -= 1;
+    }
+    found
+}
 
 /// The two factors that move a lane `bits` ahead: of its low half and of its high one.
 const fn by(bits: u32) -> [u64; 2] {
@@ -257,7 +315,6 @@ const fn by(bits: u32) -> [u64; 2] {
 
 /// x^n mod P, bits reversed as the lanes' are, and one to the left as products of reversed ones need it.
 const fn power(n: u32) -> u64 {
-    const P: u32 = 0x04c1_1db7;
     let (mut remainder, mut i) = (1u32, 0);
     while i < n {
         let carry = remainder >> 31;
@@ -319,13 +376,10 @@ pub(super) unsafe fn copy(
         (Width::Wide, false) => wide_cached,
         (Width::Wide, true) => wide_nt,
     };
-    let mut rest = [0; 16];
+    let mut sum = 0;
     // SAFETY: passed on from the caller.
-    answer(unsafe { routine(to, from, len, &CONSTANTS, &mut rest) })?;
-    // The remainder has the beginning's ones in it, so nothing is put in front of it.
-    let mut sum = crc32fast::Hasher::new_with_initial(u32::MAX);
-    sum.update(&rest);
-    Ok(sum.finalize())
+    answer(unsafe { routine(to, from, len, &CONSTANTS, &mut sum) })?;
+    Ok(sum)
 }
 
 /// Bytes of a store that is measured, stores per sample, and samples of which the fastest counts: what

@@ -10,7 +10,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-pub(super) use crate::pmem::guard::{Fault, copy_in, copy_out};
+pub(super) use crate::pmem::guard::{Fault, copy_in, copy_out, prefetch};
 use crate::sync::access;
 
 /// A moment at which a test may let the process die: before each access to what outlives it.

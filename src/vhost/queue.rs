@@ -238,6 +238,9 @@ impl<Q: DiskQueue<GuestBuffer>, R: Ring> Worker<Q, R> {
         if count > 0 {
             self.refresh_memory();
         }
+        if count > 1 {
+            self.ring.prefetch(count);
+        }
         for taken in 0..count {
             let Some(head) = self.ring.take()? else { return Ok(taken) };
             if R::PACKED {

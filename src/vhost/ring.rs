@@ -186,6 +186,10 @@ pub(super) trait Ring: Sized + Send + std::fmt::Debug + 'static {
     /// The ring cannot be believed, or is gone.
     fn available(&self) -> Result<u16, RingError>;
 
+    /// Asks the processor for the descriptors of the next `count` heads, and does not wait: lines that the
+    /// driver has just written are in its caches, not in ours. A hint, which believes nothing.
+    fn prefetch(&self, _count: u16) {}
+
     /// Takes the next head, if one waits.
     ///
     /// # Errors

@@ -170,6 +170,15 @@ impl Ring for SplitRing {
     }
 
     #[inline]
+    fn prefetch(&self, count: u16) {
+        for ahead in 0..count {
+            let slot = usize::from(self.next_avail.wrapping_add(ahead) & (self.size - 1));
+            let Ok(head) = self.load_available(ENTRIES_AT + slot * AVAIL_ENTRY) else { return };
+            copy::prefetch(self.descriptors.wrapping_add(usize::from(head) * DESCRIPTOR_LEN));
+        }
+    }
+
+    #[inline]
     fn take(&mut self) -> Result<Option<u16>, RingError> {
         let slot = usize::from(self.next_avail & (self.size - 1));
         let head = self.load_available(ENTRIES_AT + slot * AVAIL_ENTRY)?;

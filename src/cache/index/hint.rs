@@ -8,7 +8,7 @@
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "the intrinsic takes a raw pointer")]
 #[inline]
-pub(super) fn prefetch<T>(place: &T) {
+pub(in crate::cache) fn prefetch<T>(place: &T) {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     // SAFETY: a prefetch reads nothing into the program and faults at no address; SSE is part of x86-64.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast()) };
@@ -17,6 +17,6 @@ pub(super) fn prefetch<T>(place: &T) {
 /// Elsewhere the lookups are left to themselves.
 #[cfg(not(target_arch = "x86_64"))]
 #[inline]
-pub(super) fn prefetch<T>(place: &T) {
+pub(in crate::cache) fn prefetch<T>(place: &T) {
     _ = place;
 }

@@ -30,7 +30,7 @@ mod build;
 mod directory;
 mod edit;
 mod entry;
-mod hint;
+pub(super) mod hint;
 mod map;
 mod region;
 mod runs;

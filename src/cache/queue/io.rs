@@ -20,11 +20,19 @@ const DEPTH: u32 = 64;
 /// Buffers kept for reuse.
 const SPARE_BUFFERS: usize = 64;
 
+/// A part of a read that another's operation brings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Joined {
+    pub slot: u32,
+    pub range: SectorRange,
+}
+
 /// What an operation was for.
 #[derive(Debug)]
 pub(crate) enum Purpose {
-    /// A gap of a read. `fill`: its placeholder and the version taken before it was issued.
-    Miss { slot: u32, range: SectorRange, fill: Option<(Ticket, u64)> },
+    /// A gap of a read. `fill`: its placeholder and the version taken before it was issued. `joined`:
+    /// other reads that wait for parts of the same bytes.
+    Miss { slot: u32, range: SectorRange, fill: Option<(Ticket, u64)>, joined: Vec<Joined> },
     /// Part of a write around the cache.
     Bypass { slot: u32 },
     /// The flush after a write around the cache, for a guest without a write cache.
@@ -187,6 +195,21 @@ impl<E: Env> Io<E> {
         self.purposes.drain(..).flatten().map(|(purpose, _)| purpose).chain(parked).collect()
     }
 
+    /// The misses under way that bring all of `range` and may fill: their placeholders, and who waits.
+    pub fn misses_over(
+        &mut self,
+        range: SectorRange,
+    ) -> impl Iterator<Item = (Ticket, SectorRange, &mut Vec<Joined>)> {
+        self.purposes.iter_mut().flatten().filter_map(move |(purpose, _)| match purpose {
+            Purpose::Miss { range: whole, fill: Some((ticket, _)), joined, .. }
+                if whole.start <= range.start && range.end() <= whole.end() =>
+            {
+                Some((*ticket, *whole, joined))
+            }
+            _ => None,
+        })
+    }
+
     /// Since when the guest has waited for its oldest operation.
     pub fn oldest_owed_ms(&self) -> Option<u64> {
         self.submitted.find_oldest(|token| !self.is_late(token))
@@ -339,7 +362,9 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     /// An operation has ended for good.
     pub(super) fn io_ended(&mut self, purpose: Purpose, op: Op, ok: bool) {
         match purpose {
-            Purpose::Miss { slot, range, fill } => self.miss_done(slot, range, fill, op, ok),
+            Purpose::Miss { slot, range, fill, joined } => {
+                self.miss_done(Joined { slot, range }, &joined, fill, op, ok);
+            }
             Purpose::Bypass { slot } => self.bypass_written(slot, op, ok),
             Purpose::BypassFlush { slot } => self.bypass_flushed(slot, ok),
             Purpose::Flush { slot } => self.part_done(slot, ok),

@@ -1,6 +1,6 @@
 //! One virtqueue's way into the engine.
 //!
-//! Everything a request needs happens on the queue's own thread: writes and hits at once, misses
+//! Everything a request needs happens on the queue's own thread: writes and hits in batches, misses
 //! and bypasses through the queue's own io_uring. Nothing here blocks: a request that has to wait
 //! (for space, for durability, for the disk, for an overlapping bypass) is parked on a list, and
 //! [`Queue::poll`] goes on with it after the waker was signalled.
@@ -101,6 +101,8 @@ pub struct Queue<E: Env, B: Buffer> {
     pub(crate) index: u16,
     pub(crate) waker: Waker,
     pub(crate) slots: Slots<B>,
+    /// Reads not yet looked up, in order of arrival.
+    reads: Vec<(u32, SectorRange)>,
     /// Writes and zeroes not yet committed, in order of arrival.
     pub(crate) gather: VecDeque<Gathered>,
     flushes: Vec<u32>,
@@ -110,6 +112,8 @@ pub struct Queue<E: Env, B: Buffer> {
     pub(crate) io: Io<E>,
     pub(crate) scratch: Scratch,
     pub(crate) found: Vec<Extent>,
+    /// What the index shows of the read that comes next.
+    found_ahead: Vec<Extent>,
     pub(crate) gaps: Vec<SectorRange>,
     sequential: Sequential,
     throttle: Throttle,
@@ -135,6 +139,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             index,
             waker,
             slots: Slots { slots: Vec::new(), free: Vec::new(), used: 0 },
+            reads: Vec::new(),
             gather: VecDeque::new(),
             flushes: Vec::new(),
             waiting_sync: VecDeque::new(),
@@ -143,6 +148,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             io: Io::default(),
             scratch: Scratch::new(),
             found: Vec::new(),
+            found_ahead: Vec::new(),
             gaps: Vec::new(),
             sequential: Sequential::default(),
             throttle: Throttle::default(),
@@ -243,8 +249,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
     /// was submitted.
     fn start(&mut self, slot: u32, range: SectorRange, kind: RequestKind, is_through: bool) {
         if kind == RequestKind::Read {
-            self.enter();
-            return self.start_read(slot, range);
+            return self.gather_read(slot, range);
         }
         if self.volume.config.read_only || self.volume.turns_away(self.index) {
             return self.complete(slot, Status::IoError);
@@ -259,7 +264,8 @@ impl<E: Env, B: Buffer> Queue<E, B> {
 
     /// FLUSH covers what completed before it was submitted; all of that is stable by now.
     fn start_flushes(&mut self) {
-        for slot in std::mem::take(&mut self.flushes) {
+        let mut flushes = std::mem::take(&mut self.flushes);
+        for slot in flushes.drain(..) {
             if self.volume.mode().bypasses() {
                 self.start_disk_flush(slot);
                 continue;
@@ -272,6 +278,7 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             let ticket = cache.syncer.request(&*cache.media.pmem, Some(&self.waker));
             self.when_durable(ticket, Then::Flushed(slot));
         }
+        self.flushes = flushes;
     }
 
     /// Goes on with `then` once `ticket` is durable: now, if it is already.
@@ -334,6 +341,7 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
 
     fn commit(&mut self) {
         self.enter();
+        self.start_reads();
         // Asked with the section open: whoever holds writes waits for its end.
         if !self.volume.holds_back(&self.shared().waiting) {
             if self.volume.mode().bypasses() {
@@ -353,8 +361,8 @@ impl<E: Env, B: Buffer> DiskQueue<B> for Queue<E, B> {
         self.reap();
         self.hear_alarm();
         self.poll_sync();
-        if self.start_held() || !self.gather.is_empty() || !self.fills.is_empty() || self.bypass.is_blocked()
-        {
+        let has_gathered = self.start_held() || !self.reads.is_empty() || !self.gather.is_empty();
+        if has_gathered || !self.fills.is_empty() || self.bypass.is_blocked() {
             self.commit();
         }
         self.io.kick();

@@ -124,10 +124,12 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         for token in self.io.owed_since(since_ms) {
             match self.io.make_late(token) {
                 None => {}
-                Some((Purpose::Miss { slot, range, fill }, _)) => {
+                Some((Purpose::Miss { slot, range, fill, joined }, _)) => {
                     self.count_expired();
                     self.drop_placeholder(fill.map(|f| f.0), range);
                     self.part_done(slot, false);
+                    // From before there was a deadline: theirs is their own.
+                    joined.into_iter().for_each(|joined| self.read_disk(joined, None));
                 }
                 Some((Purpose::Bypass { slot }, is_out)) => self.expire_bypass(token, is_out, slot),
                 Some((Purpose::BypassFlush { slot }, _)) => {

@@ -16,7 +16,7 @@ use super::super::index::{Extent, REGION_SECTORS};
 use super::super::record::EXTENT_SECTORS_MAX;
 use super::super::stripes::Ticket;
 use super::super::volume::Admission;
-use super::io::Purpose;
+use super::io::{Joined, Purpose};
 use super::{Fill, Queue};
 use crate::backing::Op;
 use crate::mutant::{Mutant, mutated};
@@ -152,24 +152,66 @@ impl<E: Env> Cache<E> {
 }
 
 impl<E: Env, B: Buffer> Queue<E, B> {
-    /// Answers what is cached and starts disk reads for the rest.
-    pub(super) fn start_read(&mut self, slot: u32, range: SectorRange) {
+    /// Takes a read, which is answered when its batch ends.
+    pub(super) fn gather_read(&mut self, slot: u32, range: SectorRange) {
+        if !self.reads.is_empty() {
+            // Needed after the copies of those before it. Alone, a read would only look it up twice.
+            self.volume.core.index.prefetch(range.start);
+        }
+        self.reads.push((slot, range));
+    }
+
+    /// Answers the gathered reads. Each is looked up, and its first bytes and its checksum are asked for,
+    /// before the one in front of it is copied: these lines are seldom in the processor's caches, and a copy
+    /// is longer than a processor sees ahead. The section is open from the first look to the last copy.
+    pub(super) fn start_reads(&mut self) {
+        let mut reads = std::mem::take(&mut self.reads);
+        let (mut found, mut ahead) = (std::mem::take(&mut self.found), std::mem::take(&mut self.found_ahead));
+        if let Some(&(_, first)) = reads.first() {
+            self.look_up(first, &mut found);
+        }
+        for (n, &(slot, range)) in reads.iter().enumerate() {
+            if let Some(&(_, next)) = reads.get(n + 1) {
+                self.look_up(next, &mut ahead);
+            }
+            self.start_read(slot, range, &found);
+            std::mem::swap(&mut found, &mut ahead);
+        }
+        reads.clear();
+        (self.reads, self.found, self.found_ahead) = (reads, found, ahead);
+    }
+
+    /// What is cached of a range.
+    fn look_up(&self, range: SectorRange, found: &mut Vec<Extent>) {
+        found.clear();
+        if self.volume.mode() == super::super::volume::Mode::Passthrough {
+            return;
+        }
+        let cache = &self.volume.cache;
+        self.volume.core.index.lookup(range, found);
+        if let Some(Extent { place, .. }) = found.first()
+            && !place.is_lost()
+            && !place.zero
+        {
+            let (id, offset) = cache.media.locate(place.position);
+            cache.media.pmem.prefetch(cache.media.in_segment(id, offset));
+            cache.segments[id as usize].prefetch_block(offset / 4096);
+        }
+    }
+
+    /// Answers what is cached, which has been `found`, and starts disk reads for the rest.
+    fn start_read(&mut self, slot: u32, range: SectorRange, found: &[Extent]) {
         add(&self.shared().tally.reads, 1);
         self.slots.get(slot).left = 1;
         let cutoff = self.volume.reads.sequential_cutoff / 512;
         let is_admitted = self.sequential.note(range) <= cutoff || cutoff == 0;
         let (core, cache) = (&self.volume.core, &self.volume.cache);
         core.reuse.read(range, cache.opened.load(Ordering::Relaxed));
-        let mut found = std::mem::take(&mut self.found);
         let mut gaps = std::mem::take(&mut self.gaps);
-        found.clear();
         gaps.clear();
-        if self.volume.mode() != super::super::volume::Mode::Passthrough {
-            self.volume.core.index.lookup(range, &mut found);
-        }
         let mut ok = true;
         let mut at = range.start;
-        for extent in &found {
+        for extent in found {
             if extent.range.start > at {
                 gaps.push(SectorRange::new(at, extent.range.start - at));
             }
@@ -192,7 +234,6 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 self.start_miss(slot, *gap, is_admitted);
             }
         }
-        self.found = found;
         self.gaps = gaps;
         self.part_done(slot, ok);
     }
@@ -236,17 +277,46 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             let in_region = REGION_SECTORS - start % REGION_SECTORS;
             let range = SectorRange::new(start, (gap.end() - start).min(in_region).min(longest));
             start = range.end();
-            let fills = fills && self.admits(range, is_admitted);
-            let fill = if fills { self.place(range) } else { None };
-            let buf = self.io.buffer(range.len as usize * 512);
-            let op = Op::Read { offset: range.start * 512, buf };
+            let part = Joined { slot, range };
             self.slots.get(slot).left += 1;
-            let purpose = Purpose::Miss { slot, range, fill };
-            if let Err(purpose) = self.submit_io(purpose, op) {
-                let Purpose::Miss { slot, range, fill } = purpose else { unreachable!("it is a miss") };
-                self.drop_placeholder(fill.map(|f| f.0), range);
-                self.part_done(slot, false);
+            if !self.join(part) {
+                let fills = fills && self.admits(range, is_admitted);
+                let fill = if fills { self.place(range) } else { None };
+                self.read_disk(part, fill);
             }
+        }
+    }
+
+    /// Lets a part of a read wait for the bytes that another read of this queue has asked the disk for.
+    ///
+    /// Whatever it must see had completed before it came. What was committed or went around the cache since
+    /// the other's placeholder was registered has broken that; what came before, the disk read brings. A
+    /// deadline is each request's own, so where there is one nobody waits for another.
+    fn join(&mut self, part: Joined) -> bool {
+        let Self { volume, io, slots, .. } = self;
+        if volume.core.policy.deadline_ms().is_some() {
+            return false;
+        }
+        let is_good =
+            |ticket, whole| volume.core.stripes.is_whole(ticket, whole) || mutated(Mutant::BrokenMissJoined);
+        let mut others = io.misses_over(part.range);
+        let Some((.., joined)) = others.find(|(ticket, whole, _)| is_good(*ticket, *whole)) else {
+            return false;
+        };
+        joined.push(part);
+        slots.get(part.slot).asked_disk = true;
+        true
+    }
+
+    /// Asks the disk for a part of a read, which counts it as left.
+    pub(super) fn read_disk(&mut self, part: Joined, fill: Option<(Ticket, u64)>) {
+        let Joined { slot, range } = part;
+        let buf = self.io.buffer(range.len as usize * 512);
+        let op = Op::Read { offset: range.start * 512, buf };
+        let purpose = Purpose::Miss { slot, range, fill, joined: Vec::new() };
+        if self.submit_io(purpose, op).is_err() {
+            self.drop_placeholder(fill.map(|f| f.0), range);
+            self.part_done(slot, false);
         }
     }
 
@@ -290,21 +360,24 @@ impl<E: Env, B: Buffer> Queue<E, B> {
         }
     }
 
-    /// The disk has answered: so is the guest, and the data may become cached.
+    /// The disk has answered: so is the guest, whoever of it has asked, and the data may become cached.
     pub(super) fn miss_done(
         &mut self,
-        slot: u32,
-        range: SectorRange,
+        asked: Joined,
+        joined: &[Joined],
         fill: Option<(Ticket, u64)>,
         op: Op,
         ok: bool,
     ) {
         let Op::Read { buf, .. } = op else { unreachable!("a miss is a read") };
-        let mut good = ok;
-        if ok {
-            let request = &mut self.slots.get(slot).request;
-            let at = (range.start - request.sector) as usize * 512;
-            good = request.data.copy_in(at, &buf).is_ok();
+        let range = asked.range;
+        for part in std::iter::once(&asked).chain(joined) {
+            let request = &mut self.slots.get(part.slot).request;
+            let from = (part.range.start - range.start) as usize * 512;
+            let to = (part.range.start - request.sector) as usize * 512;
+            let bytes = &buf[from..][..part.range.len as usize * 512];
+            let good = ok && request.data.copy_in(to, bytes).is_ok();
+            self.part_done(part.slot, good);
         }
         match fill {
             Some((ticket, version)) if ok => {
@@ -315,7 +388,6 @@ impl<E: Env, B: Buffer> Queue<E, B> {
                 self.io.recycle(buf);
             }
         }
-        self.part_done(slot, good);
     }
 }
 

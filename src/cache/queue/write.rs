@@ -117,7 +117,11 @@ impl<E: Env, B: Buffer> Queue<E, B> {
             // only look it up twice.
             self.volume.core.index.prefetch(range.start);
         }
-        let since_ns = self.slots.get(slot).since_ns;
+        let active = self.slots.get(slot);
+        if kind == KeyKind::Data {
+            active.request.data.lend(0, range.len.min(8) as usize * 512, |bytes| bytes.prefetch());
+        }
+        let since_ns = active.since_ns;
         self.has_sample_gathered |= since_ns != 0;
         self.gather.push_back(Gathered::new(slot, range, kind, is_through, since_ns));
     }

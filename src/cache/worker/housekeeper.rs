@@ -36,7 +36,7 @@ use super::resize::Task;
 use super::scrub::Scrubber;
 use super::victims::Budget;
 use crate::mutant::{Mutant, mutated};
-use crate::onmedia::{SegmentHeader, SegmentState};
+use crate::onmedia::{Key, SegmentHeader, SegmentState};
 use crate::pmem::Pmem;
 
 /// Segments taken at a time: on page-cache media each batch costs two `sync`s.
@@ -363,20 +363,30 @@ impl<E: Env> Housekeeper<E> {
             return;
         }
         let header = life(&self.cache, id);
-        let top = cache.media.geometry.data_end();
-        let log_low = segment.log_low.load(Ordering::Acquire);
         let mut extents = Vec::new();
-        let walked = cache.media.walk_from(id, &header, top, log_low, u64::MAX, |record| {
-            for key in record.keys.iter().filter(|k| k.kind.has_payload()) {
+        let mut note = |keys: &[Key]| {
+            for key in keys.iter().filter(|k| k.kind.has_payload()) {
                 extents.push(Extent { range: key.range(), place: cache.media.place(id, key, false) });
             }
-        });
+        };
+        let is_known = match self.summarised(&header) {
+            Some(keys) => {
+                note(&keys);
+                true
+            }
+            None => {
+                let (top, low) = (cache.media.geometry.data_end(), segment.log_low.load(Ordering::Acquire));
+                let walk =
+                    cache.media.walk_from(id, &header, top, low, u64::MAX, |record| note(&record.keys));
+                walk.is_ok()
+            }
+        };
         let mut removed = Vec::new();
         let writer = lock(&cache.liveness.writer);
         for extent in extents {
             volume.index.remove_if(extent, &mut removed);
         }
-        if walked.is_err() {
+        if !is_known {
             // The records no longer say what it held: ask the index.
             self.evict_by_search(id, &volume, &mut removed);
         }
@@ -386,6 +396,17 @@ impl<E: Env> Housekeeper<E> {
             cache.evicted.note(volume.incarnation, extent.range);
         }
         add(&volume.tally.evicted_sectors, sectors(&removed));
+    }
+
+    /// The keys of a sealed segment by its summary: one read and one check, where a record for each write
+    /// is as many of both. The index shows none but these.
+    fn summarised(&self, life: &SegmentHeader) -> Option<Vec<Key>> {
+        let media = &self.cache.media;
+        let header = media.load_header(life.segment).newest?;
+        let is_of_it = header.generation == life.generation && header.incarnation == life.incarnation;
+        let has_summary = header.state == SegmentState::Sealed && header.summary_len > 0;
+        let scan = (is_of_it && has_summary).then(|| media.scan_summary(life.segment, &header))?;
+        Some(scan.ok()?.keys)
     }
 
     fn evict_by_search(&self, id: u32, volume: &VolumeCore, removed: &mut Vec<Extent>) {

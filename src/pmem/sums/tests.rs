@@ -31,6 +31,9 @@ fn the_factors_are_those_that_are_printed_everywhere() {
     // Of the paper and of every implementation since: 4 lanes, and 1 lane, ahead.
     assert_eq!(CONSTANTS.0[1], [0x1_5444_2bd4, 0x1_c6e4_1596]);
     assert_eq!(CONSTANTS.0[4], [0x1_7519_97d0, 0x0_ccaa_009e]);
+    // The last steps: 64 bits ahead, the divisor and its inverse.
+    assert_eq!(CONSTANTS.0[6], [0x1_63cd_6124, 0]);
+    assert_eq!(CONSTANTS.0[7], [0x1_db71_0641, 0x1_f701_1641]);
 }
 
 #[test]
