@@ -487,7 +487,7 @@ fn publish<E: Env>(volume: &Volume<E>, q: u16, open: &mut Open, scratch: &mut Sc
     let queue = core.queue(q);
     add(&queue.tally.records, 1);
     if books.zeroed > 0 {
-        add(&queue.purse.zeroed, books.zeroed);
+        queue.purse.zeroed.fetch_add(books.zeroed, Ordering::Relaxed);
     }
     books.close(&queue.tally);
     true
