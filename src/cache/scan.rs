@@ -306,8 +306,9 @@ pub(crate) enum WalkError {
     Missing { segment: u32, below: u32 },
 }
 
-/// Bytes that a scan of a whole segment reads at a time.
-const SCAN_WINDOW: u32 = 64 << 10;
+/// Bytes that a scan of a whole segment reads at a time: several times the longest record, as so much of
+/// what was read before is kept.
+const SCAN_WINDOW: u32 = 256 << 10;
 
 /// Steps down through a segment, from record to record, over whatever lies between.
 struct Walk<'a, P> {
@@ -350,7 +351,8 @@ impl<'a, P: Pmem> Walk<'a, P> {
         // By page from the data's beginning: a poisoned one costs what it holds, not the segment.
         let low = start + (self.low - start).saturating_sub(SCAN_WINDOW) / 4096 * 4096;
         let (fresh, kept) = ((self.low - low) as usize, self.bytes.len().min(RECORD_LEN_MAX));
-        self.bytes.resize(fresh.max(self.bytes.len()) + kept, 0);
+        // What is there already is overwritten.
+        self.bytes.resize(self.bytes.len().max(fresh + kept), 0);
         self.bytes.copy_within(..kept, fresh);
         self.bytes.truncate(fresh + kept);
         for (i, page) in self.bytes[..fresh].chunks_mut(4096).enumerate() {
