@@ -65,6 +65,7 @@ mutants! {
     GroupNotJournaled 7 "a group goes to the disk without the redo area",
     PartsForgotten 7 "a start writes the parts of an epoch again that are on the disk already",
     RedoBelievedUnflushed 8 "a start believes a header of the redo area that is not durable",
+    TornHeaderKept 7 "a start leaves a torn header in the redo area, for a later one to complete",
     RedoLeftUnapplied 7 "a start leaves the group in the redo area where it is",
     // Changes of size.
     VoidNotNoted 5 "headers are overwritten, or not yet written, that count by what the superblock says",

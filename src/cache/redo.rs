@@ -13,6 +13,10 @@
 //!   until the present one is on the disk, flushed, and takes the place of *idle*.
 //! - What a header says is made durable before it is believed: one that a dead daemon wrote and did not
 //!   flush would else give way to the one before, when the body under that is gone.
+//! - A copy of the header that a crash has torn is replaced, durably, before anything else is written to the
+//!   area. A later update of that copy might be torn as well, and bring just those sectors that the first
+//!   one lacks: two headers of one group name the same members. Then the first one would count, and the
+//!   body under it is gone.
 //! - *idle*, or the next group's *committed*, is durable before the tail moves, so a group that is found
 //!   committed was never followed by another write.
 //! - Whoever attaches the volume, in whatever order, applies it first. Without the cache
@@ -129,6 +133,8 @@ pub(crate) struct Room {
 struct Head {
     newest: RedoHeader,
     next: usize,
+    /// Whether that copy says nothing, though something was written there.
+    is_torn: bool,
 }
 
 /// See the module's head.
@@ -167,10 +173,13 @@ impl<B: Backing> Redo<B> {
         let read = |at| read(&*disk, at, PAGE);
         let (first, last) = (read(0).map_err(io)?, read(size - PAGE as u64).map_err(io)?);
         let is_blank = first.iter().chain(last.iter()).all(|&byte| byte == 0);
-        let both = newest(RedoHeader::decode(&first), RedoHeader::decode(&last));
+        let decoded = [RedoHeader::decode(&first), RedoHeader::decode(&last)];
+        let torn = [0, 1].map(|copy| decoded[copy].is_err() && [&first, &last][copy].iter().any(|&b| b != 0));
+        let [one, other] = decoded;
+        let both = newest(one, other);
         let head = match both.newest {
-            Some(newest) => Head { newest, next: both.next },
-            None if is_blank => Head { newest: RedoHeader::default(), next: 0 },
+            Some(newest) => Head { newest, next: both.next, is_torn: torn[both.next] },
+            None if is_blank => Head { newest: RedoHeader::default(), next: 0, is_torn: false },
             None => return Err(RedoError::NotOurs { path: path() }),
         };
         Ok(Redo {
@@ -295,7 +304,7 @@ impl<B: Backing> Redo<B> {
     /// A header is durable.
     pub fn note(&self, header: RedoHeader) {
         let mut head = lock(&self.head);
-        *head = Head { newest: header, next: 1 - head.next };
+        *head = Head { newest: header, next: 1 - head.next, is_torn: false };
     }
 
     /// Whether the area may be used for `owner`: it is idle, or its group is that owner's.
@@ -418,6 +427,22 @@ impl<B: Backing> Redo<B> {
         run(&mut from, op).and_then(|_| run(&mut from, Op::Flush)).map_err(io)?;
         self.note(header);
         Ok(sectors)
+    }
+
+    /// Replaces a torn copy of the header: see the laws. Blocking.
+    ///
+    /// # Errors
+    /// [`RedoError`]: it says what it said.
+    pub fn mend(&self) -> Result<(), RedoError> {
+        if !lock(&self.head).is_torn || mutated(Mutant::TornHeaderKept) {
+            return Ok(());
+        }
+        let io = |error| RedoError::Io { path: self.path(), error };
+        let mut channel = self.disk.channel(&Waker::default(), 1).map_err(io)?;
+        let (header, op) = self.update(|_| {});
+        run(&mut channel, op).and_then(|_| run(&mut channel, Op::Flush)).map_err(io)?;
+        self.note(header);
+        Ok(())
     }
 
     /// Leaves no group under way: one that is committed is applied; one that may be, and of which nothing

@@ -42,6 +42,9 @@ impl<E: Env> Cache<E> {
         };
         redo.judge(&owner, core.tail.load(Ordering::SeqCst))?;
         redo.check_room(self.piece_sectors_max() * 512)?;
+        if !options.read_only && redo.is_of(&owner) {
+            redo.mend()?;
+        }
         let is_joint = redo.header().group_uuid == descriptor.group_uuid && membership == Membership::Stays;
         if redo.is_committed() && is_joint && descriptor.group_uuid != Uuid::default() {
             redo.keep_pending()?;

@@ -89,6 +89,7 @@ impl Instrument {
             M::StartNotChecked | M::StartNotCounted => {
                 ("story of two openings", Story(stories::a_segment_opened_twice))
             }
+            M::TornHeaderKept => ("story of a torn header", Story(stories::a_header_torn_twice)),
             M::PartsForgotten => ("story of parts", Story(stories::an_epoch_in_parts)),
             M::GroupBodyUnflushed
             | M::GroupAppliedUncommitted

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use pcache_vhost::cache::{Mode, Order, recover_backing};
 use pcache_vhost::pmem::MediaClass::{AssumeDax, PageCache};
-use pcache_vhost::sim::{DiskSurvival, Machine, Rng, Scene, SimBacking, SimBuffer, Style, Survival, World};
+use pcache_vhost::sim::{
+    DiskSurvival, Machine, Rng, Scene, SimBacking, SimBuffer, Style, Survival, World, run_seed,
+};
 use pcache_vhost::volume::{RequestKind, Status};
 
 fn served(mode: Mode) -> Style {
@@ -225,5 +227,14 @@ pub fn a_block_that_rots_before_it_is_relocated(images: &mut u64) {
         assert!(relocated(&scene), "{class}: the block has met no reclaim");
         *images += 1;
         assert_eq!(scene.read(3), 900, "{class}");
+    }
+}
+
+/// A header of a redo area that a kill has torn, and a later one torn by a power cut. By its seed: it takes
+/// two cuts within two pages, and chance that keeps the right sectors of each.
+pub fn a_header_torn_twice(images: &mut u64) {
+    match run_seed(958, 1200, 0) {
+        Ok(stats) => *images += stats.images,
+        Err(violation) => panic!("{violation}"),
     }
 }
