@@ -357,6 +357,10 @@ impl Run {
         if self.rng.chance(4, 5) {
             self.note(|| format!("commit {volume}.{queue}"));
             self.machine().commit(volume, queue);
+        } else {
+            // They are looked up when the batch ends.
+            let open = self.under_way.range_mut((volume, queue, 0)..=(volume, queue, u32::MAX));
+            open.for_each(|(_, under_way)| under_way.is_held = false);
         }
         if self.scenario.housekeeping > 0 && self.rng.chance(3, 4) {
             for _ in 0..self.scenario.housekeeping {
@@ -428,8 +432,11 @@ impl Run {
                 began = oracle.tick();
                 data = SimBuffer::to_read(count);
                 let reads_cache = self.styles[volume].mode != Mode::Passthrough;
-                is_held =
-                    reads_cache && self.is_away(volume) && books::holds(self.machine(), volume, first, count);
+                // A limit lets it go on later, when the block may have been evicted.
+                is_held = reads_cache
+                    && !self.scenario.has_shares
+                    && self.is_away(volume)
+                    && books::holds(self.machine(), volume, first, count);
             }
             _ => id = oracle.begin_write(first, count, value),
         }
